@@ -1,0 +1,1 @@
+"""A Llama trainer that uses sparsejax: data, model, steps, checkpoints and the command line."""
