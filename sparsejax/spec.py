@@ -1,0 +1,116 @@
+"""What is sparse: the one record that the op, the module, the trainer and the command line share."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+Metric = Literal["cosine", "l2"]
+Backend = Literal["reference", "triton", "hopper"]
+WeightGradient = Literal["dense", "mvue24"]
+
+GROUP = 4
+"""Elements of a 2:4 group, and live columns in a block of M."""
+
+_COLUMN_BLOCKS = (4, 8, 16, 32)
+
+
+@dataclass(frozen=True)
+class Sparsity:
+    """Which parts of a feed-forward network are sparse in the sparse phase, and how.
+
+    Hashable, so that it can be a static argument of ``jax.jit`` and of a ``custom_vjp``. The three
+    switches are independent; all eight combinations work.
+    """
+
+    weights: bool = True
+    """2:4 weights: W1, Wg and the transpose of W2, soft-thresholded along the width."""
+
+    routing: bool = True
+    """Each token meets only the neurons of one expert: the column choice of V:N:M."""
+
+    activations: bool = True
+    """2:4 activations: of four live neurons in a row, a token keeps the two largest."""
+
+    m: int = 16
+    """Neurons in a block (M): a token's expert owns four of them, so there are M / 4 experts."""
+
+    n: int = 2
+    """Non-zeros that a token keeps in a block of M neurons (N)."""
+
+    v: int = 64
+    """Tokens that share a column choice (V): each expert's tokens are padded to a multiple of it."""
+
+    metric: Metric = "cosine"
+    """How near a column of W1, or a token, is to a cluster centre."""
+
+    refresh_every: int = 500
+    """Steps between two clusterings of the neurons within the sparse phase; 0 for never."""
+
+    bias_rate: float = 0.001
+    """Largest change a step of an expert's routing bias, in units of the score (a cosine)."""
+
+    kmeans_iterations: int = 10
+    """Iterations of balanced k-means at the start of the sparse phase and at each refresh."""
+
+    backend: Backend | None = None
+    """Kernels to use; None takes the fastest that serves the device and the shapes."""
+
+    weight_gradient: WeightGradient = "dense"
+    """Activations in the weight-gradient products: as they are, or sampled 2:4 along tokens."""
+
+    @property
+    def num_experts(self) -> int:
+        """Experts that a token chooses from: M / 4, or 1 without routing."""
+        return self.m // GROUP if self.routing else 1
+
+    def live_neurons(self, hidden: int) -> int:
+        """Neurons that one token meets, h = 4 H / M (H without routing)."""
+        return hidden // self.num_experts
+
+    @property
+    def density(self) -> float:
+        """Share of a token's H activations that may be non-zero."""
+        return (self.n / GROUP if self.activations else 1.0) / self.num_experts
+
+    def validate(self, *, width: int, hidden: int, tokens: int | None = None) -> None:
+        """Refuses what cannot work, before anything is built.
+
+        Args:
+          width: model width D.
+          hidden: neurons H of the feed-forward network.
+          tokens: tokens T that one device routes together; None where not known yet.
+
+        Raises:
+          ValueError: one line that names the value.
+        """
+        if self.m not in _COLUMN_BLOCKS:
+            raise ValueError(f"m={self.m} must be one of {_COLUMN_BLOCKS}")
+        if self.n != 2:
+            raise ValueError(f"n={self.n} must be 2: tensor cores know two of four only")
+        if self.v < 1:
+            raise ValueError(f"v={self.v} must be at least 1")
+        for name, value, known in (
+            ("metric", self.metric, get_args(Metric)),
+            ("backend", self.backend, (None, *get_args(Backend))),
+            ("weight_gradient", self.weight_gradient, get_args(WeightGradient)),
+        ):
+            if value not in known:
+                raise ValueError(f"{name}={value!r} must be one of {known}")
+        if self.weight_gradient == "mvue24":
+            raise ValueError("weight_gradient='mvue24' is not available yet, use 'dense'")
+        if self.refresh_every < 0:
+            raise ValueError(f"refresh_every={self.refresh_every} must not be negative")
+        if self.kmeans_iterations < 1:
+            raise ValueError(f"kmeans_iterations={self.kmeans_iterations} must be at least 1")
+        if not (math.isfinite(self.bias_rate) and self.bias_rate >= 0):
+            raise ValueError(f"bias_rate={self.bias_rate} must be finite and not negative")
+        if width < 1 or width % GROUP:
+            raise ValueError(f"{width=} must be a positive multiple of {GROUP}")
+        block = self.m if self.routing else GROUP
+        if hidden < 1 or hidden % block:
+            name = "m" if self.routing else "group"
+            raise ValueError(f"{hidden=} must be a positive multiple of {name}={block}")
+        if tokens is not None and self.routing and (tokens < 1 or tokens % self.v):
+            raise ValueError(f"{tokens=} must be a positive multiple of v={self.v}")
