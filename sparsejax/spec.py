@@ -1,4 +1,4 @@
-"""What is sparse: the one record that the op, the module, the trainer and the command line share."""
+"""What is sparse: one record that the op, the module, the trainer and the command line share."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class Sparsity:
     """Non-zeros that a token keeps in a block of M neurons (N)."""
 
     v: int = 64
-    """Tokens that share a column choice (V): each expert's tokens are padded to a multiple of it."""
+    """Tokens that share a column choice (V): an expert's tokens are padded to a multiple of it."""
 
     metric: Metric = "cosine"
     """How near a column of W1, or a token, is to a cluster centre."""
