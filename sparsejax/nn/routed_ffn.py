@@ -1,0 +1,249 @@
+"""The feed-forward module of the recipe: dense or routed with the same parameters."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import Array
+from jax.nn.initializers import Initializer
+from jax.typing import DTypeLike
+
+from sparsejax.ops.routed_ffn import PackedFFN, pack_ffn, routed_ffn
+from sparsejax.prune import select24, soft_threshold_beta
+from sparsejax.routing import (
+    assign_tokens,
+    cluster_neurons,
+    interleave,
+    permute_ffn,
+    plan_tokens,
+    to_expert_major,
+)
+from sparsejax.spec import GROUP, Sparsity
+
+
+class RoutingState(nnx.Variable):
+    """State that no optimiser sees and every checkpoint holds: centres, bias, beta."""
+
+
+class RoutingStats(NamedTuple):
+    """What a routed call reports; leading axes (layers) may be stacked in front."""
+
+    counts: Array
+    """(..., E) int32: tokens of each expert."""
+
+    @property
+    def imbalance(self) -> Array:
+        """(...) float32: load of the fullest expert over the mean load; 1 is even."""
+        load = self.counts.astype(jnp.float32)
+        return jnp.max(load, axis=-1) / jnp.maximum(jnp.mean(load, axis=-1), 1.0)
+
+
+class RoutingUpdate(NamedTuple):
+    """What the start of the sparse phase, or a refresh, changes; see `RoutedFFN.begin_sparse`."""
+
+    centers: Array
+    """(E, D) float32."""
+    beta: Array
+    """(3,) float32: scales of w1, w2, wg."""
+    permutation: Array
+    """(H,) int32: new neuron j is old neuron permutation[j]; for parameters and their moments."""
+    churn: Array
+    """Scalar float32: the share of neurons that changed expert (or, at first, place)."""
+
+
+class ActivationCapture(NamedTuple):
+    """How much of the dense activations the sparse network sees."""
+
+    routed: Array
+    """Scalar float32: share of sum |Y2| on the neurons of the tokens' experts."""
+    kept: Array
+    """Scalar float32: share that is left when two of four of those are kept."""
+
+
+class RoutedFFN(nnx.Module):
+    """relu(x W1)^2 [* (x Wg)] times W2, dense or in V:N:M form.
+
+    The call chooses: with packed weights it is the sparse network, without them the dense one, so a
+    change of phase changes no structure. Parameters: w1 (D, H), w2 (H, D) and, gated, wg (D, H).
+    With a `Sparsity`, `RoutingState` variables whatever the phase: centers (E, D), bias (E,) and
+    beta (3,), all float32. Nothing here mutates the module but `apply_update`, so that it composes
+    with plain jax.jit, value_and_grad, checkpoint and scan over nnx.split state.
+    """
+
+    def __init__(
+        self,
+        width: int,
+        hidden: int,
+        *,
+        gated: bool = False,
+        sparsity: Sparsity | None = None,
+        dtype: DTypeLike = jnp.bfloat16,
+        param_dtype: DTypeLike = jnp.float32,
+        kernel_init: Initializer | None = None,
+        out_init: Initializer | None = None,
+        rngs: nnx.Rngs,
+    ):
+        """Initialises parameters and routing state.
+
+        Args:
+          width: D. hidden: H.
+          gated: adds Wg.
+          sparsity: what is sparse in the sparse phase; None for a network that stays dense.
+          dtype: of the products' operands. param_dtype: of the master weights.
+          kernel_init: of w1 and wg; out_init: of w2; LeCun normal where None.
+          rngs: stream `params`.
+
+        Raises:
+          ValueError: sizes that do not fit each other or the sparsity.
+        """
+        if width < 1 or hidden < 1:
+            raise ValueError(f"{width=} and {hidden=} must be positive")
+        if sparsity is not None:
+            sparsity.validate(width=width, hidden=hidden)
+        self.width = width
+        self.hidden = hidden
+        self.gated = gated
+        self.sparsity = sparsity
+        self.dtype = jnp.dtype(dtype)
+        kernel_init = kernel_init or nnx.initializers.lecun_normal()
+        out_init = out_init or nnx.initializers.lecun_normal()
+        self.w1 = nnx.Param(kernel_init(rngs.params(), (width, hidden), param_dtype))
+        self.w2 = nnx.Param(out_init(rngs.params(), (hidden, width), param_dtype))
+        self.wg = (
+            nnx.Param(kernel_init(rngs.params(), (width, hidden), param_dtype)) if gated else None
+        )
+        if sparsity is not None:
+            experts = sparsity.num_experts
+            self.centers = RoutingState(jnp.zeros((experts, width), jnp.float32))
+            self.bias = RoutingState(jnp.zeros((experts,), jnp.float32))
+            self.beta = RoutingState(jnp.ones((3,), jnp.float32))
+
+    def _sparsity(self) -> Sparsity:
+        if self.sparsity is None:
+            raise ValueError("sparsity=None: this feed-forward network has no sparse form")
+        return self.sparsity
+
+    def _weights(self) -> tuple[Array, Array, Array | None]:
+        return self.w1[...], self.w2[...], None if self.wg is None else self.wg[...]
+
+    def _flat(self, x: Array) -> Array:
+        if x.ndim < 2 or x.shape[-1] != self.width:
+            raise ValueError(f"{x.shape=} must end in width={self.width}")
+        return x.reshape(-1, self.width).astype(self.dtype)
+
+    def pack(self) -> PackedFFN:
+        """The sparse weights of these parameters: once for each optimiser step, not differentiated.
+
+        Scaled by `beta`, which `begin_sparse` gives; neurons in the order that it gives.
+        """
+        sparsity = self._sparsity()
+        weights = jax.lax.stop_gradient(self._weights())
+        return pack_ffn(*weights, self.beta[...], sparsity, dtype=self.dtype)
+
+    def route(self, x: Array) -> Array:
+        """(..., D) to the expert of each token (T,) int32, T the product of the leading axes."""
+        sparsity, x = self._sparsity(), self._flat(x)
+        if sparsity.num_experts == 1:
+            return jnp.zeros((x.shape[0],), jnp.int32)
+        return assign_tokens(x, self.centers[...], self.bias[...], sparsity.metric)
+
+    def __call__(
+        self, x: Array, packed: PackedFFN | None = None
+    ) -> tuple[Array, RoutingStats | None]:
+        """(..., D) to (..., D) in the compute dtype; where it is sparse, the experts' load as well.
+
+        Args:
+          x: (..., D), any floating dtype; the leading axes are tokens.
+          packed: `pack()` of these parameters for the sparse network, None for the dense one.
+
+        Returns:
+          (y, None) dense, (y, `RoutingStats`) sparse.
+        """
+        shape = x.shape
+        x = self._flat(x)
+        w1, w2, wg = self._weights()
+        if packed is None:
+            r = jax.nn.relu(x @ w1.astype(self.dtype))
+            y2 = r * r if wg is None else r * r * (x @ wg.astype(self.dtype))
+            return (y2 @ w2.astype(self.dtype)).reshape(shape), None
+        sparsity = self._sparsity()
+        if sparsity.num_experts == 1:
+            plan, counts = None, jnp.full((1,), x.shape[0], jnp.int32)
+        else:
+            plan = plan_tokens(self.route(x), sparsity.num_experts, sparsity.v)
+            counts = plan.counts
+        y = routed_ffn(x, w1, w2, wg, packed, plan, sparsity)
+        return y.reshape(shape), RoutingStats(counts)
+
+    def begin_sparse(self) -> RoutingUpdate:
+        """Clusters the neurons and sets beta: what the first sparse step needs.
+
+        A pure function of the parameters; `apply_update` (and the same permutation on the moments
+        of the optimiser) puts it into effect.
+        """
+        sparsity = self._sparsity()
+        w1, w2, wg = self._weights()
+        beta = jnp.ones((3,), jnp.float32)
+        if sparsity.weights:
+            gate = 1.0 if wg is None else soft_threshold_beta(wg, 0)
+            beta = jnp.stack([soft_threshold_beta(w1, 0), soft_threshold_beta(w2, 1), gate])
+        return self._update(None, beta)
+
+    def refresh(self) -> RoutingUpdate:
+        """Clusters again, from the centres as they are, so that experts keep their identity.
+
+        beta stays as it is: it is frozen for the sparse phase.
+        """
+        self._sparsity()
+        return self._update(self.centers[...], self.beta[...])
+
+    def _update(self, centers: Array | None, beta: Array) -> RoutingUpdate:
+        sparsity, w1 = self._sparsity(), self.w1[...]
+        if not sparsity.routing:
+            identity = jnp.arange(self.hidden, dtype=jnp.int32)
+            return RoutingUpdate(self.centers[...], beta, identity, jnp.float32(0))
+        clusters = cluster_neurons(
+            w1,
+            sparsity.num_experts,
+            metric=sparsity.metric,
+            iterations=sparsity.kmeans_iterations,
+            init_centers=centers,
+        )
+        permutation = interleave(clusters.assignment, sparsity.m)
+        owner = jnp.arange(self.hidden) % sparsity.m // GROUP
+        churn = jnp.mean(clusters.assignment != owner, dtype=jnp.float32)
+        return RoutingUpdate(clusters.centers, beta, permutation, churn)
+
+    def apply_update(self, update: RoutingUpdate) -> None:
+        """Puts an update into effect on this module, in place: state and order of the neurons."""
+        self._sparsity()
+        w1, w2, wg = permute_ffn(*self._weights()[:2], update.permutation, self._weights()[2])
+        self.w1[...], self.w2[...] = w1, w2
+        if self.wg is not None:
+            self.wg[...] = wg
+        self.centers[...] = update.centers
+        self.beta[...] = update.beta
+
+    def activation_capture(self, x: Array) -> ActivationCapture:
+        """The share of the dense activations that routing and 2:4 leave. For evaluation: O(T H).
+
+        Args:
+          x: (..., D).
+        """
+        sparsity, x = self._sparsity(), self._flat(x)
+        w1, _, wg = self._weights()
+
+        def project(w: Array) -> Array:
+            return jnp.dot(x, w.astype(self.dtype), preferred_element_type=jnp.float32)
+
+        y2 = jnp.square(jax.nn.relu(project(w1)))
+        y2 = y2 if wg is None else jnp.abs(y2 * project(wg))
+        own = jnp.arange(sparsity.num_experts)[:, None, None] == self.route(x)[:, None]
+        routed = jnp.where(own, to_expert_major(y2, 1, sparsity.num_experts), 0.0)
+        kept = jnp.where(select24(routed), routed, 0.0) if sparsity.activations else routed
+        total = jnp.sum(y2)
+        total = jnp.where(total > 0, total, 1.0)
+        return ActivationCapture(jnp.sum(routed) / total, jnp.sum(kept) / total)
