@@ -1,0 +1,6 @@
+"""Checkpoints that survive kills, full disks and damaged files; the last good one is never lost."""
+
+from train.checkpoint.checkpointer import Checkpointer, Restored, read_config
+from train.checkpoint.errors import CheckpointError
+
+__all__ = ["CheckpointError", "Checkpointer", "Restored", "read_config"]
