@@ -304,7 +304,7 @@ class RunLogger:
             ("  lr ", "dim"),
             _number(record.get("learning_rate"), ".2e", 8),
             ("  grad ", "dim"),
-            _number(record.get("grad_norm"), ".3g", 5),
+            _number(record.get("grad_norm"), ".3f", 6),
             ("  tok/s ", "dim"),
             _rate(record["tokens_per_second"]),
         )

@@ -1,0 +1,291 @@
+"""Counts against numbers worked out by hand, and against the products of the model itself."""
+
+import dataclasses
+import math
+
+import pytest
+
+from sparsejax.spec import Sparsity
+from train import accounting
+from train.config import Config, MeshConfig, ModelConfig, ScheduleConfig, resolve
+
+
+def llama1b(**changes) -> Config:
+    model = ModelConfig(width=2048, num_layers=25, num_heads=16, vocab_size=128_256)
+    config = Config(batch_size=4, sequence_length=4096, model=model)
+    return resolve(dataclasses.replace(config, **changes), tokenizer_vocab_size=128_256)
+
+
+def llama7b(**changes) -> Config:
+    model = ModelConfig(width=4096, num_layers=32, num_heads=32, vocab_size=128_256)
+    config = Config(batch_size=4, sequence_length=4096, model=model)
+    return resolve(dataclasses.replace(config, **changes), tokenizer_vocab_size=128_256)
+
+
+def tiny(*, sparsity=None, tokens=256, **model) -> Config:
+    shape = {"width": 64, "num_layers": 3, "num_heads": 4, "hidden": 256, "vocab_size": 384} | model
+    config = Config(
+        batch_size=2,
+        sequence_length=tokens // 2,
+        model=ModelConfig(**shape),
+        sparsity=sparsity or Sparsity(m=16, v=16),
+    )
+    return resolve(config, tokenizer_vocab_size=384)
+
+
+def test_parameters_of_llama1b():
+    count = accounting.parameters(llama1b())
+    assert count.embedding == 262_668_288
+    assert count.head == 262_668_288
+    assert count.projections == 419_430_400  # 25 layers of 16,777,216
+    assert count.ffn == 838_860_800  # 25 layers of 33,554,432
+    assert count.norms == 104_448  # 51 gains of 2,048
+    assert count.total == 1_783_732_224
+    assert count.body == 1_258_395_648
+
+
+def test_parameters_of_llama7b():
+    count = accounting.parameters(llama7b())
+    assert count.embedding == count.head == 525_336_576
+    assert count.projections == 2_147_483_648
+    assert count.ffn == 4_294_967_296
+    assert count.norms == 266_240
+    assert count.total == 7_493_390_336
+
+
+def test_parameters_of_the_published_llama_3_8b():
+    # Grouped queries and three matrices: Meta reports 8,030,261,248 parameters for this shape.
+    model = ModelConfig(
+        width=4096, num_layers=32, num_heads=32, num_kv_heads=8, ffn="swiglu", hidden=14_336
+    )
+    config = resolve(Config(model=model), tokenizer_vocab_size=128_256)
+    assert accounting.parameters(config).total == 8_030_261_248
+
+
+def test_flops_of_llama1b_by_hand():
+    flops = accounting.dense_flops(llama1b())
+    # 16,384 tokens: 6 T times the weights; attention 6 B S^2 D for each layer.
+    assert flops.ffn == 82_463_372_083_200
+    assert flops.projections == 41_231_686_041_600
+    assert flops.head == 25_821_343_383_552
+    assert flops.attention == 20_615_843_020_800
+    assert flops.router == 0
+    assert math.isclose(sum(flops.shares().values()), 1.0)
+    assert math.isclose(flops.shares()["ffn"], 0.4847, abs_tol=5e-5)
+
+
+def test_share_of_the_ffn_grows_with_the_model():
+    shares = [accounting.dense_flops(c).shares()["ffn"] for c in (llama1b(), llama7b())]
+    assert shares == sorted(shares)
+    assert math.isclose(shares[-1], 0.5733, abs_tol=5e-5)
+
+
+def test_products_of_a_sparse_step():
+    config = tiny()
+    dense = 2 * 256 * 64 * 256 * 3
+    products = {p.name: p for p in accounting.ffn_products(config)}
+    assert {p.dense_flops for p in products.values()} == {dense}
+    executed = {name: dense / p.sparse_flops for name, p in products.items()}
+    assert executed == {  # M/4 = 4 experts; half of that again where an operand is 2:4
+        "Y1 = X W1": 8,
+        "Y3 = Y2 W2": 8,
+        "dY2 = dY3 W2^T": 8,
+        "dX = dY1 W1^T": 8,
+        "dW2 = Y2^T dY3": 4,
+        "dW1 = X^T dY1": 4,
+    }
+    flops = accounting.sparse_flops(config)
+    assert flops.ffn == dense  # 4/8 + 2/4
+    assert flops.router == 2 * 256 * 64 * 4 * 3
+    assert flops.attention == accounting.dense_flops(config).attention
+
+
+@pytest.mark.parametrize(
+    ("switches", "ratio"),
+    [
+        ({"routing": False}, (4 * 0.5 + 2) / 6),
+        ({"routing": False, "activations": False}, (2 * 0.5 + 4) / 6),
+        ({"routing": False, "weights": False}, (2 * 0.5 + 4) / 6),
+        ({"weights": False, "activations": False}, 1 / 4),
+        ({"weights": False, "activations": False, "routing": False}, 1),
+        ({"m": 32}, (4 * 0.5 + 2) / 6 / 8),
+        ({"weight_gradient": "mvue24", "m": 8}, 1 / 4),
+        ({"weight_gradient": "mvue24", "weights": False, "routing": False}, (4 * 0.5 + 2) / 6),
+    ],
+)
+def test_sparse_ffn_flops_of_each_switch(switches, ratio):
+    config = dataclasses.replace(tiny(), sparsity=Sparsity(**{"m": 16, "v": 16} | switches))
+    dense, sparse = accounting.dense_flops(config), accounting.sparse_flops(config)
+    assert math.isclose(sparse.ffn / dense.ffn, ratio)
+
+
+def test_gated_ffn_has_nine_products():
+    config = tiny(ffn="relu2_gated", hidden=192)
+    products = accounting.ffn_products(config)
+    assert len(products) == 9
+    assert sum(p.dense_flops for p in products) == accounting.dense_flops(config).ffn
+    assert sum(p.sparse for p in products) == 6
+    assert sum(p.backward for p in products) == 6
+
+
+def test_swiglu_has_no_sparse_step():
+    config = tiny(ffn="swiglu", hidden=192)
+    assert accounting.sparse_flops(config) == accounting.dense_flops(config)
+    assert not any(p.sparse for p in accounting.ffn_products(config))
+
+
+def test_recomputed_flops():
+    config = tiny()
+    dense = accounting.dense_flops(config)
+    forward = (dense.ffn + dense.projections + dense.attention) // 3
+    for remat, expected in (("none", 0), ("dots", dense.attention // 3), ("full", forward)):
+        changed = dataclasses.replace(config, model=dataclasses.replace(config.model, remat=remat))
+        assert accounting.recomputed_flops(changed) == expected
+    assert accounting.recomputed_flops(changed, sparse=True) < forward
+
+
+def test_amdahl():
+    assert accounting.amdahl(0.5, 2.0) == pytest.approx(4 / 3)
+    assert accounting.amdahl(0.0, 9.0) == 1
+    assert accounting.amdahl(1.0, 1.7) == pytest.approx(1.7)
+    # The whole step's FLOPs shrink by exactly what the formula says of the FFN's share and gain.
+    config = llama7b()
+    dense, sparse = accounting.dense_flops(config), accounting.sparse_flops(config)
+    bound = accounting.amdahl(dense.shares()["ffn"], dense.ffn / sparse.ffn)
+    assert bound == pytest.approx(dense.total / (sparse.total - sparse.router))
+    with pytest.raises(ValueError, match=r"share=1\.2 must be"):
+        accounting.amdahl(1.2, 2.0)
+    with pytest.raises(ValueError, match=r"gain=0 must be"):
+        accounting.amdahl(0.5, 0)
+
+
+def test_mfu():
+    assert accounting.mfu(1e15, 2.0, 1e15) == 0.5
+    with pytest.raises(ValueError, match="seconds=0 must be positive"):
+        accounting.mfu(1e15, 0, 1e15)
+
+
+def test_padded_tokens():
+    assert accounting.padded_tokens(tiny()) == 256 + 4 * 15
+    assert accounting.padded_tokens(tiny(sparsity=Sparsity(routing=False))) == 256
+
+
+def test_memory_of_the_optimiser_state():
+    count = accounting.parameters(llama1b())
+    estimate = accounting.memory(llama1b())
+    assert estimate.master_weights == 4 * count.total
+    assert estimate.adam_moments == 8 * count.total
+    assert estimate.gradients == 4 * count.total
+    assert estimate.total == sum(size for _, size in estimate.items())
+    # float32 logits and their bf16 gradient, 2,048 tokens
+    assert estimate.logits_chunk == 2048 * 128_256 * 6
+
+
+def test_memory_is_divided_over_the_mesh():
+    one = accounting.memory(llama1b())
+    split = accounting.memory(llama1b(mesh=MeshConfig(fsdp=2, tensor=2)))
+    gains = accounting.parameters(llama1b()).norms
+    assert split.master_weights == (one.master_weights - 4 * gains) // 4 + 4 * gains
+    assert one.activations / 4 < split.activations < one.activations / 2
+    assert split.logits_chunk == one.logits_chunk // 2
+    # More replicas change the tokens of a device, not its state.
+    replicas = accounting.memory(llama1b(), devices=4)
+    assert replicas.master_weights == one.master_weights
+    assert replicas.activations == one.activations // 4
+
+
+def test_memory_of_activations_falls_with_rematerialisation():
+    sizes = []
+    for remat in ("none", "dots", "full"):
+        model = dataclasses.replace(llama1b().model, remat=remat)
+        sizes.append(accounting.memory(llama1b(model=model)).activations)
+    assert sizes == sorted(sizes, reverse=True)
+    assert sizes[-1] > 25 * 16_384 * 2048 * 2  # the inputs of the blocks
+    assert sizes[-1] < sizes[0] / 4
+
+
+def test_memory_of_a_sparse_step():
+    config = llama1b()
+    dense, sparse = accounting.memory(config), accounting.memory(config, sparse=True)
+    assert sparse.master_weights == dense.master_weights
+    assert sparse.activations < dense.activations
+    # Beside the bf16 copy: half of the values, and one byte of metadata for each eight elements.
+    packed = accounting.parameters(config).ffn * (1 + 1 / 8)
+    assert sparse.weight_copies - dense.weight_copies == packed
+
+
+@pytest.mark.parametrize(
+    ("mesh", "devices", "message"),
+    [
+        (MeshConfig(fsdp=2), 3, "devices=3"),
+        (MeshConfig(data=2, fsdp=2), 8, "devices=8"),
+        (MeshConfig(fsdp=8), None, "batch_size=4 must be a multiple of data.fsdp=8"),
+    ],
+)
+def test_a_mesh_that_does_not_fit_is_refused(mesh, devices, message):
+    with pytest.raises(ValueError, match=message):
+        accounting.memory(llama1b(mesh=mesh), devices=devices)
+
+
+def test_an_unresolved_vocabulary_is_refused():
+    with pytest.raises(ValueError, match="vocab_size=None"):
+        accounting.parameters(Config())
+
+
+def test_run_summary():
+    config = llama1b(steps=1000, schedule=ScheduleConfig(warmup_steps=100, sparse_fraction=0.6))
+    total = accounting.run_summary(config)
+    dense, sparse = accounting.dense_flops(config).total, accounting.sparse_flops(config).total
+    assert (total.steps, total.sparse_steps, total.sparse_share) == (1000, 600, 0.6)
+    assert total.tokens == 16_384_000
+    assert total.sparse_tokens == 9_830_400
+    assert total.dense_flops == 1000 * dense
+    assert total.flops == 400 * dense + 600 * sparse
+    assert total.dense_flops / total.flops == pytest.approx(accounting.amdahl(0.6, dense / sparse))
+    assert total.tokens_per_parameter == pytest.approx(16_384_000 / (1_783_732_224 - 262_668_288))
+
+
+def _count_products(jaxpr) -> int:
+    """FLOPs of all matrix products of a jaxpr, loops included."""
+    total = 0
+    for eqn in jaxpr.eqns:
+        if eqn.primitive.name == "dot_general":
+            (contracted, _), _ = eqn.params["dimension_numbers"]
+            inner = math.prod(eqn.invars[0].aval.shape[i] for i in contracted)
+            total += 2 * inner * math.prod(eqn.outvars[0].aval.shape)
+        repeats = eqn.params["length"] if eqn.primitive.name == "scan" else 1
+        for value in eqn.params.values():
+            for inner_jaxpr in value if isinstance(value, tuple | list) else (value,):
+                inner_jaxpr = getattr(inner_jaxpr, "jaxpr", inner_jaxpr)
+                if hasattr(inner_jaxpr, "eqns"):
+                    total += repeats * _count_products(inner_jaxpr)
+    return total
+
+
+@pytest.mark.parametrize("ffn", ["relu2", "relu2_gated", "swiglu"])
+def test_counts_agree_with_the_model(ffn):
+    import jax
+    import jax.numpy as jnp
+    from flax import nnx
+
+    from train.loss import cross_entropy
+    from train.model import Llama
+
+    config = tiny(ffn=ffn, hidden=192, num_kv_heads=2)
+    graph, params = nnx.split(
+        nnx.eval_shape(lambda: Llama(config.model, None, rngs=nnx.Rngs(0))), nnx.Param
+    )
+    sizes = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(params))
+    assert sizes == accounting.parameters(config).total
+
+    def loss(params, tokens):
+        model = nnx.merge(graph, params)
+        hidden, _ = model(tokens)
+        hidden = hidden.reshape(-1, hidden.shape[-1])
+        return cross_entropy(hidden, model.head[...], tokens.reshape(-1), chunk=64)
+
+    tokens = jax.ShapeDtypeStruct((config.batch_size, config.sequence_length), jnp.int32)
+    counted = _count_products(jax.make_jaxpr(jax.value_and_grad(loss))(params, tokens).jaxpr)
+    flops = accounting.dense_flops(config)
+    # XLA's own attention multiplies the whole square, of which the causal half is counted.
+    assert counted == flops.total + flops.attention

@@ -1,0 +1,427 @@
+"""Parameters, FLOPs and memory of a run, computed from its configuration alone.
+
+Everything here takes a configuration as `train.config.resolve` returns it and needs no device. The
+formulas are derived in docs/accounting.md.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from train.config import Config
+
+BYTES_FLOAT32 = 4
+
+METADATA_BYTES = 128 * 4 / 64**2
+"""2:4 metadata an element of the dense operand: 128 int32 for each tile of 64 x 64."""
+
+
+class _Parts:
+    """A record of numbers that add up."""
+
+    def items(self) -> Iterator[tuple[str, int]]:
+        """Name and number of each part, in order."""
+        for field in dataclasses.fields(self):  # type: ignore[arg-type]
+            yield field.name, getattr(self, field.name)
+
+    @property
+    def total(self) -> int:
+        """The parts' sum."""
+        return sum(number for _, number in self.items())
+
+    def shares(self) -> dict[str, float]:
+        """Each part as a fraction of the total."""
+        return {name: number / self.total for name, number in self.items()}
+
+
+@dataclass(frozen=True)
+class Parameters(_Parts):
+    """Trained parameters by component."""
+
+    embedding: int
+    projections: int
+    """Attention's query, key, value and output matrices, all layers."""
+    ffn: int
+    norms: int
+    """Gains of the two norms of each block and of the final one."""
+    head: int
+
+    @property
+    def body(self) -> int:
+        """Without embedding and head: the number that scaling laws usually mean."""
+        return self.projections + self.ffn + self.norms
+
+
+@dataclass(frozen=True)
+class Flops(_Parts):
+    """FLOPs of one optimiser step over all devices, by component; a multiply-add counts two."""
+
+    ffn: int
+    projections: int
+    attention: int
+    """Scores and weighted values."""
+    head: int
+    router: int = 0
+    """Similarities of tokens and cluster centres; zero in a dense step."""
+
+
+@dataclass(frozen=True)
+class Product:
+    """One matrix product of the feed-forward network, all layers and tokens together.
+
+    Attributes:
+      name: the product in the symbols of docs/accounting.md.
+      backward: whether it belongs to the backward pass.
+      operand: the operand that may be 2:4.
+      sparse: whether a sparse step runs it on a 2:4 operand.
+      dense_flops: FLOPs of a dense step.
+      sparse_flops: FLOPs that a sparse step executes.
+    """
+
+    name: str
+    backward: bool
+    operand: str
+    sparse: bool
+    dense_flops: int
+    sparse_flops: int
+
+
+@dataclass(frozen=True)
+class Memory(_Parts):
+    """Estimated bytes on one device, at the peak of a step."""
+
+    master_weights: int
+    adam_moments: int
+    gradients: int
+    weight_copies: int
+    """Weights in the compute dtype, and in a sparse step the packed ones."""
+    activations: int
+    """What the forward pass keeps for the backward pass."""
+    logits_chunk: int
+
+
+@dataclass(frozen=True)
+class MeshShape:
+    """Devices along each axis."""
+
+    data: int
+    fsdp: int
+    tensor: int
+
+    @property
+    def size(self) -> int:
+        """All devices."""
+        return self.data * self.fsdp * self.tensor
+
+
+@dataclass(frozen=True)
+class RunSummary:
+    """The whole run.
+
+    Attributes:
+      steps: optimiser steps.
+      sparse_steps: how many of them are sparse.
+      tokens: tokens seen, repeats included.
+      sparse_tokens: tokens of the sparse steps.
+      flops: FLOPs executed.
+      dense_flops: FLOPs that the same run without a sparse phase would execute.
+      tokens_per_parameter: tokens over all parameters but the embedding's.
+    """
+
+    steps: int
+    sparse_steps: int
+    tokens: int
+    sparse_tokens: int
+    flops: int
+    dense_flops: int
+    tokens_per_parameter: float
+
+    @property
+    def sparse_share(self) -> float:
+        """Sparse steps as a fraction of all steps (p)."""
+        return self.sparse_steps / self.steps
+
+
+def parameters(config: Config) -> Parameters:
+    """Returns the number of trained parameters.
+
+    Raises:
+      ValueError: the vocabulary is not resolved.
+    """
+    m = config.model
+    heads, kv_heads = m.num_heads * m.head_dim, m.kv_heads * m.head_dim
+    return Parameters(
+        embedding=_vocabulary(config) * m.width,
+        projections=m.num_layers * m.width * (2 * heads + 2 * kv_heads),
+        ffn=m.num_layers * _ffn_matrices(config) * m.width * m.ffn_hidden,
+        norms=(2 * m.num_layers + 1) * m.width,
+        head=m.width * _vocabulary(config),
+    )
+
+
+def dense_flops(config: Config) -> Flops:
+    """Returns the FLOPs of one dense step: forward and backward, without rematerialisation.
+
+    Raises:
+      ValueError: the vocabulary is not resolved.
+    """
+    m, tokens = config.model, config.tokens_per_step
+    count = parameters(config)
+    # Scores and weighted values are 4 S^2 D each forward pass and sequence; the causal half of that
+    # is computed.
+    attention = 2 * tokens * config.sequence_length * m.num_heads * m.head_dim * m.num_layers
+    return Flops(
+        ffn=3 * 2 * tokens * count.ffn,
+        projections=3 * 2 * tokens * count.projections,
+        attention=3 * attention,
+        head=3 * 2 * tokens * count.head,
+    )
+
+
+def sparse_flops(config: Config) -> Flops:
+    """Returns the FLOPs that one sparse step executes.
+
+    Routing leaves 4 / M of each of the FFN's products, a 2:4 operand halves its product. SwiGLU has
+    no sparse step: its numbers are the dense ones. Padding of the experts' tokens to multiples of V
+      is not counted; see `padded_tokens`.
+
+    Raises:
+      ValueError: the vocabulary is not resolved.
+    """
+    dense = dense_flops(config)
+    if config.model.ffn == "swiglu":
+        return dense
+    experts = config.sparsity.num_experts
+    similarities = config.tokens_per_step * config.model.width * experts * config.model.num_layers
+    router = 2 * similarities if experts > 1 else 0
+    return dataclasses.replace(
+        dense,
+        ffn=sum(product.sparse_flops for product in ffn_products(config)),
+        router=router,
+    )
+
+
+def ffn_products(config: Config) -> tuple[Product, ...]:
+    """Returns the feed-forward network's products: six, and nine in the gated forms."""
+    m, s = config.model, config.sparsity
+    dense = 2 * config.tokens_per_step * m.width * m.ffn_hidden * m.num_layers
+    no_zeros = m.ffn == "swiglu"
+    mvue = s.weight_gradient == "mvue24"
+    rows = [("Y1 = X W1", False, "W1", s.weights)]
+    if m.gated:
+        rows += [("Yg = X Wg", False, "Wg", s.weights)]
+    rows += [
+        ("Y3 = Y2 W2", False, "Y2", s.activations),
+        ("dY2 = dY3 W2^T", True, "W2^T", s.weights),
+        ("dX = dY1 W1^T", True, "dY1", s.activations),
+    ]
+    if m.gated:
+        rows += [("dX += dYg Wg^T", True, "dYg", s.activations)]
+    rows += [("dW2 = Y2^T dY3", True, "Y2^T", mvue), ("dW1 = X^T dY1", True, "dY1", mvue)]
+    if m.gated:
+        rows += [("dWg = X^T dYg", True, "dYg", mvue)]
+    products = []
+    for name, backward, operand, sparse in rows:
+        sparse = sparse and not no_zeros
+        executed = dense if no_zeros else dense // s.num_experts // (2 if sparse else 1)
+        products.append(Product(name, backward, operand, sparse, dense, executed))
+    return tuple(products)
+
+
+def recomputed_flops(config: Config, *, sparse: bool = False) -> int:
+    """Returns the FLOPs that rematerialisation adds to a step; MFU and shares leave them out.
+
+    `full` repeats the forward pass of every block, `dots` that of attention (its products have
+    batch dimensions).
+    """
+    m = config.model
+    flops = sparse_flops(config) if sparse else dense_flops(config)
+    if m.remat == "none":
+        return 0
+    if m.remat == "dots":
+        return flops.attention // 3
+    products = ffn_products(config)
+    ffn = sum(p.sparse_flops if sparse else p.dense_flops for p in products if not p.backward)
+    return ffn + (flops.projections + flops.attention) // 3 + flops.router
+
+
+def padded_tokens(config: Config) -> int:
+    """Returns the most tokens that the experts' products can meet in a sparse step.
+
+    Every expert's tokens are padded to a multiple of V, so E experts add at most E (V - 1) rows a
+    group of tokens that is routed together.
+    """
+    s = config.sparsity
+    return config.tokens_per_step + (s.num_experts * (s.v - 1) if s.routing else 0)
+
+
+def mfu(flops: float, seconds: float, peak_flops: float) -> float:
+    """Returns the model FLOPs utilisation (arXiv 2204.02311, appendix B).
+
+    Args:
+      flops: of the *dense* step over all devices, whatever phase is measured
+        (`dense_flops(config).total`), so that a sparse step is credited with the work it replaces.
+      seconds: time of the step.
+      peak_flops: dense bf16 peak of all devices together, FLOP/s.
+
+    Raises:
+      ValueError: a number is not positive.
+    """
+    for name, value in (("flops", flops), ("seconds", seconds), ("peak_flops", peak_flops)):
+        if not value > 0:
+            raise ValueError(f"{name}={value} must be positive")
+    return flops / seconds / peak_flops
+
+
+def amdahl(share: float, gain: float) -> float:
+    """Returns 1 / (1 - f + f / s): what a gain s on a share f of the work leaves for the whole.
+
+    With shares of FLOPs it bounds a count of FLOPs, with shares of time a speed. A run whose share
+    p of steps gains s is the same formula.
+
+    Raises:
+      ValueError: the share is outside [0, 1] or the gain is not positive.
+    """
+    if not 0 <= share <= 1:
+        raise ValueError(f"{share=} must be in [0, 1]")
+    if not gain > 0:
+        raise ValueError(f"{gain=} must be positive")
+    return 1 / (1 - share + share / gain)
+
+
+def mesh_shape(config: Config, devices: int | None = None) -> MeshShape:
+    """Returns the mesh with its -1 filled in.
+
+    Args:
+      config: the run.
+      devices: all devices; None for as few as the configuration allows.
+
+    Raises:
+      ValueError: the axes do not multiply to the number of devices, or do not divide the batch.
+    """
+    m = config.mesh
+    rest = m.fsdp * m.tensor
+    data = m.data if m.data != -1 else max((devices or rest) // rest, 1)
+    result = MeshShape(data, m.fsdp, m.tensor)
+    if devices is not None and result.size != devices:
+        raise ValueError(
+            f"mesh.data={m.data} mesh.fsdp={m.fsdp} mesh.tensor={m.tensor}: {devices=}"
+        )
+    if config.batch_size % (data * m.fsdp):
+        rows = data * m.fsdp
+        raise ValueError(f"batch_size={config.batch_size} must be a multiple of data*fsdp={rows}")
+    return result
+
+
+def memory(config: Config, *, devices: int | None = None, sparse: bool = False) -> Memory:
+    """Returns an estimate of the bytes that one device holds at the peak of a step.
+
+    It counts arrays that must exist, not the compiler's temporaries, its padding or the allocator's
+    fragments: leave a tenth of the device free. docs/accounting.md gives each term.
+
+    Args:
+      config: the run.
+      devices: all devices; None for as few as the configuration allows.
+      sparse: whether for a step of the sparse phase.
+
+    Raises:
+      ValueError: as `mesh_shape`, or the vocabulary is not resolved.
+    """
+    m, s = config.model, config.sparsity
+    shape = mesh_shape(config, devices)
+    sharded = shape.fsdp * shape.tensor
+    count = parameters(config)
+    # Norm gains are replicated, everything else is sharded over both axes.
+    held = (count.total - count.norms) // sharded + count.norms
+    size = 4 if m.compute_dtype == "float32" else 2  # "auto" is bfloat16 on a GPU
+    tokens = config.tokens_per_step // (shape.data * shape.fsdp)
+
+    # Without rematerialisation every layer's cast weights wait for the backward pass; with it one
+    # layer's do.
+    layers = m.num_layers if m.remat == "none" else 1
+    ffn = count.ffn // m.num_layers
+    copies = 0.0
+    if size == 2:
+        dense_ffn = 0 if sparse else ffn
+        block = count.projections // m.num_layers + dense_ffn
+        copies = size * (layers * block + count.head) / sharded
+    if sparse:
+        # All layers are packed once a step: a thresholded copy, and its packed form where weights
+        # are 2:4.
+        packed = size / 2 + METADATA_BYTES if s.weights else 0
+        copies += count.ffn * (size + packed) / sharded
+
+    logits = (
+        min(m.loss_chunk, tokens) * _vocabulary(config) // shape.tensor * (BYTES_FLOAT32 + size)
+    )
+    return Memory(
+        master_weights=BYTES_FLOAT32 * held,
+        adam_moments=2 * BYTES_FLOAT32 * held,
+        gradients=BYTES_FLOAT32 * held,
+        weight_copies=int(copies),
+        activations=tokens * _activation_bytes(config, shape.tensor, size, sparse),
+        logits_chunk=logits,
+    )
+
+
+def run_summary(config: Config) -> RunSummary:
+    """Returns steps, tokens and FLOPs of the whole run."""
+    sparse_steps = config.sparse_steps
+    dense = dense_flops(config).total
+    sparse = sparse_flops(config).total if sparse_steps else dense
+    count = parameters(config)
+    trained = count.total - count.embedding
+    tokens = config.steps * config.tokens_per_step
+    return RunSummary(
+        steps=config.steps,
+        sparse_steps=sparse_steps,
+        tokens=tokens,
+        sparse_tokens=sparse_steps * config.tokens_per_step,
+        flops=(config.steps - sparse_steps) * dense + sparse_steps * sparse,
+        dense_flops=config.steps * dense,
+        tokens_per_parameter=tokens / trained,
+    )
+
+
+def _activation_bytes(config: Config, tensor: int, size: int, sparse: bool) -> int:
+    """Bytes a token on one device that the forward pass keeps, all layers."""
+    m, s = config.model, config.sparsity
+    width = m.width
+    query, key = m.num_heads * m.head_dim // tensor, m.kv_heads * m.head_dim // tensor
+    hidden = m.ffn_hidden // tensor
+    live = s.live_neurons(hidden) if sparse else hidden
+    # A packed Y2 has half of the values, and metadata.
+    second = live * (size / 2 + METADATA_BYTES if sparse and s.activations else size)
+    gates = 2 if m.gated else 1
+    projections = query + 2 * key
+
+    block_input = size * width
+    # cuDNN keeps one statistic a head and token; XLA's own attention keeps the probabilities of
+    # every pair.
+    pairs = m.num_heads // tensor * (config.sequence_length if m.attention == "xla" else 1)
+    statistics = pairs * (size if m.attention == "xla" else BYTES_FLOAT32)
+    kept = {
+        # In float32 each norm keeps its input and its normalised output.
+        "none": 2 * (2 * BYTES_FLOAT32 * width)
+        + size * (2 * width + projections + query + gates * live)
+        + second
+        + statistics,
+        "dots": block_input + size * (projections + 2 * width + gates * live),
+        "full": block_input,
+    }
+    everything = m.num_layers * kept[m.remat]
+    if m.remat != "none":
+        everything += kept["none"]  # one block is made again at a time
+    return int(everything)
+
+
+def _ffn_matrices(config: Config) -> int:
+    return 3 if config.model.gated else 2
+
+
+def _vocabulary(config: Config) -> int:
+    if config.model.vocab_size is None:
+        raise ValueError("model.vocab_size=None: resolve the configuration first")
+    return config.model.vocab_size
