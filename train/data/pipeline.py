@@ -19,6 +19,7 @@ from collections.abc import Iterator
 
 import grain
 import numpy as np
+from absl import flags
 
 from train.data.config import DataConfig
 from train.data.shards import fingerprint
@@ -158,6 +159,9 @@ class Data:
             grain.ReadOptions(num_threads=threads, prefetch_buffer_size=ahead)
         )
         if workers:
+            if not flags.FLAGS.is_parsed():
+                # grain asks absl for its settings; with another command line, take the defaults.
+                flags.FLAGS.mark_as_parsed()
             dataset = dataset.mp_prefetch(
                 grain.MultiprocessingOptions(
                     num_workers=workers, per_worker_buffer_size=self._cfg.read_ahead
