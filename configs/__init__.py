@@ -1,0 +1,23 @@
+"""Runs by name: one module a run, each with a function `config()` that returns a
+`train.config.Config`."""
+
+import importlib
+import pkgutil
+
+from train.config import Config
+
+
+def names() -> list[str]:
+    """The runs that `get` knows."""
+    return sorted(module.name for module in pkgutil.iter_modules(__path__))
+
+
+def get(name: str) -> Config:
+    """The configuration of a run.
+
+    Raises:
+      ValueError: if there is none of that name; lists the known ones.
+    """
+    if name not in names():
+        raise ValueError(f"config {name!r} is unknown; known: {', '.join(names())}")
+    return importlib.import_module(f"configs.{name}").config()

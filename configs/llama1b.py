@@ -1,0 +1,20 @@
+"""The 1B model: D 2048, 25 layers, 16 heads, sequence 4096, vocabulary 128,256."""
+
+from sparsejax.spec import Sparsity
+from train.config import CheckpointConfig, Config, ModelConfig, OptimizerConfig, ScheduleConfig
+
+
+def config() -> Config:
+    """1 M tokens a step, 60,000 steps; half of them sparse after 1,000 dense ones."""
+    return Config(
+        name="llama1b",
+        steps=60_000,
+        batch_size=256,
+        micro_batches=64,
+        sequence_length=4096,
+        model=ModelConfig(width=2048, num_layers=25, num_heads=16, vocab_size=128_256),
+        sparsity=Sparsity(m=16, v=128),
+        schedule=ScheduleConfig(warmup_steps=1000, sparse_fraction=0.5),
+        optimizer=OptimizerConfig(learning_rate=3e-3, warmup_steps=5000, weight_decay=0.033),
+        checkpoint=CheckpointConfig(every=500),
+    )

@@ -1,0 +1,29 @@
+"""What `auto` means on the device at hand; asked while tracing, never while configuring."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+
+from train.config import ModelConfig
+
+
+def compute_dtype(config: ModelConfig) -> jnp.dtype:
+    """The type of activations and matrix products: bf16 where tensor cores are, float32 on a
+    CPU."""
+    if config.compute_dtype == "auto":
+        return jnp.dtype("bfloat16" if jax.default_backend() == "gpu" else "float32")
+    return jnp.dtype(config.compute_dtype)
+
+
+def attention_implementation(
+    requested: Literal["auto", "cudnn", "xla"], dtype: jnp.dtype, head_dim: int
+) -> Literal["cudnn", "xla"]:
+    """The attention kernel: what was asked for, or cuDNN where it runs (a GPU, 16 bits, d <=
+    128)."""
+    if requested != "auto":
+        return requested
+    cudnn = jax.default_backend() == "gpu" and dtype.itemsize == 2 and head_dim % 8 == 0
+    return "cudnn" if cudnn and head_dim <= 128 else "xla"

@@ -1,0 +1,341 @@
+"""The configuration of a run: frozen dataclasses, the single source of truth.
+
+Every field's docstring is what `--help` shows. Nothing here touches a device: a configuration can
+be built, printed and validated on a machine without a GPU. `validate` refuses inconsistent
+combinations before anything starts.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+from typing import Literal
+
+from sparsejax.spec import Sparsity
+from train.data.config import DataConfig
+
+Ffn = Literal["relu2", "relu2_gated", "swiglu"]
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Shape and numerics of the Llama."""
+
+    width: int = 128
+    """Model width D."""
+    num_layers: int = 4
+    """Number of transformer blocks."""
+    num_heads: int = 4
+    """Query heads; the head dimension is width / num_heads."""
+    num_kv_heads: int | None = None
+    """Key and value heads (grouped-query attention); None means as many as num_heads."""
+    ffn: Ffn = "relu2"
+    """Feed-forward form: relu2 (two matrices), relu2_gated or swiglu (three matrices)."""
+    hidden: int | None = None
+    """FFN neurons H; None means 4 D for relu2 and 8/3 D, rounded up to a multiple of 128, for
+    the gated forms."""
+    vocab_size: int | None = None
+    """Rows of the embedding and columns of the head; None takes the tokenizer's, rounded up to a
+    multiple of 128."""
+    rope_theta: float = 10_000.0
+    """Base of the rotary position frequencies."""
+    norm_eps: float = 1e-5
+    """Epsilon of RMSNorm."""
+    init_scale: float = 1.0
+    """Multiplies the standard deviation 1/sqrt(fan_in) of every linear layer's truncated-normal
+    initialisation."""
+    scan_layers: bool = True
+    """Compile one block and scan it over the layers (fast compilation) instead of unrolling
+    them."""
+    remat: Literal["none", "dots", "full"] = "none"
+    """Rematerialisation in the backward pass: keep everything, keep only matrix products' outputs,
+    or recompute each block from its input."""
+    attention: Literal["auto", "cudnn", "xla"] = "auto"
+    """Attention kernel: cuDNN flash attention, XLA's own, or cuDNN where it runs and XLA
+    elsewhere."""
+    compute_dtype: Literal["auto", "bfloat16", "float32"] = "auto"
+    """Type of activations and matrix products; auto is bfloat16 on a GPU and float32 elsewhere.
+    Master weights are always float32."""
+    loss_chunk: int = 2048
+    """Tokens whose logits exist at the same time in the cross-entropy; bounds the memory of
+    large vocabularies."""
+
+    @property
+    def kv_heads(self) -> int:
+        """Key and value heads."""
+        return self.num_heads if self.num_kv_heads is None else self.num_kv_heads
+
+    @property
+    def head_dim(self) -> int:
+        """Width of one attention head."""
+        return self.width // self.num_heads
+
+    @property
+    def gated(self) -> bool:
+        """Whether the FFN has a third matrix."""
+        return self.ffn != "relu2"
+
+    @property
+    def ffn_hidden(self) -> int:
+        """FFN neurons H."""
+        if self.hidden is not None:
+            return self.hidden
+        if not self.gated:
+            return 4 * self.width
+        return -(-8 * self.width // 3 // 128) * 128
+
+
+@dataclass(frozen=True)
+class ScheduleConfig:
+    """The phases: dense warm-up, then sparse, then dense to the end. In steps of the optimiser."""
+
+    warmup_steps: int = 0
+    """Dense steps before the sparse phase, so that the clusters are made from neurons that mean
+    something."""
+    sparse_fraction: float = 0.0
+    """Share of the whole run's steps that are sparse, right after the warm-up; 0 trains densely
+    throughout."""
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    """AdamW with a warm-up, cosine learning rate."""
+
+    learning_rate: float = 3e-3
+    """Peak learning rate."""
+    warmup_steps: int = 20
+    """Steps of linear learning-rate warm-up."""
+    final_fraction: float = 0.1
+    """Learning rate at the end, as a fraction of the peak."""
+    rewarm_steps: int = 0
+    """Steps over which the learning rate is brought back linearly from zero after each change of
+    phase; 0 leaves it alone."""
+    b1: float = 0.9
+    """Decay of the first moment."""
+    b2: float = 0.95
+    """Decay of the second moment."""
+    eps: float = 1e-8
+    """Added to the root of the second moment."""
+    weight_decay: float = 0.1
+    """Decoupled weight decay on matrices (not on norms or embeddings)."""
+    clip_norm: float = 1.0
+    """Gradients are scaled down to this global norm; 0 switches clipping off."""
+
+
+@dataclass(frozen=True)
+class MeshConfig:
+    """The device mesh: batch over data and fsdp, parameters over fsdp, heads and neurons over
+    tensor."""
+
+    data: int = -1
+    """Devices along the pure data-parallel axis; -1 takes what the other axes leave."""
+    fsdp: int = 1
+    """Devices over which parameters and optimiser state are sharded."""
+    tensor: int = 1
+    """Devices over which heads and FFN neurons are sharded."""
+
+
+@dataclass(frozen=True)
+class CheckpointConfig:
+    """When state is saved and how many copies are kept."""
+
+    every: int = 200
+    """Steps between checkpoints; 0 saves only at the end."""
+    keep: int = 3
+    """Checkpoints kept; older ones are deleted."""
+
+
+@dataclass(frozen=True)
+class LogConfig:
+    """What is printed and written while training."""
+
+    every: int = 10
+    """Steps between log lines; the host waits for the device only then."""
+    eval_every: int = 100
+    """Steps between evaluations on held-out text; 0 evaluates only at the end."""
+    eval_windows: int = 64
+    """Held-out windows of an evaluation."""
+    tensorboard: bool = False
+    """Write TensorBoard event files as well (needs the tensorboard extra)."""
+
+
+@dataclass(frozen=True)
+class Config:
+    """One training run."""
+
+    name: str = "run"
+    """Name of the run; its folder is output/name."""
+    output: str = "runs"
+    """Folder that holds the runs' folders."""
+    steps: int = 1000
+    """Optimiser steps of the whole run."""
+    batch_size: int = 8
+    """Sequences a step, over all devices and micro-batches."""
+    micro_batches: int = 1
+    """Parts of the batch that run one after another, their gradients averaged; bounds memory.
+    Weights are thresholded
+    and packed once for all of them."""
+    sequence_length: int = 256
+    """Tokens of a sequence."""
+    seed: int = 0
+    """Seeds initialisation and data order."""
+    deterministic: bool = False
+    """Bit-exact repeats and resumes on a GPU too, at some cost in speed: deterministic XLA
+    operations and attention."""
+    model: ModelConfig = field(default_factory=ModelConfig)
+    """The Llama."""
+    sparsity: Sparsity = field(default_factory=Sparsity)
+    """What is sparse in the sparse phase."""
+    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    """The phases."""
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    """AdamW and its learning rate."""
+    data: DataConfig = field(default_factory=DataConfig)
+    """Training and validation text."""
+    mesh: MeshConfig = field(default_factory=MeshConfig)
+    """Devices."""
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    """Checkpoints."""
+    log: LogConfig = field(default_factory=LogConfig)
+    """Logs and evaluation."""
+
+    @property
+    def sparse_steps(self) -> int:
+        """Length of the sparse phase in steps."""
+        return round(self.schedule.sparse_fraction * self.steps)
+
+    @property
+    def tokens_per_step(self) -> int:
+        """Tokens of one step over all devices."""
+        return self.batch_size * self.sequence_length
+
+    @property
+    def tokens_per_micro_batch(self) -> int:
+        """Tokens T that are routed together: one micro-batch over all devices."""
+        return self.tokens_per_step // self.micro_batches
+
+
+def resolve(config: Config, *, tokenizer_vocab_size: int) -> Config:
+    """Returns `config` with every None that depends on the tokenizer or other fields filled in.
+
+    Raises:
+      ValueError: as `validate`.
+    """
+    model = config.model
+    if model.vocab_size is None:
+        model = dataclasses.replace(model, vocab_size=-(-tokenizer_vocab_size // 128) * 128)
+    model = dataclasses.replace(model, hidden=model.ffn_hidden, num_kv_heads=model.kv_heads)
+    config = dataclasses.replace(config, model=model)
+    validate(config, tokenizer_vocab_size=tokenizer_vocab_size)
+    return config
+
+
+def validate(config: Config, *, tokenizer_vocab_size: int | None = None) -> None:
+    """Refuses a configuration that cannot run, before anything starts.
+
+    Args:
+      config: the run.
+      tokenizer_vocab_size: ids the tokenizer can produce, when it is known.
+
+    Raises:
+      ValueError: one line that names the offending values.
+    """
+    model, schedule, optimizer = config.model, config.schedule, config.optimizer
+    for name, value in (
+        ("steps", config.steps),
+        ("batch_size", config.batch_size),
+        ("micro_batches", config.micro_batches),
+        ("sequence_length", config.sequence_length),
+        ("model.width", model.width),
+        ("model.num_layers", model.num_layers),
+        ("model.num_heads", model.num_heads),
+        ("model.kv_heads", model.kv_heads),
+        ("model.hidden", model.ffn_hidden),
+        ("model.loss_chunk", model.loss_chunk),
+        ("log.every", config.log.every),
+        ("log.eval_windows", config.log.eval_windows),
+        ("checkpoint.keep", config.checkpoint.keep),
+        ("mesh.fsdp", config.mesh.fsdp),
+        ("mesh.tensor", config.mesh.tensor),
+    ):
+        if value < 1:
+            raise ValueError(f"{name}={value} must be at least 1")
+    for name, value in (
+        ("schedule.warmup_steps", schedule.warmup_steps),
+        ("optimizer.warmup_steps", optimizer.warmup_steps),
+        ("optimizer.rewarm_steps", optimizer.rewarm_steps),
+        ("checkpoint.every", config.checkpoint.every),
+        ("log.eval_every", config.log.eval_every),
+    ):
+        if value < 0:
+            raise ValueError(f"{name}={value} must not be negative")
+    for name, fraction in (
+        ("optimizer.b1", optimizer.b1),
+        ("optimizer.b2", optimizer.b2),
+    ):
+        if not 0 <= fraction < 1:
+            raise ValueError(f"{name}={fraction} must be in [0, 1)")
+    if not optimizer.learning_rate > 0:
+        raise ValueError(f"optimizer.learning_rate={optimizer.learning_rate} must be positive")
+    if not 0 <= optimizer.final_fraction <= 1:
+        raise ValueError(f"optimizer.final_fraction={optimizer.final_fraction} must be in [0, 1]")
+    if not model.init_scale > 0:
+        raise ValueError(f"model.init_scale={model.init_scale} must be positive")
+    if config.batch_size % config.micro_batches:
+        raise ValueError(
+            f"batch_size={config.batch_size} must be a multiple of micro_batches={config.micro_batches}"
+        )
+    if not 0 <= schedule.sparse_fraction <= 1:
+        raise ValueError(f"schedule.sparse_fraction={schedule.sparse_fraction} must be in [0, 1]")
+    if schedule.warmup_steps + config.sparse_steps > config.steps:
+        raise ValueError(
+            f"schedule.warmup_steps={schedule.warmup_steps} and the {config.sparse_steps} sparse "
+            f"steps of schedule.sparse_fraction={schedule.sparse_fraction} exceed "
+            f"steps={config.steps}"
+        )
+    if optimizer.warmup_steps > config.steps:
+        raise ValueError(
+            f"optimizer.warmup_steps={optimizer.warmup_steps} exceeds steps={config.steps}"
+        )
+    if model.width % model.num_heads:
+        raise ValueError(
+            f"model.width={model.width} must be a multiple of model.num_heads={model.num_heads}"
+        )
+    if model.head_dim % 2:
+        raise ValueError(
+            f"head dimension {model.head_dim} (model.width={model.width} / "
+            f"model.num_heads={model.num_heads}) must be even for rotary positions"
+        )
+    if model.num_heads % model.kv_heads:
+        raise ValueError(
+            f"model.num_heads={model.num_heads} must be a multiple of "
+            f"model.num_kv_heads={model.num_kv_heads}"
+        )
+    if model.attention == "cudnn" and model.head_dim > 128:
+        raise ValueError(
+            f"model.attention=cudnn serves head dimensions up to 128, not {model.head_dim}"
+        )
+    if model.attention == "cudnn" and model.compute_dtype == "float32":
+        raise ValueError(f"model.attention=cudnn needs bfloat16, not {model.compute_dtype}")
+    if model.vocab_size is not None and model.vocab_size < (tokenizer_vocab_size or 1):
+        raise ValueError(
+            f"model.vocab_size={model.vocab_size} is smaller than the tokenizer's "
+            f"{tokenizer_vocab_size}"
+        )
+    if config.mesh.tensor > 1 and (
+        model.num_heads % config.mesh.tensor or model.kv_heads % config.mesh.tensor
+    ):
+        raise ValueError(
+            f"model.num_heads={model.num_heads} and kv heads {model.kv_heads} must be multiples of "
+            f"mesh.tensor={config.mesh.tensor}"
+        )
+    if config.sparse_steps:
+        if model.ffn == "swiglu":
+            raise ValueError(
+                "model.ffn=swiglu has no sparse phase (its activations have no zeros); use relu2 "
+                "or relu2_gated, or schedule.sparse_fraction=0 instead of "
+                f"{schedule.sparse_fraction}"
+            )
+        config.sparsity.validate(
+            width=model.width, hidden=model.ffn_hidden, tokens=config.tokens_per_micro_batch
+        )

@@ -1,0 +1,342 @@
+"""The training loop: phases, clustering, logs, evaluation, checkpoints, and a clean end whatever
+happens."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding
+from rich.console import Console
+
+from sparsejax.schedule import Event, Phase, PhaseSchedule
+from train import accounting, hardware
+from train.checkpoint import Checkpointer
+from train.config import Config, resolve
+from train.data.pipeline import Data, open_data
+from train.evaluate import evaluate
+from train.mesh import BATCH_SPEC, make_mesh, put_batch
+from train.metrics import RunLogger
+from train.optimizer import make_optimizer, phase_schedule
+from train.plots import loss_plot
+
+
+def loss_plot(*a):
+    pass
+
+
+from train.run_folder import CHECKPOINTS, new_folder, resumable_folder, write_config
+from train.signals import StopRequest
+from train.state import TrainState, abstract_state, init_state, model_graph
+from train.step import make_cluster_step, make_eval_step, make_train_step
+
+
+class NonFiniteError(RuntimeError):
+    """The loss or the gradient's norm stopped being a number."""
+
+
+@dataclass(frozen=True)
+class Result:
+    """How a run ended.
+
+    Attributes:
+      folder: the run's folder.
+      step: optimiser steps done.
+      finished: False when a signal stopped the run early, with its state saved.
+      losses: the last held-out losses, by view.
+    """
+
+    folder: Path
+    step: int
+    finished: bool
+    losses: dict[str, float]
+
+
+@dataclass(frozen=True)
+class Programs:
+    """Everything the loop runs on the device, compiled before the first step.
+
+    Attributes:
+      train: the train step of each phase.
+      evaluate: the evaluation step of each view.
+      cluster: what groups the neurons before a step, by event.
+    """
+
+    train: dict[Phase, Callable]
+    evaluate: dict[Phase, Callable]
+    cluster: dict[Event, Callable]
+
+
+def compile_programs(
+    config: Config,
+    state: TrainState,
+    batch: Mapping[str, jax.ShapeDtypeStruct],
+    masked: Mapping[str, jax.ShapeDtypeStruct],
+    report: Callable[[str], None],
+) -> Programs:
+    """Compiles the steps of all phases, so that errors show before training and flips do not stall.
+
+    Args:
+      config: the resolved run.
+      state: the state, or its shapes and shardings.
+      batch: shapes and shardings of a training batch.
+      masked: an evaluation batch, likewise.
+      report: told what is being compiled.
+    """
+    optimizer, graph, phases = make_optimizer(config), model_graph(config), phase_schedule(config)
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, state)
+
+    def compiled(name: str, function: Callable, *arguments: Any, **options: Any) -> Callable:
+        report(name)
+        return jax.jit(function, **options).lower(*arguments).compile()
+
+    def step(phase: Phase) -> Callable:
+        function = make_train_step(config, graph, optimizer, phase)
+        out = (shardings, None)
+        return compiled(
+            f"{phase} step", function, state, batch, donate_argnums=0, out_shardings=out
+        )
+
+    def cluster(begin: bool) -> Callable:
+        function = make_cluster_step(config, graph, begin=begin)
+        name = "clustering" if begin else "cluster refresh"
+        return compiled(name, function, state, donate_argnums=0, out_shardings=shardings)
+
+    def view(phase: Phase) -> Callable:
+        return compiled(f"{phase} evaluation", make_eval_step(config, graph, phase), state, masked)
+
+    sparse = phases.sparse_steps > 0
+    wanted: dict[Phase, None] = dict.fromkeys(span.phase for span in phases.spans(config.steps))
+    programs = Programs({phase: step(phase) for phase in wanted}, {"dense": view("dense")}, {})
+    if sparse:
+        programs.evaluate["sparse"] = view("sparse")
+        programs.cluster["begin"] = cluster(True)
+    if sparse and phases.refresh_every:
+        programs.cluster["refresh"] = cluster(False)
+    return programs
+
+
+def train(config: Config, *, resume: bool = False, console: Console | None = None) -> Result:
+    """Trains from the first step, or from the newest good checkpoint, to the last.
+
+    Args:
+      config: the run, resolved or not.
+      resume: continue the newest run of this name and output folder.
+      console: where to print.
+
+    Returns:
+      How the run ended.
+
+    Raises:
+      ValueError: bad configuration, data or checkpoint, before anything starts.
+      NonFiniteError: the loss or gradient stopped being finite; the last good checkpoint stays.
+    """
+    console = console or Console()
+    with open_data(
+        config.data,
+        sequence_length=config.sequence_length,
+        global_batch=config.batch_size,
+        seed=config.seed,
+        process_index=jax.process_index(),
+        process_count=jax.process_count(),
+    ) as data:
+        config = resolve(config, tokenizer_vocab_size=data.vocab_size)
+        mesh = make_mesh(config.mesh, config.batch_size // config.micro_batches)
+        folder = resumable_folder(config) if resume else new_folder(config)
+        checkpointer = Checkpointer(
+            folder / CHECKPOINTS,
+            keep=config.checkpoint.keep,
+            config=dataclasses.asdict(config),
+        )
+        with StopRequest() as stop, checkpointer, jax.set_mesh(mesh):
+            return _Run(config, folder, data, mesh, checkpointer, stop, console).run(resume)
+
+
+class _Run:
+    """One run of the loop and what its parts share."""
+
+    def __init__(
+        self,
+        config: Config,
+        folder: Path,
+        data: Data,
+        mesh: Mesh,
+        checkpointer: Checkpointer,
+        stop: StopRequest,
+        console: Console,
+    ):
+        self.config = config
+        self.folder = folder
+        self.data = data
+        self.mesh = mesh
+        self.checkpointer = checkpointer
+        self.stop = stop
+        self.console = console
+        self.phases: PhaseSchedule = phase_schedule(config)
+        self.losses: dict[str, float] = {}
+        self.saved: int | None = None
+
+    def run(self, resume: bool) -> Result:
+        """The whole run, from restoring to the summary."""
+        state, start = self._start(resume)
+        self._header(start)
+        programs = self._compile(state)
+        self.logger = RunLogger(
+            self.folder,
+            total_steps=self.config.steps,
+            start_step=start,
+            tokens_per_step=self.config.tokens_per_step,
+            flops_per_step=accounting.dense_flops(self.config).total,
+            peak_flops=self._peak_flops(),
+            tensorboard=self.config.log.tensorboard,
+            console=self.console,
+            active=jax.process_index() == 0,
+        )
+        with self.logger:
+            state, step = self._steps(programs, state, start)
+            self._save(step, state)
+            self.checkpointer.wait()
+            finished = step == self.config.steps
+            if finished:
+                self.logger.summary({"folder": str(self.folder)})
+                if jax.process_index() == 0:
+                    loss_plot(self.logger.path, self.folder / "loss.png")
+            else:
+                self.console.print(
+                    f"stopped by a signal after step {step}; everything is saved, "
+                    "continue with --resume"
+                )
+        return Result(self.folder, step, finished, self.losses)
+
+    def _start(self, resume: bool) -> tuple[TrainState, int]:
+        """A new state at step 0, or the newest good checkpoint's."""
+        optimizer = make_optimizer(self.config)
+        if not resume:
+            write_config(self.folder, self.config)
+            return init_state(self.config, optimizer, self.mesh), 0
+        restored = self.checkpointer.restore(abstract_state(self.config, optimizer, self.mesh))
+        if restored is None:
+            raise ValueError(f"nothing to resume: {self.folder} holds no complete checkpoint")
+        if restored.host["data"] != self.data.fingerprint:
+            raise ValueError(
+                f"the checkpoint in {self.folder} was trained on other data: fingerprint "
+                f"{restored.host['data']}, now {self.data.fingerprint}"
+            )
+        self.saved = restored.step
+        return restored.state, restored.step
+
+    def _header(self, start: int) -> None:
+        config, device = self.config, jax.devices()[0]
+        counts = accounting.parameters(config)
+        plan = ", ".join(
+            f"{span.phase} {span.start}-{span.stop - 1}" for span in self.phases.spans(config.steps)
+        )
+        shape = " x ".join(f"{name} {size}" for name, size in self.mesh.shape.items() if size > 1)
+        print_ = self.console.print
+        print_(f"[bold]{config.name}[/bold] in {self.folder}", highlight=False)
+        print_(
+            f"  {counts.total:,} parameters, {config.tokens_per_step:,} tokens a step, on "
+            f"{jax.device_count()} x {device.device_kind}" + (f" ({shape})" if shape else ""),
+            highlight=False,
+        )
+        print_(
+            f"  phases: {plan}" + (f"; continuing at step {start}" if start else ""),
+            highlight=False,
+        )
+        print_(f"  data: {self.data.describe()}", highlight=False)
+
+    def _compile(self, state: TrainState) -> Programs:
+        sharding = NamedSharding(self.mesh, BATCH_SPEC)
+        shape = (self.config.batch_size, self.config.sequence_length)
+        array = lambda dtype: jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
+        batch = {"inputs": array(jnp.int32), "targets": array(jnp.int32)}
+        masked = batch | {"mask": array(jnp.float32)}
+        began = time.monotonic()
+        with self.console.status("compiling") as status:
+            programs = compile_programs(
+                self.config, state, batch, masked, lambda name: status.update(f"compiling: {name}")
+            )
+        self.console.print(f"  compiled in {time.monotonic() - began:.0f} s", highlight=False)
+        return programs
+
+    def _peak_flops(self) -> float | None:
+        chip = hardware.chip(jax.devices()[0].device_kind)
+        return None if chip is None else chip.bf16_flops * jax.device_count()
+
+    def _steps(self, programs: Programs, state: TrainState, start: int) -> tuple[TrainState, int]:
+        """Steps `start` to the end or the first signal; returns the state and the steps done."""
+        config, log = self.config, self.config.log
+        unread: list[tuple[int, Phase, dict[str, jax.Array]]] = []
+        batches: Iterator[dict[str, np.ndarray]] = iter(())
+        if start < config.steps:
+            batches = self.data.train_batches(start)
+        for step in range(start, config.steps):
+            event = self.phases.event(step)
+            if event is not None:
+                with self._paused(state):
+                    state = programs.cluster[event](state)
+            phase = self.phases(step)
+            state, metrics = programs.train[phase](state, put_batch(self.mesh, next(batches)))
+            done = step + 1
+            unread.append((done, phase, metrics))
+            stopping = self.stop.requested
+            saving = config.checkpoint.every and done % config.checkpoint.every == 0
+            evaluating = log.eval_every and done % log.eval_every == 0
+            last = done == config.steps
+            flip = not last and self.phases(done) != phase
+            if done % log.every == 0 or saving or evaluating or last or stopping or flip:
+                self._report(unread)
+            if evaluating or last:
+                with self._paused(state):
+                    self._evaluate(programs, state, done)
+            if stopping:
+                return state, done
+            if saving:
+                with self._paused(state):
+                    self._save(done, state)
+        return state, config.steps
+
+    @contextlib.contextmanager
+    def _paused(self, state: TrainState) -> Iterator[None]:
+        """Leaves what happens inside out of the measured speed."""
+        jax.block_until_ready(state)
+        with self.logger.pause():
+            yield
+
+    def _report(self, unread: list[tuple[int, Phase, dict[str, jax.Array]]]) -> None:
+        """Logs the newest of the unread steps, after checking all of them."""
+        for step, _, metrics in unread:
+            for name in ("loss", "grad_norm"):
+                value = float(metrics[name])
+                if not math.isfinite(value):
+                    raise NonFiniteError(
+                        f"{name} is {value} at step {step} of {self.config.steps}; last good "
+                        f"checkpoint: {'none' if self.saved is None else f'step {self.saved}'}, "
+                        f"in {self.folder}"
+                    )
+        step, phase, metrics = unread[-1]
+        self.logger.log(step, phase, {k: np.asarray(v).tolist() for k, v in metrics.items()})
+        unread.clear()
+
+    def _evaluate(self, programs: Programs, state: TrainState, step: int) -> None:
+        views = dict(programs.evaluate)
+        if step <= self.phases.warmup_steps:
+            views.pop("sparse", None)  # there are no clusters and no scales yet
+        batches = self.data.validation_batches(self.config.log.eval_windows, self.config.batch_size)
+        self.losses = evaluate(views, state, batches, self.mesh)
+        self.logger.eval(step, self.losses)
+
+    def _save(self, step: int, state: TrainState) -> None:
+        if step == self.saved:
+            return
+        self.checkpointer.save(step, state, {"data": self.data.fingerprint})
+        self.saved = step

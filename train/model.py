@@ -1,0 +1,165 @@
+"""The Llama: embedding, pre-norm blocks, final norm, untied head.
+
+Parameters are float32 masters; activations and matrix products use the compute dtype. A block's FFN
+is `sparsejax.nn.RoutedFFN` (relu^2 forms) or SwiGLU. Passing packed FFN weights makes the FFNs
+sparse; passing none makes the same parameters a dense model, which is how a phase of training
+flips.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from sparsejax.nn.routed_ffn import RoutedFFN
+from sparsejax.spec import Sparsity
+from train.attention import Attention
+from train.backend import compute_dtype
+from train.config import ModelConfig
+from train.init import linear_init
+
+# Packed weights and routing statistics are pytrees that sparsejax defines; None in a dense phase.
+Packed = Any
+Stats = Any
+
+
+class RMSNorm(nnx.Module):
+    """Root-mean-square normalisation (arXiv 1910.07467) in float32, with a learned gain."""
+
+    def __init__(self, width: int, eps: float):
+        self.eps = eps
+        self.scale = nnx.Param(jnp.ones((width,), jnp.float32))
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        y = x.astype(jnp.float32)
+        y = y * jax.lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + self.eps)
+        return (y * self.scale[...]).astype(x.dtype)
+
+
+class SwiGLU(nnx.Module):
+    """silu(x Wg) * (x W1) W2 (arXiv 2002.05202), the dense baseline to catch."""
+
+    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
+        d, h = config.width, config.ffn_hidden
+        init = linear_init(config.init_scale)
+        out_init = linear_init(config.init_scale / (2 * config.num_layers) ** 0.5)
+        self.w1 = nnx.Param(init(rngs.params(), (d, h), jnp.float32))
+        self.wg = nnx.Param(init(rngs.params(), (d, h), jnp.float32))
+        self.w2 = nnx.Param(out_init(rngs.params(), (h, d), jnp.float32))
+
+    def __call__(self, x: jax.Array, packed: Packed = None) -> tuple[jax.Array, Stats]:
+        del packed
+        weight = lambda w: w[...].astype(x.dtype)
+        y = jax.nn.silu(x @ weight(self.wg)) * (x @ weight(self.w1))
+        return y @ weight(self.w2), None
+
+
+class Block(nnx.Module):
+    """x + attention(norm(x)), then + ffn(norm(x))."""
+
+    def __init__(self, config: ModelConfig, sparsity: Sparsity | None, *, rngs: nnx.Rngs):
+        self.norm_attention = RMSNorm(config.width, config.norm_eps)
+        self.attention = Attention(config, rngs=rngs)
+        self.norm_ffn = RMSNorm(config.width, config.norm_eps)
+        self.ffn: SwiGLU | RoutedFFN
+        if config.ffn == "swiglu":
+            self.ffn = SwiGLU(config, rngs=rngs)
+        else:
+            self.ffn = RoutedFFN(
+                config.width,
+                config.ffn_hidden,
+                gated=config.ffn == "relu2_gated",
+                sparsity=sparsity,
+                dtype=compute_dtype(config),
+                kernel_init=linear_init(config.init_scale),
+                out_init=linear_init(config.init_scale / (2 * config.num_layers) ** 0.5),
+                rngs=rngs,
+            )
+
+    def __call__(self, x: jax.Array, packed: Packed = None) -> tuple[jax.Array, Stats]:
+        x = x + self.attention(self.norm_attention(x))
+        y, stats = self.ffn(self.norm_ffn(x), packed)
+        return x + y, stats
+
+
+REMAT_POLICIES = {
+    "none": None,
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "full": jax.checkpoint_policies.nothing_saveable,
+}
+
+
+class Llama(nnx.Module):
+    """Token ids (B, S) to final hidden states (B, S, D) in the compute dtype; see `train.loss` for
+    the head's loss.
+
+    With `scan_layers` every block parameter has a leading axis of num_layers and the blocks are
+    scanned; otherwise `blocks` is a list. `sparsity` None builds a model that has no sparse phase.
+    """
+
+    def __init__(self, config: ModelConfig, sparsity: Sparsity | None, *, rngs: nnx.Rngs):
+        if config.vocab_size is None:
+            raise ValueError("vocab_size=None: resolve the configuration first")
+        self.config = config
+        d, v = config.width, config.vocab_size
+        self.embedding = nnx.Param(
+            jax.random.truncated_normal(rngs.params(), -2, 2, (v, d), jnp.float32) * d**-0.5
+        )
+        self.head = nnx.Param(linear_init(1.0)(rngs.params(), (d, v), jnp.float32))
+        self.norm = RMSNorm(d, config.norm_eps)
+        make = lambda key: Block(config, sparsity, rngs=nnx.Rngs(params=key))
+        keys = jax.random.split(rngs.params(), config.num_layers)
+        if config.scan_layers:
+            graph, _ = nnx.split(nnx.eval_shape(lambda: make(jax.random.key(0))))
+            self.blocks = nnx.merge(graph, jax.vmap(lambda key: nnx.state(make(key)))(keys))
+        else:
+            self.blocks = nnx.List([make(key) for key in keys])
+
+    def __call__(self, tokens: jax.Array, packed: Packed = None) -> tuple[jax.Array, Stats]:
+        """Hidden states (B, S, D) after the final norm, and the layers' routing statistics with a
+        leading axis L.
+
+        Args:
+          tokens: (B, S) int32 ids.
+          packed: what `pack` returns, or None for the dense function.
+        """
+        config = self.config
+        x = self.embedding[...].astype(compute_dtype(config))[tokens]
+
+        def block(graph: Any, state: Any, x: jax.Array, packed: Packed):
+            return nnx.merge(graph, state)(x, packed)
+
+        apply: Any = block
+
+        policy = REMAT_POLICIES[config.remat]
+        if policy is not None:
+            apply = jax.checkpoint(
+                block, policy=policy, static_argnums=0, prevent_cse=not config.scan_layers
+            )
+        if config.scan_layers:
+            graph, state = nnx.split(self.blocks)
+            x, stats = jax.lax.scan(lambda x, s: apply(graph, s[0], x, s[1]), x, (state, packed))
+        else:
+            layers = []
+            for i, layer_block in enumerate(self.blocks):
+                x, layer = apply(*nnx.split(layer_block), x, None if packed is None else packed[i])
+                layers.append(layer)
+            stats = jax.tree.map(lambda *leaves: jnp.stack(leaves), *layers)
+        return self.norm(x), stats
+
+    def map_ffn(self, function: Any) -> Any:
+        """Calls function(ffn) for every layer; results stacked under scan_layers, else a list
+        over the layers."""
+        if not self.config.scan_layers:
+            return [function(block.ffn) for block in self.blocks]
+        graph, state = nnx.split(self.blocks)
+        # One layer at a time: packing needs little memory beyond its result.
+        return jax.lax.map(lambda s: function(nnx.merge(graph, s).ffn), state)
+
+    def pack(self) -> Packed:
+        """Thresholds and packs the FFN weights of every layer: once per optimiser step of a
+        sparse phase."""
+        return self.map_ffn(lambda ffn: ffn.pack())

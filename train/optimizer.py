@@ -1,0 +1,59 @@
+"""AdamW, its learning rate, and which parameters decay."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import optax
+
+from sparsejax.schedule import PhaseSchedule, rewarm_at_flips
+from train.config import Config
+from train.tree import names
+
+NOT_DECAYED = {"embedding", "scale"}
+
+
+def phase_schedule(config: Config) -> PhaseSchedule:
+    """The run's phases."""
+    return PhaseSchedule(
+        warmup_steps=config.schedule.warmup_steps,
+        sparse_steps=config.sparse_steps,
+        refresh_every=config.sparsity.refresh_every if config.sparsity.routing else 0,
+    )
+
+
+def learning_rate_schedule(config: Config) -> optax.Schedule:
+    """Linear warm-up, cosine decay to final_fraction of the peak, optional re-warming at changes
+    of phase."""
+    o = config.optimizer
+    cosine = optax.warmup_cosine_decay_schedule(
+        init_value=0.0 if o.warmup_steps else o.learning_rate,
+        peak_value=o.learning_rate,
+        warmup_steps=o.warmup_steps,
+        decay_steps=max(config.steps, o.warmup_steps + 1),
+        end_value=o.final_fraction * o.learning_rate,
+    )
+    # The optimiser counts from zero; its first step should already move.
+    return rewarm_at_flips(lambda step: cosine(step + 1), phase_schedule(config), o.rewarm_steps)
+
+
+def decay_mask(params: Any) -> Any:
+    """True for the parameters that decay: matrices, but neither embedding nor gains."""
+    return jax.tree_util.tree_map_with_path(
+        lambda path, _: names(path)[-1] not in NOT_DECAYED, params
+    )
+
+
+def make_optimizer(config: Config) -> optax.GradientTransformation:
+    """AdamW with decoupled weight decay; gradients are clipped in the train step, where their
+    norm is known."""
+    o = config.optimizer
+    return optax.adamw(
+        learning_rate_schedule(config),
+        b1=o.b1,
+        b2=o.b2,
+        eps=o.eps,
+        weight_decay=o.weight_decay,
+        mask=decay_mask,
+    )

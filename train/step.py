@@ -1,0 +1,152 @@
+"""One optimiser step, dense or sparse, and the clustering that a sparse phase begins with."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+
+from sparsejax.routing import update_bias
+from sparsejax.schedule import Phase
+from train.config import Config
+from train.loss import cross_entropy
+from train.optimizer import learning_rate_schedule
+from train.state import TrainState
+from train.tree import map_ffn_leaves
+
+Batch = dict[str, jax.Array]
+Metrics = dict[str, jax.Array]
+StepFunction = Callable[[TrainState, Batch], tuple[TrainState, Metrics]]
+
+
+def _loss(graph: nnx.GraphDef, config: Config, params, routing, packed, batch: Batch):
+    """Mean loss of a batch (weighted by batch["mask"] if there is one), and routing statistics."""
+    model = nnx.merge(graph, params, routing)
+    hidden, stats = model(batch["inputs"], packed)
+    loss = cross_entropy(
+        hidden.reshape(-1, hidden.shape[-1]),
+        model.head[...],
+        batch["targets"].reshape(-1),
+        batch["mask"].reshape(-1) if "mask" in batch else None,
+        chunk=config.model.loss_chunk,
+    )
+    return loss, stats
+
+
+def _accumulate(gradient: Callable[[Batch], Any], batch: Batch, parts: int) -> Any:
+    """((mean loss, summed statistics), mean gradient) over `parts` micro-batches, one after
+    another."""
+    if parts == 1:
+        return gradient(batch)
+    # Every part takes one row of each run of `parts` rows, so that each device keeps its own rows.
+    split = jax.tree.map(lambda a: a.reshape(-1, parts, *a.shape[1:]).swapaxes(0, 1), batch)
+    first, rest = (jax.tree.map(lambda a, i=i: a[i], split) for i in (0, slice(1, None)))
+    add = lambda total, part: (jax.tree.map(jnp.add, total, gradient(part)), None)
+    ((loss, stats), grads), _ = jax.lax.scan(add, gradient(first), rest)
+    return (loss / parts, stats), jax.tree.map(lambda g: g / parts, grads)
+
+
+def make_train_step(
+    config: Config, graph: nnx.GraphDef, optimizer: optax.GradientTransformation, phase: Phase
+) -> StepFunction:
+    """The step of one phase: (state, batch) to (state, metrics); jit it and donate the state.
+
+    In a sparse phase the FFN weights are thresholded and packed once, before the loss; gradients
+    pass straight through to the dense masters, and the experts' biases move towards even loads.
+    """
+    learning_rate = learning_rate_schedule(config)
+
+    def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+        packed = None
+        if phase == "sparse":
+            packed = nnx.merge(graph, state.params, state.routing).pack()
+
+        def gradient(batch: Batch):
+            loss = lambda params: _loss(graph, config, params, state.routing, packed, batch)
+            return jax.value_and_grad(loss, has_aux=True)(state.params)
+
+        (loss, stats), grads = _accumulate(gradient, batch, config.micro_batches)
+        norm = optax.tree.norm(grads)
+        if config.optimizer.clip_norm:
+            scale = jnp.minimum(1.0, config.optimizer.clip_norm / jnp.maximum(norm, 1e-12))
+            grads = jax.tree.map(lambda g: g * scale, grads)
+        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+        metrics = {
+            "loss": loss,
+            "grad_norm": norm,
+            "learning_rate": learning_rate(state.step),
+        }
+        routing = state.routing
+        if phase == "sparse" and config.sparsity.routing:
+            metrics["expert_load"] = stats.counts
+            rate = config.sparsity.bias_rate
+            routing = map_ffn_leaves(
+                routing, {"bias": lambda b, n: update_bias(b, n, rate)}, stats.counts
+            )
+        return (
+            dataclasses.replace(
+                state,
+                step=state.step + 1,
+                params=optax.apply_updates(state.params, updates),
+                routing=routing,
+                opt_state=opt_state,
+            ),
+            metrics,
+        )
+
+    return step
+
+
+def make_cluster_step(
+    config: Config, graph: nnx.GraphDef, *, begin: bool
+) -> Callable[[TrainState], TrainState]:
+    """Clusters every layer's neurons and interleaves the experts: state to state.
+
+    The permutation moves W1's and Wg's columns, W2's rows and their optimiser state alike, so the
+    dense function and the optimiser's trajectory stay what they were.
+
+    Args:
+      config: the run.
+      graph: the model's structure.
+      begin: True at the start of the sparse phase, when the thresholding scales beta are set too;
+        False for a refresh, which starts from the present centres and keeps beta.
+    """
+
+    def cluster(state: TrainState) -> TrainState:
+        model = nnx.merge(graph, state.params, state.routing)
+        plan: Any = model.map_ffn(lambda ffn: ffn.begin_sparse() if begin else ffn.refresh())
+        if not config.model.scan_layers:
+            plan = jax.tree.map(lambda *leaves: jnp.stack(leaves), *plan)
+        columns = lambda w, p: jnp.take(w, p.permutation, axis=-1)
+        rows = lambda w, p: jnp.take(w, p.permutation, axis=-2)
+        move = {"w1": columns, "wg": columns, "w2": rows}
+        new = {"centers": lambda _, p: p.centers, "beta": lambda _, p: p.beta}
+        return dataclasses.replace(
+            state,
+            params=map_ffn_leaves(state.params, move, plan),
+            opt_state=map_ffn_leaves(state.opt_state, move, plan),
+            routing=map_ffn_leaves(state.routing, new, plan),
+        )
+
+    return cluster
+
+
+def make_eval_step(
+    config: Config, graph: nnx.GraphDef, phase: Phase
+) -> Callable[[TrainState, Batch], tuple[jax.Array, jax.Array]]:
+    """Held-out loss of one batch in the dense or the sparse view: (summed nats, tokens)."""
+
+    def step(state: TrainState, batch: Batch) -> tuple[jax.Array, jax.Array]:
+        packed = None
+        if phase == "sparse":
+            packed = nnx.merge(graph, state.params, state.routing).pack()
+        loss, _ = _loss(graph, config, state.params, state.routing, packed, batch)
+        tokens = jnp.sum(batch["mask"].astype(jnp.float32))
+        return loss * tokens, tokens
+
+    return step
