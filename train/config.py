@@ -283,7 +283,8 @@ def validate(config: Config, *, tokenizer_vocab_size: int | None = None) -> None
         raise ValueError(f"model.init_scale={model.init_scale} must be positive")
     if config.batch_size % config.micro_batches:
         raise ValueError(
-            f"batch_size={config.batch_size} must be a multiple of micro_batches={config.micro_batches}"
+            f"batch_size={config.batch_size} must be a multiple of "
+            f"micro_batches={config.micro_batches}"
         )
     if not 0 <= schedule.sparse_fraction <= 1:
         raise ValueError(f"schedule.sparse_fraction={schedule.sparse_fraction} must be in [0, 1]")

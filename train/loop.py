@@ -28,12 +28,6 @@ from train.mesh import BATCH_SPEC, make_mesh, put_batch
 from train.metrics import RunLogger
 from train.optimizer import make_optimizer, phase_schedule
 from train.plots import loss_plot
-
-
-def loss_plot(*a):
-    pass
-
-
 from train.run_folder import CHECKPOINTS, new_folder, resumable_folder, write_config
 from train.signals import StopRequest
 from train.state import TrainState, abstract_state, init_state, model_graph
