@@ -19,6 +19,7 @@ values. NaN outranks every number, so a NaN in the input is never dropped while 
 two; infinities rank as numbers do.
 """
 
+import functools
 import math
 from typing import Literal
 
@@ -254,6 +255,19 @@ def pack24(
     require_float("dtype", dtype)
     require_float("x.dtype", x.dtype)
 
+    return _pack24(x, scale, axis=axis, mode=mode, dtype=jnp.dtype(dtype), layout=layout)
+
+
+@functools.partial(jax.jit, static_argnames=("axis", "mode", "dtype", "layout"))
+def _pack24(
+    x: Array,
+    scale: ArrayLike | None,
+    *,
+    axis: int,
+    mode: Mode,
+    dtype: DTypeLike,
+    layout: ValuesLayout,
+) -> tuple[Array, Array]:
     a = (x.T if axis == 0 else x).astype(jnp.float32)
     m, k = a.shape
     a = jnp.pad(a, ((0, padded(m) - m), (0, padded(k) - k)))
@@ -287,6 +301,11 @@ def unpack24(values: Array, metadata: Array, *, layout: ValuesLayout = "rows") -
       ValueError: the arrays do not belong together.
     """
     require_packed(values, metadata, layout)
+    return _unpack24(values, metadata, layout=layout)
+
+
+@functools.partial(jax.jit, static_argnames=("layout",))
+def _unpack24(values: Array, metadata: Array, *, layout: ValuesLayout) -> Array:
     if layout == "fragments":
         values = fragments_to_rows(values)
     m, half_k = values.shape

@@ -1,0 +1,145 @@
+"""Packed sparse arrays as pytrees."""
+
+import dataclasses
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jax.typing import ArrayLike, DTypeLike
+
+from kernels import reference, registry
+from kernels.reference import Mode, ValuesLayout
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Sparse24:
+    """A matrix that is 2:4 along one axis, packed for sparse tensor cores.
+
+    `values` and `metadata` are the pytree's leaves; the rest is static. As the sparse operand of a
+    product the matrix is A (m, k) with k = shape[axis] the contracted axis and m the other one,
+    both padded with zeros to multiples of 64. A leading axis on both leaves makes a stack of
+    matrices, for `jax.vmap` and `jax.lax.scan`.
+    """
+
+    values: Array
+    """The kept elements: (m, k/2) in layout "rows", (m/16, k/32, 32, 8) in "fragments"."""
+
+    metadata: Array
+    """Their positions: (m/64, k/64, 128) int32; see `kernels.reference` for the bits."""
+
+    shape: tuple[int, int] = dataclasses.field(metadata={"static": True})
+    """Of the dense matrix, without padding."""
+
+    axis: Literal[0, 1] = dataclasses.field(metadata={"static": True})
+    """The axis that groups of four run along."""
+
+    layout: ValuesLayout = dataclasses.field(default="rows", metadata={"static": True})
+    """Order of `values`."""
+
+    @property
+    def dtype(self) -> jnp.dtype:
+        """dtype of the values."""
+        return self.values.dtype
+
+    @property
+    def ndim(self) -> int:
+        return 2
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of values and metadata: 9/16 of a dense 16-bit matrix, padding aside."""
+        return self.values.nbytes + self.metadata.nbytes
+
+    @property
+    def m(self) -> int:
+        """Rows of the sparse operand, without padding."""
+        return self.shape[1 - self.axis]
+
+    @property
+    def k(self) -> int:
+        """Contracted size of the sparse operand, without padding."""
+        return self.shape[self.axis]
+
+    @property
+    def T(self) -> "Sparse24":
+        """The transposed matrix: the same arrays, read with the axes exchanged."""
+        return dataclasses.replace(
+            self, shape=(self.shape[1], self.shape[0]), axis=0 if self.axis == 1 else 1
+        )
+
+    def with_layout(self, layout: ValuesLayout) -> "Sparse24":
+        """The same matrix with its values in another layout."""
+        reference.require_one_of("layout", layout, reference.LAYOUTS)
+        if layout == self.layout:
+            return self
+        to_rows = layout == "rows"
+        convert = reference.fragments_to_rows if to_rows else reference.rows_to_fragments
+        return dataclasses.replace(self, values=convert(self.values), layout=layout)
+
+    def unpack(self) -> Array:
+        """The dense matrix, of this shape and dtype; exact.
+
+        Raises:
+          ValueError: the arrays do not fit the shape.
+        """
+        reference.require_packed(self.values, self.metadata, self.layout)
+        found = reference.packed_shape(self.values, self.layout)
+        expected = (reference.padded(self.m), reference.padded(self.k))
+        if found != expected:
+            raise ValueError(f"packed (m, k)={found} must be {expected} for shape={self.shape}")
+        a = reference.unpack24(self.values, self.metadata, layout=self.layout)
+        a = a[: self.m, : self.k]
+        return a.T if self.axis == 0 else a
+
+
+def pack(
+    x: ArrayLike,
+    *,
+    axis: Literal[0, 1],
+    mode: Mode,
+    scale: ArrayLike | None = None,
+    dtype: DTypeLike = jnp.bfloat16,
+    layout: ValuesLayout | None = None,
+    backend: registry.Backend | None = None,
+) -> Sparse24:
+    """Makes a matrix 2:4 along `axis` and packs it, in one pass over memory on a GPU.
+
+    `unpack` gives x back exactly if x is 2:4 along `axis`, `mode` is "magnitude", `scale` is None
+    and `dtype` holds x's values; -0.0 may come back as 0.0.
+
+    Two elements of each group are kept, ties to the lower index. NaN outranks every number, so up
+    to two NaNs in a group are kept, never dropped in favour of a number; infinities are kept as the
+    largest numbers. A soft threshold of a group with three infinities is inf - inf, NaN.
+
+    Args:
+      x: (rows, cols), float32, bfloat16 or float16; any size, padded inside.
+      axis: 0 or 1, the axis that groups of four run along: the one that products contract.
+      mode: "magnitude" or "value" keep the two largest in that order; "soft_threshold" also
+        subtracts the third-largest magnitude (`sparsejax.prune.soft_threshold`).
+      scale: None or float32 scalar, multiplied in before the values are rounded.
+      dtype: of the packed values, bfloat16 or float16 (float32 on the reference backend only).
+      layout: order of the values; None for the one that the backend's products read.
+      backend: a kernel backend (strict), or None for the fastest.
+
+    Raises:
+      ValueError: an argument is not allowed.
+      NotImplementedError: the named backend does not serve this device or shape.
+    """
+    x = jnp.asarray(x)
+    if x.ndim != 2 or 0 in x.shape:
+        raise ValueError(f"{x.shape=} must have two axes, neither of them empty")
+    reference.require_float("x.dtype", x.dtype)
+    reference.require_float("dtype", dtype)
+    reference.require_one_of("axis", axis, (0, 1))
+    reference.require_one_of("mode", mode, reference.MODES)
+    if scale is not None and jnp.shape(scale) != ():
+        raise ValueError(f"{jnp.shape(scale)=} must be that of a scalar")
+    if layout is None:
+        layout = registry.preferred_layout(backend)
+    reference.require_one_of("layout", layout, reference.LAYOUTS)
+    values, metadata = registry.pack24(
+        x, axis=axis, mode=mode, scale=scale, dtype=dtype, layout=layout, backend=backend
+    )
+    return Sparse24(values, metadata, (x.shape[0], x.shape[1]), axis, layout)
