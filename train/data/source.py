@@ -36,7 +36,7 @@ def open_corpus(cfg: DataConfig, *, quiet: bool = False) -> Corpus:
     Raises:
         FileNotFoundError, ValueError: one line naming path and value.
     """
-    tokenizer = _choose_tokenizer(cfg)
+    tokenizer = choose_tokenizer(cfg)
     train, held_out = _open(cfg.source, "source", cfg, tokenizer, quiet)
     if cfg.validation is not None:
         # All of the named data; for a prepared folder, its validation shards if it has any.
@@ -50,7 +50,12 @@ def open_corpus(cfg: DataConfig, *, quiet: bool = False) -> Corpus:
     return Corpus(train, validation, tokenizer)
 
 
-def _choose_tokenizer(cfg: DataConfig) -> Tokenizer:
+def choose_tokenizer(cfg: DataConfig) -> Tokenizer:
+    """The tokenizer of a configuration, without reading the data.
+
+    Raises:
+        FileNotFoundError, ValueError: one line naming path and value.
+    """
     if cfg.tokenizer is not None or cfg.source == EMBEDDED:
         return load_tokenizer(cfg.tokenizer, cfg.end_of_document)
     path = Path(cfg.source).expanduser()
