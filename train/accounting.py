@@ -10,6 +10,7 @@ import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from sparsejax.spec import GROUP
 from train.config import Config
 
 BYTES_FLOAT32 = 4
@@ -248,13 +249,15 @@ def recomputed_flops(config: Config, *, sparse: bool = False) -> int:
 
 
 def padded_tokens(config: Config) -> int:
-    """Returns the most tokens that the experts' products can meet in a sparse step.
+    """Returns the rows that the experts' products of a sparse step are laid out for.
 
-    Every expert's tokens are padded to a multiple of V, so E experts add at most E (V - 1) rows a
-    group of tokens that is routed together.
+    In each micro-batch the tokens of each of E experts are padded to a multiple of V.
     """
     s = config.sparsity
-    return config.tokens_per_step + (s.num_experts * (s.v - 1) if s.routing else 0)
+    if s.num_experts == 1:
+        return config.tokens_per_step
+    rows = config.tokens_per_micro_batch + s.num_experts * (s.v - 1)
+    return config.micro_batches * (-(-rows // s.v) * s.v)
 
 
 def mfu(flops: float, seconds: float, peak_flops: float) -> float:
@@ -309,9 +312,12 @@ def mesh_shape(config: Config, devices: int | None = None) -> MeshShape:
         raise ValueError(
             f"mesh.data={m.data} mesh.fsdp={m.fsdp} mesh.tensor={m.tensor}: {devices=}"
         )
-    if config.batch_size % (data * m.fsdp):
-        rows = data * m.fsdp
-        raise ValueError(f"batch_size={config.batch_size} must be a multiple of data*fsdp={rows}")
+    rows = config.batch_size // config.micro_batches
+    if rows % (data * m.fsdp):
+        raise ValueError(
+            f"batch_size={config.batch_size} / micro_batches={config.micro_batches} must be a "
+            f"multiple of data*fsdp={data * m.fsdp}"
+        )
     return result
 
 
@@ -336,7 +342,7 @@ def memory(config: Config, *, devices: int | None = None, sparse: bool = False) 
     # Norm gains are replicated, everything else is sharded over both axes.
     held = (count.total - count.norms) // sharded + count.norms
     size = 4 if m.compute_dtype == "float32" else 2  # "auto" is bfloat16 on a GPU
-    tokens = config.tokens_per_step // (shape.data * shape.fsdp)
+    tokens = config.tokens_per_micro_batch // (shape.data * shape.fsdp)
 
     # Without rematerialisation every layer's cast weights wait for the backward pass; with it one
     # layer's do.
@@ -359,9 +365,10 @@ def memory(config: Config, *, devices: int | None = None, sparse: bool = False) 
     return Memory(
         master_weights=BYTES_FLOAT32 * held,
         adam_moments=2 * BYTES_FLOAT32 * held,
-        gradients=BYTES_FLOAT32 * held,
+        # Micro-batches add up in one copy while the next is made.
+        gradients=BYTES_FLOAT32 * held * (2 if config.micro_batches > 1 else 1),
         weight_copies=int(copies),
-        activations=tokens * _activation_bytes(config, shape.tensor, size, sparse),
+        activations=int(tokens * _activation_bytes(config, shape.tensor, size, sparse)),
         logits_chunk=logits,
     )
 
@@ -385,36 +392,43 @@ def run_summary(config: Config) -> RunSummary:
     )
 
 
-def _activation_bytes(config: Config, tensor: int, size: int, sparse: bool) -> int:
+def _activation_bytes(config: Config, tensor: int, size: int, sparse: bool) -> float:
     """Bytes a token on one device that the forward pass keeps, all layers."""
     m, s = config.model, config.sparsity
-    width = m.width
+    width, hidden = m.width, m.ffn_hidden // tensor
     query, key = m.num_heads * m.head_dim // tensor, m.kv_heads * m.head_dim // tensor
-    hidden = m.ffn_hidden // tensor
-    live = s.live_neurons(hidden) if sparse else hidden
-    # A packed Y2 has half of the values, and metadata.
-    second = live * (size / 2 + METADATA_BYTES if sparse and s.activations else size)
-    gates = 2 if m.gated else 1
-    projections = query + 2 * key
+    heads = m.num_heads // tensor
 
+    # cuDNN keeps a statistic for each query; XLA's own attention the scores and probabilities of
+    # each pair in float32, and rounded probabilities.
+    a_pair = 2 * BYTES_FLOAT32 + (size if size < BYTES_FLOAT32 else 0)
+    statistics = heads * (config.sequence_length * a_pair if m.attention == "xla" else 4)
+    attention = size * (2 * query + 2 * key) + statistics
+    # Each norm keeps its input and its normalised output in float32, and what it returns.
+    norms = 2 * (2 * BYTES_FLOAT32 + size) * width
+    if sparse:
+        live = s.live_neurons(hidden)
+        products = live * (2 if m.gated else 1) * size
+        # The gated form keeps the chosen halves, and a byte for each group to say which.
+        ffn = products / 2 + live / GROUP if m.gated and s.activations else products
+        ffn *= padded_tokens(config) / config.tokens_per_step
+        outputs = products
+    else:
+        # relu^2: relu, its mask and the square; gated, the gate and the product too; swiglu: both
+        # inputs, three inner values of silu and the product.
+        ffn = (
+            hidden * {"relu2": 2 * size + 1, "relu2_gated": 4 * size + 1, "swiglu": 6 * size}[m.ffn]
+        )
+        outputs = hidden * (2 if m.gated else 1) * size
+    block = norms + attention + ffn
     block_input = size * width
-    # cuDNN keeps one statistic a head and token; XLA's own attention keeps the probabilities of
-    # every pair.
-    pairs = m.num_heads // tensor * (config.sequence_length if m.attention == "xla" else 1)
-    statistics = pairs * (size if m.attention == "xla" else BYTES_FLOAT32)
-    kept = {
-        # In float32 each norm keeps its input and its normalised output.
-        "none": 2 * (2 * BYTES_FLOAT32 * width)
-        + size * (2 * width + projections + query + gates * live)
-        + second
-        + statistics,
-        "dots": block_input + size * (projections + 2 * width + gates * live),
-        "full": block_input,
-    }
-    everything = m.num_layers * kept[m.remat]
-    if m.remat != "none":
-        everything += kept["none"]  # one block is made again at a time
-    return int(everything)
+    if m.remat == "none":
+        return m.num_layers * block
+    kept = block_input
+    if m.remat == "dots":
+        kept += size * (query + 2 * key + 2 * width) + outputs
+    # One block at a time is made again.
+    return m.num_layers * kept + block
 
 
 def _ffn_matrices(config: Config) -> int:

@@ -77,7 +77,7 @@ def test_flops_of_llama1b_by_hand():
 def test_share_of_the_ffn_grows_with_the_model():
     shares = [accounting.dense_flops(c).shares()["ffn"] for c in (llama1b(), llama7b())]
     assert shares == sorted(shares)
-    assert math.isclose(shares[-1], 0.5733, abs_tol=5e-5)
+    assert math.isclose(shares[-1], 0.5723, abs_tol=5e-5)
 
 
 def test_products_of_a_sparse_step():
@@ -139,7 +139,7 @@ def test_recomputed_flops():
     dense = accounting.dense_flops(config)
     forward = (dense.ffn + dense.projections + dense.attention) // 3
     for remat, expected in (("none", 0), ("dots", dense.attention // 3), ("full", forward)):
-        changed = dataclasses.replace(config, model=dataclasses.replace(config.model, remat=remat))
+        changed = tiny(remat=remat)
         assert accounting.recomputed_flops(changed) == expected
     assert accounting.recomputed_flops(changed, sparse=True) < forward
 
@@ -166,7 +166,9 @@ def test_mfu():
 
 
 def test_padded_tokens():
-    assert accounting.padded_tokens(tiny()) == 256 + 4 * 15
+    assert accounting.padded_tokens(tiny()) == 256 + 4 * 16  # 60, to a multiple of V = 16
+    split = dataclasses.replace(tiny(), micro_batches=2)
+    assert accounting.padded_tokens(split) == 2 * (128 + 4 * 16)
     assert accounting.padded_tokens(tiny(sparsity=Sparsity(routing=False))) == 256
 
 
@@ -194,6 +196,12 @@ def test_memory_is_divided_over_the_mesh():
     assert replicas.activations == one.activations // 4
 
 
+def test_micro_batches_trade_activations_for_a_second_gradient():
+    whole, split = accounting.memory(llama1b()), accounting.memory(llama1b(micro_batches=4))
+    assert split.activations == whole.activations // 4
+    assert split.gradients == 2 * whole.gradients
+
+
 def test_memory_of_activations_falls_with_rematerialisation():
     sizes = []
     for remat in ("none", "dots", "full"):
@@ -219,7 +227,11 @@ def test_memory_of_a_sparse_step():
     [
         (MeshConfig(fsdp=2), 3, "devices=3"),
         (MeshConfig(data=2, fsdp=2), 8, "devices=8"),
-        (MeshConfig(fsdp=8), None, "batch_size=4 must be a multiple of data.fsdp=8"),
+        (
+            MeshConfig(fsdp=8),
+            None,
+            "batch_size=4 / micro_batches=1 must be a multiple of data.fsdp=8",
+        ),
     ],
 )
 def test_a_mesh_that_does_not_fit_is_refused(mesh, devices, message):
