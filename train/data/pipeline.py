@@ -114,14 +114,16 @@ class Data:
         self.train_windows, self.validation_windows = len(self._train), len(self._validation)
         if not self.train_windows:
             raise ValueError(
-                f"data.source={cfg.source!r} has {self.train_tokens} training tokens, too few for "
-                f"one window of sequence_length + 1 = {length}"
+                f"data.source={cfg.source!r} has {self.train_tokens} training tokens in "
+                f"{len(corpus.train)} piece(s), none as long as a window of sequence_length + 1 = "
+                f"{length}"
             )
         if not self.validation_windows and (cfg.validation or cfg.validation_fraction):
             raise ValueError(
                 f"data.validation={cfg.validation or 'tail of ' + cfg.source} has "
-                f"{self.validation_tokens} tokens, too few for one window of sequence_length + 1 "
-                f"= {length} (data.validation_fraction={cfg.validation_fraction})"
+                f"{self.validation_tokens} tokens in {len(corpus.validation)} piece(s), none as "
+                f"long as a window of sequence_length + 1 = {length} "
+                f"(data.validation_fraction={cfg.validation_fraction})"
             )
         self.steps_per_epoch: float = self.train_windows / global_batch
         self.fingerprint: str = hashlib.sha256(
