@@ -99,7 +99,7 @@ class Memory(_Parts):
     weight_copies: int
     """Weights in the compute dtype, and in a sparse step the packed ones."""
     activations: int
-    """What the forward pass keeps for the backward pass."""
+    """What the forward pass keeps for the backward pass, and the block that it is at."""
     logits_chunk: int
 
 
@@ -416,18 +416,14 @@ def _activation_bytes(config: Config, tensor: int, size: int, sparse: bool) -> f
     else:
         # relu^2: relu, its mask and the square; gated, the gate and the product too; swiglu: both
         # inputs, three inner values of silu and the product.
-        ffn = (
-            hidden * {"relu2": 2 * size + 1, "relu2_gated": 4 * size + 1, "swiglu": 6 * size}[m.ffn]
-        )
+        neuron = {"relu2": 2 * size + 1, "relu2_gated": 4 * size + 1, "swiglu": 6 * size}
+        ffn = hidden * neuron[m.ffn]
         outputs = hidden * (2 if m.gated else 1) * size
     block = norms + attention + ffn
-    block_input = size * width
-    if m.remat == "none":
-        return m.num_layers * block
-    kept = block_input
+    kept = block if m.remat == "none" else size * width  # at least the block's input
     if m.remat == "dots":
         kept += size * (query + 2 * key + 2 * width) + outputs
-    # One block at a time is made again.
+    # One block at a time is differentiated, or made again: as much once more.
     return m.num_layers * kept + block
 
 

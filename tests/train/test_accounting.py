@@ -301,3 +301,32 @@ def test_counts_agree_with_the_model(ffn):
     flops = accounting.dense_flops(config)
     # XLA's own attention multiplies the whole square, of which the causal half is counted.
     assert counted == flops.total + flops.attention
+
+
+@pytest.mark.parametrize("remat", ["none", "dots", "full"])
+def test_memory_agrees_with_the_compiler(remat):
+    import jax
+    import jax.numpy as jnp
+    from flax import nnx
+
+    from train.loss import cross_entropy
+    from train.model import Llama
+
+    # Float32 and XLA's attention: a CPU computes both as a GPU does, and nothing is cast.
+    config = tiny(
+        tokens=512, width=128, hidden=512, remat=remat, attention="xla", compute_dtype="float32"
+    )
+    graph, params = nnx.split(
+        nnx.eval_shape(lambda: Llama(config.model, None, rngs=nnx.Rngs(0))), nnx.Param
+    )
+
+    def loss(params, tokens):
+        model = nnx.merge(graph, params)
+        hidden = model(tokens)[0].reshape(-1, config.model.width)
+        return cross_entropy(hidden, model.head[...], tokens.reshape(-1), chunk=128)
+
+    tokens = jax.ShapeDtypeStruct((config.batch_size, config.sequence_length), jnp.int32)
+    compiled = jax.jit(jax.value_and_grad(loss)).lower(params, tokens).compile()
+    temporary = compiled.memory_analysis().temp_size_in_bytes
+    estimate = accounting.memory(config)
+    assert estimate.activations + estimate.logits_chunk == pytest.approx(temporary, rel=0.25)
