@@ -85,7 +85,7 @@ def loss_plot(
             lowest, highest = min(lowest, values.min()), max(highest, values.max())
 
     room = 0.04 * (highest - lowest) or 0.05
-    axes.set_ylim(lowest - room, highest + 2.5 * room)
+    axes.set_ylim(lowest - room, highest + room)
     axes.set_xlim(0, max(record["step"] for record in [*train, *evals]))
     _shade(axes, train)
     _label_ends(axes, labels)
@@ -93,7 +93,7 @@ def loss_plot(
     axes.set_ylabel("loss, nats a token", color=INK)
     axes.grid(axis="y", color="white", linewidth=1.2)
     axes.set_axisbelow(True)
-    axes.set_title(title if title is not None else name, loc="left", color=INK, fontsize=12, pad=10)
+    axes.set_title(title if title is not None else name, loc="left", color=INK, fontsize=12, pad=20)
     figure.savefig(png, dpi=150)
 
 
@@ -105,11 +105,15 @@ def smoothed(values: np.ndarray, width: float) -> np.ndarray:
       width: standard deviation of the Gaussian, in values.
     """
     known = np.isfinite(values)
-    at = np.arange(len(values))
-    weights = np.exp(-0.5 * ((at[:, None] - at[known]) / max(width, 1e-3)) ** 2)
-    result = np.full(len(values), math.nan)
-    result[known] = (weights @ values[known] / weights.sum(axis=1))[known]
-    return result
+    reach = max(min(math.ceil(4 * width), len(values) - 1), 0)
+    kernel = np.exp(-0.5 * (np.arange(-reach, reach + 1) / max(width, 1e-3)) ** 2)
+
+    def average(x: np.ndarray) -> np.ndarray:
+        return np.convolve(x, kernel)[reach : reach + len(x)]
+
+    with np.errstate(invalid="ignore"):  # 0 / 0 only where no value is near
+        result = average(np.where(known, values, 0.0)) / average(known.astype(np.float64))
+    return np.where(known, result, math.nan)
 
 
 def _shade(axes: Axes, train: list[dict[str, Any]]) -> None:
@@ -129,11 +133,11 @@ def _shade(axes: Axes, train: list[dict[str, Any]]) -> None:
         if end - begin > 0.04 * (right - left):
             axes.text(
                 (begin + end) / 2,
-                0.985,
+                1.01,
                 phase,
                 transform=axes.get_xaxis_transform(),
                 ha="center",
-                va="top",
+                va="bottom",
                 fontsize=9,
                 color=MUTED,
             )
