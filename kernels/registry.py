@@ -63,7 +63,9 @@ def target_capability() -> Capability | None:
 
 
 def _refusal(backend: Backend, capability: Capability | None) -> str | None:
-    """Why a backend cannot run on a device; None if it can."""
+    """Why a backend cannot run on a device; None if it can. ValueError: no such backend."""
+    if backend not in BACKENDS:
+        raise ValueError(f"{backend=} must be one of {BACKENDS}")
     if backend == "hopper" and (capability is None or capability[0] != 9):
         # wgmma exists on sm_90a only: later architectures dropped it.
         return f"{backend=} needs compute capability 9.0, not {capability}"
@@ -78,21 +80,12 @@ def available_backends() -> tuple[Backend, ...]:
     return tuple(b for b in BACKENDS if _refusal(b, capability) is None)
 
 
-def preferred_layout(backend: Backend | None = None) -> Literal["rows", "fragments"]:
-    """The layout of packed values that a backend's `spmm24` reads fastest."""
-    first = available_backends()[0] if backend is None else backend
-    return "fragments" if first == "triton" else "rows"
-
-
 def load(op: str, backend: Backend) -> tuple[Callable, Callable]:
     """The function `op` of a backend and its check.
 
     Raises:
-      ValueError: no such backend.
       NotImplementedError: the backend has no such op, or cannot be imported here.
     """
-    if backend not in BACKENDS:
-        raise ValueError(f"{backend=} must be one of {BACKENDS}")
     name = "kernels.reference" if backend == "reference" else f"kernels.{backend}.{op}"
     try:
         module = importlib.import_module(name)
@@ -127,10 +120,10 @@ def select(op: str, *args, backend: Backend | None = None, **kwargs) -> tuple[Ba
       NotImplementedError: the named backend does not serve this device, op or shape.
     """
     if backend is not None:
-        function, check = load(op, backend)
         refusal = _refusal(backend, target_capability())
         if refusal is not None:
             raise NotImplementedError(refusal)
+        function, check = load(op, backend)
         check(*args, **kwargs)
         return backend, function
 

@@ -101,7 +101,7 @@ def pack(
     mode: Mode,
     scale: ArrayLike | None = None,
     dtype: DTypeLike = jnp.bfloat16,
-    layout: ValuesLayout | None = None,
+    layout: ValuesLayout = "rows",
     backend: registry.Backend | None = None,
 ) -> Sparse24:
     """Makes a matrix 2:4 along `axis` and packs it, in one pass over memory on a GPU.
@@ -120,7 +120,7 @@ def pack(
         subtracts the third-largest magnitude (`sparsejax.prune.soft_threshold`).
       scale: None or float32 scalar, multiplied in before the values are rounded.
       dtype: of the packed values, bfloat16 or float16 (float32 on the reference backend only).
-      layout: order of the values; None for the one that the backend's products read.
+      layout: order of the values; products of every backend read "rows".
       backend: a kernel backend (strict), or None for the fastest.
 
     Raises:
@@ -136,8 +136,6 @@ def pack(
     reference.require_one_of("mode", mode, reference.MODES)
     if scale is not None and jnp.shape(scale) != ():
         raise ValueError(f"{jnp.shape(scale)=} must be that of a scalar")
-    if layout is None:
-        layout = registry.preferred_layout(backend)
     reference.require_one_of("layout", layout, reference.LAYOUTS)
     values, metadata = registry.pack24(
         x, axis=axis, mode=mode, scale=scale, dtype=dtype, layout=layout, backend=backend

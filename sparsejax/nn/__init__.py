@@ -1,5 +1,6 @@
 """Flax NNX modules."""
 
+from sparsejax.nn.linear24 import Linear24
 from sparsejax.nn.routed_ffn import RoutedFFN
 
-__all__ = ["RoutedFFN"]
+__all__ = ["Linear24", "RoutedFFN"]

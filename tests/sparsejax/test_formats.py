@@ -7,7 +7,6 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kernels import registry
 from sparsejax.formats import Sparse24, pack
 from sparsejax.prune import soft_threshold
 from tests.kernels.oracle import PATTERNS
@@ -102,14 +101,6 @@ def test_stack_under_vmap_and_scan():
     np.testing.assert_array_equal(jax.vmap(Sparse24.unpack)(stack), expected)
     _, dense = jax.lax.scan(lambda c, s: (c, s.unpack()), None, stack)
     np.testing.assert_array_equal(dense, expected)
-
-
-def test_layout_follows_the_device():
-    with registry.assume_capability((9, 0)):
-        assert registry.preferred_layout() == "rows"
-    with registry.assume_capability((8, 0)):
-        assert registry.preferred_layout() == "fragments"
-    assert registry.preferred_layout("triton") == "fragments"
 
 
 @pytest.mark.parametrize(
