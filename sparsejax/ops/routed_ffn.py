@@ -19,7 +19,8 @@ from jax.typing import DTypeLike
 from sparsejax.prune import select24, soft_threshold
 from sparsejax.routing.neurons import from_expert_major, to_expert_major
 from sparsejax.routing.tokens import TokenPlan, padded_tokens
-from sparsejax.spec import GROUP, Sparsity
+from sparsejax.spec import Sparsity
+from sparsejax.vnm import kept_pairs, spread_pairs
 
 
 class PackedFFN(NamedTuple):
@@ -96,26 +97,6 @@ class _Rows(NamedTuple):
     """(rows, h / 4) uint8, i0 | i1 << 2: where the kept halves belong."""
 
 
-def _keep_halves(keep: Array, *arrays: Array) -> tuple[Array, ...]:
-    """The kept two of each four of every array, and their positions (last)."""
-    groups = (*keep.shape[:-1], -1, GROUP)
-    order = jnp.argsort(~keep.reshape(groups), axis=-1, stable=True)[..., :2]
-    halves = (
-        jnp.take_along_axis(a.reshape(groups), order, axis=-1).reshape(*a.shape[:-1], -1)
-        for a in arrays
-    )
-    return *halves, (order[..., 0] | order[..., 1] << 2).astype(jnp.uint8)
-
-
-def _spread_halves(positions: Array, half: Array) -> Array:
-    """Inverse of `_keep_halves` for one array, zeros between."""
-    place = jnp.arange(GROUP, dtype=jnp.uint8)
-    pairs = half.reshape(*positions.shape, 2)
-    first = jnp.where((positions & 3)[..., None] == place, pairs[..., :1], 0)
-    second = jnp.where((positions >> 2)[..., None] == place, pairs[..., 1:], 0)
-    return (first + second).reshape(*positions.shape[:-1], -1)
-
-
 def _dot(a: Array, b: Array, contract: tuple[int, int]) -> Array:
     dims = (((contract[0],), (contract[1],)), ((), ()))
     return jax.lax.dot_general(a, b, dims, preferred_element_type=jnp.float32)
@@ -134,7 +115,7 @@ def _forward_rows(x: Array, w: PackedFFN, activations: bool) -> tuple[Array, _Ro
     elif keep is None:
         rows = _Rows(r.astype(x.dtype), gate.astype(x.dtype))
     else:
-        rows = _Rows(*_keep_halves(keep, r.astype(x.dtype), gate.astype(x.dtype)))
+        rows = _Rows(*kept_pairs(keep, r.astype(x.dtype), gate.astype(x.dtype)))
     return _dot(y2, w.w2, (1, 0)).astype(x.dtype), rows
 
 
@@ -155,7 +136,7 @@ def _backward_rows(
     else:
         r, gate = rows.live, rows.gate
         if rows.positions is not None:
-            r, gate = (_spread_halves(rows.positions, half) for half in (r, gate))
+            r, gate = (spread_pairs(half, rows.positions) for half in (r, gate))
         r, gate = r.astype(jnp.float32), gate.astype(jnp.float32)
         y2 = (r * r * gate).astype(x.dtype)
         dy1 = (2.0 * r * gate * dy2).astype(x.dtype)

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from functools import partial
+
+import jax
 import jax.numpy as jnp
 from jax import Array
 
 from sparsejax.spec import GROUP
 
 
+@partial(jax.jit, static_argnames="m")
 def interleave(assignment: Array, m: int) -> Array:
     """The permutation of neurons that makes "expert" and "live columns of a block" the same thing.
 
@@ -43,6 +47,7 @@ def interleave(assignment: Array, m: int) -> Array:
     return jnp.zeros_like(place).at[free].set(movers)
 
 
+@jax.jit
 def permute_ffn(
     w1: Array, w2: Array, perm: Array, wg: Array | None = None
 ) -> tuple[Array, Array, Array | None]:

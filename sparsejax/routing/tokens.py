@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import NamedTuple, get_args
 
 import jax
@@ -72,6 +73,7 @@ def token_scores(x: Array, centers: Array, metric: Metric = "cosine") -> Array:
     return (products - norms**2 / 2) * _inverse(x_norm * jnp.mean(norms))
 
 
+@partial(jax.jit, static_argnames="metric")
 def assign_tokens(
     x: Array, centers: Array, bias: Array | None = None, metric: Metric = "cosine"
 ) -> Array:
@@ -97,6 +99,7 @@ def assign_tokens(
     return jnp.argmax(scores, axis=1).astype(jnp.int32)
 
 
+@jax.jit
 def update_bias(bias: Array, counts: Array, rate: ArrayLike) -> Array:
     """One step of load evening without an auxiliary loss (arXiv 2408.15664).
 
@@ -121,6 +124,7 @@ def update_bias(bias: Array, counts: Array, rate: ArrayLike) -> Array:
     return bias - jnp.mean(bias, axis=-1, keepdims=True)
 
 
+@partial(jax.jit, static_argnames=("num_experts", "v"))
 def plan_tokens(expert: Array, num_experts: int, v: int) -> TokenPlan:
     """Lays out tokens by expert, in their order, each expert padded to a multiple of V rows.
 
