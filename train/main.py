@@ -60,7 +60,7 @@ def main(argv: list[str] | None = None) -> int:
         arguments = parse(sys.argv[1:] if argv is None else argv)
         fields = {f.name: getattr(arguments, f.name) for f in dataclasses.fields(Config)}
         return run(Config(**fields), arguments, console)
-    except ValueError as error:
+    except (ValueError, NotImplementedError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
 

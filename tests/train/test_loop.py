@@ -1,0 +1,112 @@
+"""A whole run, small: three phases on the embedded text, its log, its plots, its bad ends."""
+
+import dataclasses
+import json
+
+import numpy as np
+import pytest
+from rich.console import Console
+
+import configs
+from train.config import (
+    CheckpointConfig,
+    Config,
+    LogConfig,
+    ModelConfig,
+    OptimizerConfig,
+    ScheduleConfig,
+)
+from train.loop import NonFiniteError, train
+
+SILENT = Console(quiet=True)
+
+
+def small(folder, **changes) -> Config:
+    base = configs.get("tiny")
+    config = Config(
+        name="small",
+        output=str(folder),
+        steps=30,
+        batch_size=4,
+        sequence_length=64,
+        model=ModelConfig(width=32, num_layers=2, num_heads=2),
+        sparsity=dataclasses.replace(base.sparsity, m=8, v=32, refresh_every=6),
+        schedule=ScheduleConfig(warmup_steps=8, sparse_fraction=0.5),
+        optimizer=OptimizerConfig(learning_rate=1e-2, warmup_steps=4),
+        checkpoint=CheckpointConfig(every=10),
+        log=LogConfig(every=3, eval_every=10, eval_windows=6),
+    )
+    return dataclasses.replace(config, **changes)
+
+
+def records(folder):
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture(name="run", scope="module")
+def _run(tmp_path_factory):
+    config = small(tmp_path_factory.mktemp("runs"))
+    return config, train(config, console=SILENT)
+
+
+@pytest.mark.core
+def test_all_three_phases_run_and_the_loss_falls(run):
+    _, result = run
+    assert result.finished
+    assert result.step == 30
+    steps = [r for r in records(result.folder) if r["kind"] == "train"]
+    phases = {r["step"]: r["phase"] for r in steps}
+    # A step is named by how many are done after it: 8 dense, 15 sparse, 7 dense.
+    assert {p for s, p in phases.items() if 8 < s <= 23} == {"sparse"}
+    assert {p for s, p in phases.items() if not 8 < s <= 23} == {"dense"}
+    assert steps[-1]["loss"] < steps[0]["loss"] - 1.0
+    loads = [r["expert_load_max"] for r in steps if r["phase"] == "sparse"]
+    assert all(1.0 <= load <= 2.0 for load in loads)
+
+
+def test_both_views_are_evaluated_once_there_are_clusters(run):
+    _, result = run
+    evals = {r["step"]: r for r in records(result.folder) if r["kind"] == "eval"}
+    assert sorted(evals) == [10, 20, 30]
+    for r in evals.values():
+        assert np.isfinite([r["loss_dense"], r["loss_sparse"]]).all()
+    assert evals[30]["loss_dense"] < evals[10]["loss_dense"]
+    assert result.losses["loss_dense"] == evals[30]["loss_dense"]
+    # Each view is better at the end of its own phase than the other way round.
+    gap = {step: r["loss_sparse"] - r["loss_dense"] for step, r in evals.items()}
+    assert gap[20] < gap[30]
+
+
+def test_the_folder_holds_what_a_user_looks_for(run):
+    config, result = run
+    assert (result.folder / "loss.png").read_bytes().startswith(b"\x89PNG")
+    written = json.loads((result.folder / "config.json").read_text())
+    assert written["steps"] == config.steps
+    assert written["model"]["vocab_size"] == 384
+    assert any((result.folder / "checkpoints").iterdir())
+
+
+def test_a_second_run_of_the_same_name_gets_its_own_folder(run):
+    config, first = run
+    before = (first.folder / "metrics.jsonl").read_bytes()
+    optimizer = OptimizerConfig(warmup_steps=1)
+    short = dataclasses.replace(config, steps=2, schedule=ScheduleConfig(), optimizer=optimizer)
+    second = train(short, console=SILENT)
+    assert second.folder.name == "small-2"
+    assert (first.folder / "metrics.jsonl").read_bytes() == before
+
+
+def test_the_same_run_twice_gives_the_same_losses(run, tmp_path):
+    config, first = run
+    again = train(dataclasses.replace(config, output=str(tmp_path)), console=SILENT)
+    losses = lambda folder: [r["loss"] for r in records(folder) if r["kind"] == "train"]
+    assert losses(again.folder) == losses(first.folder)
+
+
+def test_a_non_finite_loss_stops_the_run_and_says_where(tmp_path):
+    bad = OptimizerConfig(learning_rate=1e30, warmup_steps=0, clip_norm=0.0)
+    config = small(tmp_path, optimizer=bad, checkpoint=CheckpointConfig(every=1))
+    with pytest.raises(NonFiniteError, match=r"(loss|grad_norm) is (nan|inf) at step \d+ of 30"):
+        train(config, console=SILENT)
+    # The checkpoint of the last step with a finite loss is there.
+    assert any((tmp_path / "small" / "checkpoints").iterdir())

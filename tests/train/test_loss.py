@@ -1,0 +1,71 @@
+"""The chunked cross-entropy against a float64 numpy oracle, values and gradients."""
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from train.loss import cross_entropy
+
+T, D, V = 24, 16, 40
+
+
+def oracle(x, head, targets, weights):
+    """Mean loss and gradients in float64, from the textbook formulas."""
+    logits = x @ head
+    top = logits.max(-1, keepdims=True)
+    p = np.exp(logits - top)
+    z = p.sum(-1, keepdims=True)
+    losses = (np.log(z) + top)[:, 0] - logits[np.arange(len(x)), targets]
+    w = weights / weights.sum()
+    d = (p / z - np.eye(head.shape[1])[targets]) * w[:, None]
+    return (losses * w).sum(), d @ head.T, x.T @ d
+
+
+@pytest.fixture(name="case")
+def _case():
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(T, D)) * 3
+    return x, rng.normal(size=(D, V)), rng.integers(0, V, T), rng.integers(0, 2, T).astype(float)
+
+
+@pytest.mark.parametrize("chunk", [1, 5, 8, 24, 1000])
+def test_value_and_gradients(case, chunk):
+    x, head, targets, weights = case
+    f = lambda x, head: cross_entropy(x, head, jnp.asarray(targets), weights, chunk=chunk)
+    loss, (dx, dhead) = jax.value_and_grad(f, (0, 1))(jnp.float32(x), jnp.float32(head))
+    want, want_dx, want_dhead = oracle(*case)
+    np.testing.assert_allclose(loss, want, rtol=1e-5)
+    np.testing.assert_allclose(dx, want_dx, atol=1e-5)
+    np.testing.assert_allclose(dhead, want_dhead, atol=1e-5)
+
+
+def test_no_weights_means_all_ones(case):
+    x, head, targets, _ = case
+    loss = cross_entropy(jnp.float32(x), jnp.float32(head), jnp.asarray(targets), chunk=6)
+    np.testing.assert_allclose(loss, oracle(x, head, targets, np.ones(T))[0], rtol=1e-5)
+
+
+def test_bf16_keeps_gradient_dtypes_and_accuracy(case):
+    x, head, targets, weights = case
+    x16 = jnp.asarray(x, jnp.bfloat16)
+    f = lambda x, head: cross_entropy(x, head, jnp.asarray(targets), weights, chunk=8)
+    loss, (dx, dhead) = jax.value_and_grad(f, (0, 1))(x16, jnp.float32(head))
+    want, want_dx, want_dhead = oracle(np.float64(x16), head, targets, weights)
+    chex.assert_type([dx, dhead], [jnp.bfloat16, jnp.float32])
+    np.testing.assert_allclose(loss, want, rtol=2e-2)
+    for got, expected in ((dx, want_dx), (dhead, want_dhead)):
+        error = np.linalg.norm(np.float64(got) - expected) / np.linalg.norm(expected)
+        assert error < 2e-2
+
+
+def test_all_logits_never_exist():
+    """No intermediate of the compiled gradient is as large as all logits."""
+    tokens, width, vocabulary, chunk = 512, 8, 4096, 32
+    x = jax.ShapeDtypeStruct((tokens, width), jnp.float32)
+    head = jax.ShapeDtypeStruct((width, vocabulary), jnp.float32)
+    targets = jax.ShapeDtypeStruct((tokens,), jnp.int32)
+    grad = jax.jit(jax.grad(lambda x, h, t: cross_entropy(x, h, t, chunk=chunk), (0, 1)))
+    memory = grad.lower(x, head, targets).compile().memory_analysis()
+    assert memory.temp_size_in_bytes < tokens * vocabulary * 4 / 2

@@ -1,0 +1,156 @@
+"""The Llama against a plain numpy forward pass in float64, and its forms against each other."""
+
+import dataclasses
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from sparsejax.spec import Sparsity
+from train.attention import rope
+from train.config import ModelConfig
+from train.model import Llama
+
+CONFIG = ModelConfig(
+    width=32, num_layers=3, num_heads=4, num_kv_heads=2, hidden=64, vocab_size=48,
+    compute_dtype="float32",
+)  # fmt: skip
+SPARSITY = Sparsity(m=8, v=4)
+
+
+def make(seed=0, sparsity=None, **changes):
+    return Llama(
+        dataclasses.replace(CONFIG, **changes), sparsity, rngs=nnx.Rngs(params=jax.random.key(seed))
+    )
+
+
+def tokens(batch=2, length=12):
+    return jnp.asarray(np.random.default_rng(0).integers(0, 48, (batch, length)), jnp.int32)
+
+
+def numpy_forward(model, ids):
+    """Embedding, blocks and final norm in float64, written from the definitions."""
+    f64 = lambda p: np.asarray(p[...], np.float64)
+    config = model.config
+    norm = lambda x, g: x / np.sqrt((x * x).mean(-1, keepdims=True) + config.norm_eps) * f64(g)
+
+    def rotate(x):  # (S, N, d): pairs (i, i + d/2) turned by position * theta^(-2i/d)
+        half = x.shape[-1] // 2
+        out = np.empty_like(x)
+        for position in range(x.shape[0]):
+            for i in range(half):
+                angle = position * config.rope_theta ** (-i / half)
+                c, s = np.cos(angle), np.sin(angle)
+                a, b = x[position, :, i], x[position, :, i + half]
+                out[position, :, i], out[position, :, i + half] = a * c - b * s, b * c + a * s
+        return out
+
+    def block(x, b):
+        y = norm(x, b.norm_attention.scale)
+        heads = lambda w: (y @ f64(w)).reshape(len(y), -1, config.head_dim)
+        q, k = rotate(heads(b.attention.q)), rotate(heads(b.attention.k))
+        v = heads(b.attention.v)
+        mixed = np.zeros_like(q)
+        for head in range(config.num_heads):
+            group = head // (config.num_heads // config.kv_heads)
+            for i in range(len(y)):
+                scores = k[: i + 1, group] @ q[i, head] / np.sqrt(config.head_dim)
+                p = np.exp(scores - scores.max())
+                mixed[i, head] = (p / p.sum()) @ v[: i + 1, group]
+        x = x + mixed.reshape(len(y), -1) @ f64(b.attention.out)
+        y = norm(x, b.norm_ffn.scale)
+        up = y @ f64(b.ffn.w1)
+        if config.ffn == "relu2":
+            act = np.maximum(up, 0) ** 2
+        elif config.ffn == "relu2_gated":
+            act = np.maximum(up, 0) ** 2 * (y @ f64(b.ffn.wg))
+        else:
+            gate = y @ f64(b.ffn.wg)
+            act = gate / (1 + np.exp(-gate)) * up
+        return x + act @ f64(b.ffn.w2)
+
+    rows = []
+    for row in np.asarray(ids):
+        x = f64(model.embedding)[row]
+        for b in model.blocks:
+            x = block(x, b)
+        rows.append(norm(x, model.norm.scale))
+    return np.stack(rows)
+
+
+@pytest.mark.parametrize("ffn", ["relu2", "relu2_gated", "swiglu"])
+def test_forward_against_numpy(ffn):
+    model = make(ffn=ffn, scan_layers=False)
+    got, stats = jax.jit(lambda ids: model(ids))(tokens())
+    assert stats is None
+    np.testing.assert_allclose(got, numpy_forward(model, tokens()), atol=2e-4)
+
+
+def stacked_like(unrolled, scanned):
+    """The scanned model with the unrolled model's parameters."""
+    layers = [nnx.state(block) for block in unrolled.blocks]
+    nnx.update(scanned.blocks, jax.tree.map(lambda *leaves: jnp.stack(leaves), *layers))
+    for name in ("embedding", "head"):
+        getattr(scanned, name)[...] = getattr(unrolled, name)[...]
+    return scanned
+
+
+@pytest.mark.parametrize("sparse", [False, True])
+def test_scanned_and_unrolled_layers_agree(sparse):
+    unrolled = make(sparsity=SPARSITY, scan_layers=False)
+    scanned = stacked_like(unrolled, make(seed=1, sparsity=SPARSITY))
+    outputs = []
+    for model in (unrolled, scanned):
+        packed = model.pack() if sparse else None
+        outputs.append(model(tokens(), packed))
+    chex.assert_trees_all_close(outputs[0][0], outputs[1][0], atol=1e-5)
+    if sparse:
+        assert outputs[0][1].counts.shape == (3, 2)
+        chex.assert_trees_all_equal(outputs[0][1], outputs[1][1])
+
+
+@pytest.mark.parametrize(("remat", "scan"), [("full", True), ("dots", False)])
+def test_rematerialisation_changes_no_gradient(remat, scan):
+    def gradient(policy):
+        model = make(sparsity=SPARSITY, remat=policy, scan_layers=scan, num_layers=2)
+        graph, params, rest = nnx.split(model, nnx.Param, ...)
+        packed = model.pack()
+        loss = lambda p: jnp.sum(nnx.merge(graph, p, rest)(tokens(), packed)[0] ** 2)
+        return jax.jit(jax.grad(loss))(params)
+
+    chex.assert_trees_all_close(gradient(remat), gradient("none"), rtol=1e-4, atol=1e-4)
+
+
+def test_attention_is_causal():
+    model = make()
+    ids = tokens()
+    changed = ids.at[:, 8:].set((ids[:, 8:] + 1) % 48)
+    before, after = model(ids)[0], model(changed)[0]
+    chex.assert_trees_all_equal(before[:, :8], after[:, :8])
+    assert not np.allclose(before[:, 8:], after[:, 8:])
+
+
+def test_rope_scores_depend_on_distance_only():
+    rng = np.random.default_rng(0)
+    q, k = (jnp.asarray(rng.normal(size=(1, 1, 1, 8)), jnp.float32) for _ in range(2))
+    q, k = (rope(jnp.broadcast_to(a, (1, 20, 1, 8)), 100.0)[0, :, 0] for a in (q, k))
+    np.testing.assert_allclose(q[3] @ k[1], q[15] @ k[13], rtol=1e-4)
+
+
+def test_initialisation_scales():
+    model = make(width=256, hidden=1024, num_heads=4, num_kv_heads=4, vocab_size=512)
+    blocks = model.blocks
+    scale = lambda p: float(jnp.std(p[...]))
+    np.testing.assert_allclose(scale(blocks.attention.q), 256**-0.5, rtol=0.02)
+    np.testing.assert_allclose(scale(blocks.ffn.w1), 256**-0.5, rtol=0.02)
+    np.testing.assert_allclose(scale(blocks.ffn.w2), 1024**-0.5 / 6**0.5, rtol=0.02)
+    layers = blocks.ffn.w1[...]
+    assert not np.allclose(layers[0], layers[1])
+
+
+def test_unresolved_vocabulary_is_refused():
+    with pytest.raises(ValueError, match="vocab_size=None"):
+        make(vocab_size=None)
