@@ -69,8 +69,7 @@ def pack_ffn(
     Returns:
       `PackedFFN`.
     """
-    width, hidden = _check_weights(w1, w2, wg, sparsity)
-    del width, hidden
+    _check_weights(w1, w2, wg, sparsity)
     if sparsity.weights and (betas is None or betas.shape != (3,)):
         shape = None if betas is None else betas.shape
         raise ValueError(f"betas of shape {shape} must be (3,): one for each of w1, w2, wg")
@@ -147,7 +146,7 @@ def _backward_rows(
 
 
 def _rows_of(x: Array, rows: Array) -> Array:
-    return x.at[rows].get(mode="fill", fill_value=0)
+    return jnp.asarray(x).at[rows].get(mode="fill", fill_value=0)
 
 
 def _expert(packed: PackedFFN, e: Array | int) -> PackedFFN:
@@ -250,6 +249,8 @@ def routed_ffn(
     Raises:
       ValueError: shapes or dtypes that do not fit. NotImplementedError: no such backend yet.
     """
+    x, w1, w2 = jnp.asarray(x), jnp.asarray(w1), jnp.asarray(w2)
+    wg = None if wg is None else jnp.asarray(wg)
     width, hidden = _check_weights(w1, w2, wg, sparsity)
     if x.ndim != 2 or x.shape[1] != width:
         raise ValueError(f"{x.shape=} must be (tokens, {width})")
