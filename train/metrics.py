@@ -264,9 +264,7 @@ class RunLogger:
         table.add_row("steps", f"{self._last_step:,} of {self.total_steps:,}")
         table.add_row("tokens", f"{record['tokens']:,}")
         table.add_row("time of this process", duration(elapsed))
-        table.add_row(
-            "  of it paused (compilation, evaluation, checkpoints)", duration(self._paused_total)
-        )
+        table.add_row("  paused (evaluation, checkpoints)", duration(self._paused_total))
         if self._last_loss is not None:
             table.add_row("last training loss", f"{self._last_loss:.4f}")
         for key, value in self._last_eval.items():
@@ -404,7 +402,7 @@ def _rate(tokens_per_second: float | None) -> str:
         return f"{'-':>6}"
     for scale, unit in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
         if tokens_per_second >= scale:
-            return f"{tokens_per_second / scale:>5.3g}{unit}"
+            return f"{tokens_per_second / scale:>5.1f}{unit}"
     return f"{tokens_per_second:>6.3g}"
 
 

@@ -168,7 +168,7 @@ def test_lines_are_aligned_and_complete(tmp_path):
     for name in ("loss", "lr", "grad", "tok/s", "mfu", "eta"):
         assert len({line.index(f" {name} ") for line in lines(log)}) == 1
     assert second.startswith("step   20/1000  dense ")
-    for text in ("loss  3.1416", "lr 2.50e-03", "grad  0.500", "tok/s    10k", "mfu 40.0%"):
+    for text in ("loss  3.1416", "lr 2.50e-03", "grad  0.500", "tok/s  10.0k", "mfu 40.0%"):
         assert text in second
     assert "tok/s      -" in first
     assert "tok/s      -" in third
