@@ -67,7 +67,7 @@ def loss_plot(
     smooth = np.full(len(losses), math.nan)
     # Between phases the loss jumps: no average reaches across.
     for part in np.split(np.arange(len(phases)), np.flatnonzero(phases[1:] != phases[:-1]) + 1):
-        smooth[part] = smoothed(losses[part], width=len(losses) / 80)
+        smooth[part] = smoothed(losses[part], width=max(len(losses) / 80, 1.0))
     axes.plot(steps, smooth, color=_SMOOTH, linewidth=1.8)
     labels.append((_last(smooth), "training", _SMOOTH))
     # The fall of the first steps would press everything that matters flat.
