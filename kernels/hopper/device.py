@@ -1,0 +1,48 @@
+"""Facts about the device that a Hopper kernel is traced for."""
+
+from __future__ import annotations
+
+import jax
+
+# What an H100 SXM has; used only when no device tells (lowering on a machine without a GPU).
+_DEFAULT_CORES = 132
+
+
+def _abstract_device():
+    return jax.sharding.get_abstract_mesh().abstract_device
+
+
+def _default_device():
+    chosen = jax.config.jax_default_device  # type: ignore[attr-defined]
+    if chosen is None:
+        return jax.devices()[0]
+    return jax.devices(chosen)[0] if isinstance(chosen, str) else chosen
+
+
+def kind() -> str:
+    """The device's name, such as "NVIDIA H100 80GB HBM3"."""
+    abstract = _abstract_device()
+    if abstract is not None:
+        return abstract.device_kind
+    return _default_device().device_kind
+
+
+def num_cores() -> int:
+    """Streaming multiprocessors of the device."""
+    abstract = _abstract_device()
+    if abstract is not None and abstract.num_cores:
+        return abstract.num_cores
+    return getattr(_default_device(), "core_count", None) or _DEFAULT_CORES
+
+
+def require_hopper() -> None:
+    """Raises NotImplementedError on a GPU that is not of compute capability 9.0.
+
+    Machines without a GPU pass: there the kernels can be lowered for CUDA, not run.
+    """
+    if _abstract_device() is not None:
+        return
+    chip = _default_device()
+    capability = getattr(chip, "compute_capability", None)
+    if capability is not None and str(capability) != "9.0":
+        raise NotImplementedError(f"compute_capability={capability!r} is not Hopper's 9.0")

@@ -1,0 +1,1 @@
+"""Tuned kernel configurations, one JSON file for each backend and device."""
