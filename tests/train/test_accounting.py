@@ -327,6 +327,8 @@ def test_memory_agrees_with_the_compiler(remat):
 
     tokens = jax.ShapeDtypeStruct((config.batch_size, config.sequence_length), jnp.int32)
     compiled = jax.jit(jax.value_and_grad(loss)).lower(params, tokens).compile()
-    temporary = compiled.memory_analysis().temp_size_in_bytes
+    analysis = compiled.memory_analysis()
+    assert analysis is not None
+    temporary = analysis.temp_size_in_bytes
     estimate = accounting.memory(config)
     assert estimate.activations + estimate.logits_chunk == pytest.approx(temporary, rel=0.25)
