@@ -6,10 +6,9 @@ import importlib.metadata
 import json
 import logging
 import os
-import re
 import shutil
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -22,20 +21,14 @@ from jax.experimental import multihost_utils
 
 from train.checkpoint import manifest, tree
 from train.checkpoint.compare import refuse_other_config
+from train.checkpoint.entries import CONFIG, STAGING, Entry, entries_of, folder_name, parse
 from train.checkpoint.errors import CheckpointError, reason
+from train.checkpoint.processes import on_process_zero
 
 log = logging.getLogger(__name__)
 
 FORMAT = 1
-_ARRAYS, _LAYOUT, _HOST, _CONFIG, _VERSIONS = (
-    "arrays",
-    "layout.json",
-    "host.json",
-    "config.json",
-    "versions.json",
-)
-_STAGING = ".staging"
-_NAME = re.compile(r"(\d{8,})(?:-(\d+))?")
+_ARRAYS, _LAYOUT, _HOST, _VERSIONS = "arrays", "layout.json", "host.json", "versions.json"
 _DISTRIBUTIONS = {
     "jax": "jax",
     "flax": "flax",
@@ -57,15 +50,6 @@ class Restored:
     step: int
     state: Any
     host: dict[str, Any]
-
-
-@dataclass(frozen=True, order=True)
-class _Entry:
-    """A checkpoint's folder. A step saved again gets a new attempt: nothing is overwritten."""
-
-    step: int
-    attempt: int
-    path: Path
 
 
 class Checkpointer:
@@ -106,9 +90,10 @@ class Checkpointer:
             # A folder that cannot be made is an error at once, not a time-out of the writers.
             async_options=ocp.AsyncOptions(create_directories_asynchronously=False),
         )
-        self._staged = self.folder / _STAGING
+        self._staged = self.folder / STAGING
         self._thread: threading.Thread | None = None
         self._error: CheckpointError | None = None
+        # The step last saved or restored: saving it again would change nothing.
         self._current: int | None = None
         self._damaged: set[Path] = set()
 
@@ -135,7 +120,7 @@ class Checkpointer:
             raise ValueError("state has no elements")
         documents = {
             _HOST: _to_json("host", host),
-            _CONFIG: self._config_text,
+            CONFIG: self._config_text,
             _LAYOUT: _to_json("layout", layout),
             _VERSIONS: _to_json("versions", _versions()),
         }
@@ -143,9 +128,9 @@ class Checkpointer:
         if step == self._current and not force:
             return False
         try:
-            _on_process_zero(self._empty_staging)
+            on_process_zero(self._empty_staging)
             self._orbax.save(
-                self._staged / _folder_name(step) / _ARRAYS, args=ocp.args.PyTreeSave(arrays)
+                self._staged / folder_name(step) / _ARRAYS, args=ocp.args.PyTreeSave(arrays)
             )
         except Exception as error:
             raise self._failed(step, error) from error
@@ -178,7 +163,7 @@ class Checkpointer:
         """
         self.wait()
         leaves, structure = tree.named_leaves(template)
-        name = _on_process_zero(lambda: self._choose(step))
+        name = on_process_zero(lambda: self._choose(step))
         if name is None:
             return None
         folder = self.folder / name
@@ -199,7 +184,7 @@ class Checkpointer:
         except Exception as error:
             raise CheckpointError(f"cannot restore {folder}: {reason(error)}") from error
         state = jax.tree.unflatten(structure, tree.from_arrays(leaves, arrays))
-        found = _parse(folder)
+        found = parse(folder)
         assert found is not None
         self._current = found.step
         return Restored(found.step, state, host)
@@ -208,10 +193,13 @@ class Checkpointer:
         """Step of the newest complete checkpoint, None if there is none.
 
         Looks at the files' sizes only, which is quick; `restore` looks at their contents too.
+
+        Raises:
+          CheckpointError: as `wait`, or if the folder cannot be read.
         """
         self.wait()
-        return _on_process_zero(
-            lambda: next((entry.step for entry in self._complete(_entries(self.folder))), None)
+        return on_process_zero(
+            lambda: next((entry.step for entry in self._complete(entries_of(self.folder))), None)
         )
 
     def wait(self) -> None:
@@ -287,12 +275,12 @@ class Checkpointer:
             self._error = self._failed(step, error)
 
     def _publish(self, step: int, documents: dict[str, str]) -> None:
-        staged = self._staged / _folder_name(step)
+        staged = self._staged / folder_name(step)
         for name, text in documents.items():
             (staged / name).write_text(text, encoding="utf-8")
         manifest.write(staged)
-        attempts = [entry.attempt for entry in _entries(self.folder) if entry.step == step]
-        final = self.folder / _folder_name(step, max(attempts, default=-1) + 1)
+        attempts = [entry.attempt for entry in entries_of(self.folder) if entry.step == step]
+        final = self.folder / folder_name(step, max(attempts, default=-1) + 1)
         staged.rename(final)
         manifest.sync_folder(self.folder)
         try:
@@ -302,12 +290,12 @@ class Checkpointer:
 
     def _prune(self, newest: Path) -> None:
         """Deletes what is older than the checkpoint just saved, but for `keep` good steps."""
-        entries = _entries(self.folder)
+        entries = entries_of(self.folder)
         kept: dict[int, Path] = {}
         for entry in self._complete(entries):
             if len(kept) < self.keep:
                 kept.setdefault(entry.step, entry.path)
-        last = _parse(newest)
+        last = parse(newest)
         assert last is not None
         for entry in entries:
             if entry < last and entry.path not in kept.values():
@@ -319,7 +307,7 @@ class Checkpointer:
 
     def _choose(self, step: int | None) -> str | None:
         """Name of the folder to restore: the newest that is whole, if its config is ours."""
-        entries = _entries(self.folder)
+        entries = entries_of(self.folder)
         if step is not None:
             steps = sorted({entry.step for entry in entries})
             entries = [entry for entry in entries if entry.step == step]
@@ -328,21 +316,19 @@ class Checkpointer:
         for entry in entries:
             found = manifest.problem(entry.path)
             if not found:
-                text = (entry.path / _CONFIG).read_text(encoding="utf-8")
+                text = (entry.path / CONFIG).read_text(encoding="utf-8")
                 refuse_other_config(json.loads(text), self._config)
                 return entry.path.name
             self._damaged.add(entry.path)
             log.warning("skipping damaged checkpoint %s: %s", entry.path, found)
         if entries:
-            raise ValueError(
-                f"all {len(entries)} checkpoints in {self.folder} are damaged; "
-                "remove them to start afresh"
-            )
+            which = f"all checkpoints ({len(entries)})" if step is None else f"that of {step=}"
+            raise ValueError(f"no good checkpoint in {self.folder}: {which} damaged")
         if self._staged.is_dir():
             log.warning("the first save in %s was cut short: nothing to restore", self.folder)
         return None
 
-    def _complete(self, entries: list[_Entry]) -> list[_Entry]:
+    def _complete(self, entries: list[Entry]) -> list[Entry]:
         """The entries not known to be damaged, after a quick look."""
         return [
             entry
@@ -361,41 +347,6 @@ class Checkpointer:
         )
 
 
-def read_config(folder: str | os.PathLike[str], *, step: int | None = None) -> dict[str, Any]:
-    """The configuration that the newest checkpoint (or that of `step`) was saved with.
-
-    Raises:
-      ValueError: if there is no checkpoint with an intact configuration.
-    """
-    for entry in _entries(Path(folder)):
-        if step is not None and entry.step != step:
-            continue
-        if not manifest.problem(entry.path, only=[_CONFIG]):
-            return json.loads((entry.path / _CONFIG).read_text(encoding="utf-8"))
-    which = "" if step is None else f" of {step=}"
-    raise ValueError(f"no checkpoint{which} in {folder}")
-
-
-def _entries(folder: Path) -> list[_Entry]:
-    """All checkpoints by their names, newest first, good or not."""
-    try:
-        found = [_parse(path) for path in folder.iterdir()]
-    except (FileNotFoundError, NotADirectoryError):
-        return []
-    except OSError as error:
-        raise CheckpointError(f"cannot read {folder}: {reason(error)}") from error
-    return sorted((entry for entry in found if entry is not None), reverse=True)
-
-
-def _parse(path: Path) -> _Entry | None:
-    match = _NAME.fullmatch(path.name)
-    return match and _Entry(int(match[1]), int(match[2] or 0), path)
-
-
-def _folder_name(step: int, attempt: int = 0) -> str:
-    return f"{step:08d}" + (f"-{attempt}" if attempt else "")
-
-
 def _to_json(name: str, value: Any) -> str:
     try:
         return json.dumps(value, indent=1)
@@ -411,31 +362,6 @@ def _versions() -> dict[str, Any]:
         except importlib.metadata.PackageNotFoundError:
             versions[name] = None
     return versions
-
-
-def _on_process_zero(function: Callable[[], Any]) -> Any:
-    """Runs `function` on process 0 and gives its JSON value, or its error, to all processes."""
-    if jax.process_count() == 1:
-        return function()
-    answer: dict[str, Any] = {}
-    if jax.process_index() == 0:
-        try:
-            answer = {"value": function()}
-        except CheckpointError as error:
-            answer = {"failed": str(error)}
-        except ValueError as error:
-            answer = {"refused": str(error)}
-    text = np.frombuffer(json.dumps(answer).encode(), np.uint8)
-    size = int(multihost_utils.broadcast_one_to_all(np.int32(text.size)))
-    padded = np.zeros(size, np.uint8)
-    padded[: text.size] = text[:size]
-    received = np.asarray(multihost_utils.broadcast_one_to_all(padded))
-    answer = json.loads(received.astype(np.uint8).tobytes().decode())
-    if "failed" in answer:
-        raise CheckpointError(answer["failed"])
-    if "refused" in answer:
-        raise ValueError(answer["refused"])
-    return answer["value"]
 
 
 def _not_from_orbax(record: logging.LogRecord) -> bool:
