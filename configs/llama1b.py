@@ -12,7 +12,9 @@ def config() -> Config:
         batch_size=256,
         micro_batches=64,
         sequence_length=4096,
-        model=ModelConfig(width=2048, num_layers=25, num_heads=16, vocab_size=128_256),
+        model=ModelConfig(
+            width=2048, num_layers=25, num_heads=16, vocab_size=128_256, remat="dots"
+        ),
         sparsity=Sparsity(m=16, v=128),
         schedule=ScheduleConfig(warmup_steps=1000, sparse_fraction=0.5),
         optimizer=OptimizerConfig(learning_rate=3e-3, warmup_steps=5000, weight_decay=0.033),

@@ -1,16 +1,23 @@
 """The 7B model: D 4096, 32 layers, 32 heads, sequence 4096, vocabulary 128,256."""
 
 from sparsejax.spec import Sparsity
-from train.config import CheckpointConfig, Config, ModelConfig, OptimizerConfig, ScheduleConfig
+from train.config import (
+    CheckpointConfig,
+    Config,
+    MeshConfig,
+    ModelConfig,
+    OptimizerConfig,
+    ScheduleConfig,
+)
 
 
 def config() -> Config:
-    """4 M tokens a step, 100,000 steps; half of them sparse after 1,000 dense ones."""
+    """4 M tokens a step, 100,000 steps, half of them sparse; parameters sharded over 8 GPUs."""
     return Config(
         name="llama7b",
         steps=100_000,
         batch_size=1024,
-        micro_batches=4,
+        micro_batches=32,
         sequence_length=4096,
         model=ModelConfig(
             width=4096, num_layers=32, num_heads=32, vocab_size=128_256, remat="dots"
@@ -18,5 +25,6 @@ def config() -> Config:
         sparsity=Sparsity(m=16, v=128),
         schedule=ScheduleConfig(warmup_steps=1000, sparse_fraction=0.5),
         optimizer=OptimizerConfig(learning_rate=1e-3, warmup_steps=2000),
+        mesh=MeshConfig(fsdp=8),
         checkpoint=CheckpointConfig(every=500),
     )

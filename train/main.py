@@ -79,7 +79,7 @@ def run(config: Config, arguments: Arguments, console: Console) -> int:
     from train.loop import NonFiniteError, train
 
     if config.deterministic:
-        make_deterministic()
+        make_deterministic(config.output)
     try:
         train(config, resume=arguments.resume, console=console)
     except (NonFiniteError, CheckpointError) as error:
