@@ -1,0 +1,29 @@
+"""The device that a kernel would be compiled for."""
+
+from __future__ import annotations
+
+import jax
+
+
+def require_capability(op: str, minimum: float) -> None:
+    """Raises NotImplementedError unless the target is an NVIDIA GPU of this compute capability."""
+    capability = compute_capability()
+    if capability is not None and capability < minimum:
+        raise NotImplementedError(
+            f"triton {op} needs an NVIDIA GPU of compute capability {minimum}, not {capability}"
+        )
+
+
+def compute_capability() -> float | None:
+    """Of the GPU that JAX compiles for, 0 for anything else; None for an abstract GPU."""
+    abstract = jax.sharding.get_abstract_mesh().abstract_device
+    if abstract is not None and abstract.platform == "gpu":
+        return None
+    device = jax.config.jax_default_device or jax.devices()[0]  # type: ignore[attr-defined]
+    if isinstance(device, str):
+        device = jax.devices(device)[0]
+    major, dot, minor = str(getattr(device, "compute_capability", "")).partition(".")
+    # ROCm reports names such as gfx90a here.
+    if device.platform != "gpu" or not (dot and major.isdigit() and minor.isdigit()):
+        return 0.0
+    return float(f"{major}.{minor}")
