@@ -219,7 +219,12 @@ class _Run:
             return init_state(self.config, optimizer, self.mesh), 0
         restored = self.checkpointer.restore(abstract_state(self.config, optimizer, self.mesh))
         if restored is None:
-            raise ValueError(f"nothing to resume: {self.folder} holds no complete checkpoint")
+            # Killed before its first checkpoint: whoever restarts it must not have to know.
+            warning = (
+                f"[yellow]no complete checkpoint in {self.folder}: starting at step 0[/yellow]"
+            )
+            self.console.print(warning, highlight=False)
+            return init_state(self.config, optimizer, self.mesh), 0
         if restored.host["data"] != self.data.fingerprint:
             raise ValueError(
                 f"the checkpoint in {self.folder} was trained on other data: fingerprint "

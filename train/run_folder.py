@@ -10,6 +10,7 @@ from pathlib import Path
 from train.config import Config
 
 CHECKPOINTS = "checkpoints"
+CONFIG_FILE = "config.json"
 
 
 def candidates(config: Config):
@@ -33,21 +34,20 @@ def new_folder(config: Config) -> Path:
 
 
 def resumable_folder(config: Config) -> Path:
-    """The newest folder of the run's name that holds checkpoints.
+    """The newest folder in which a run of this name was started, with or without checkpoints.
 
     Raises:
       ValueError: if there is none.
     """
     existing = list(itertools.takewhile(lambda folder: folder.exists(), candidates(config)))
     for folder in reversed(existing):
-        checkpoints = folder / CHECKPOINTS
-        if checkpoints.is_dir() and any(checkpoints.iterdir()):
+        if (folder / CONFIG_FILE).is_file():
             return folder
     base = Path(config.output) / config.name
-    raise ValueError(f"nothing to resume: no checkpoint under {base}; start without --resume")
+    raise ValueError(f"nothing to resume: no run in {base}; start without --resume")
 
 
 def write_config(folder: Path, config: Config) -> None:
     """Writes config.json, for the reader; checkpoints hold their own copy."""
     text = json.dumps(dataclasses.asdict(config), indent=2)
-    (folder / "config.json").write_text(text + "\n", encoding="utf-8")
+    (folder / CONFIG_FILE).write_text(text + "\n", encoding="utf-8")

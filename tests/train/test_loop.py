@@ -1,7 +1,9 @@
 """A whole run, small: three phases on the embedded text, its log, its plots, its bad ends."""
 
 import dataclasses
+import io
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -101,6 +103,20 @@ def test_the_same_run_twice_gives_the_same_losses(run, tmp_path):
     again = train(dataclasses.replace(config, output=str(tmp_path)), console=SILENT)
     losses = lambda folder: [r["loss"] for r in records(folder) if r["kind"] == "train"]
     assert losses(again.folder) == losses(first.folder)
+
+
+def test_a_run_killed_before_its_first_checkpoint_resumes_from_the_start(tmp_path):
+    config = small(
+        tmp_path, steps=2, schedule=ScheduleConfig(), checkpoint=CheckpointConfig(every=0)
+    )
+    config = dataclasses.replace(config, optimizer=OptimizerConfig(warmup_steps=1))
+    first = train(config, console=SILENT)
+    shutil.rmtree(first.folder / "checkpoints")
+    console = Console(record=True, quiet=False, file=io.StringIO(), width=200)
+    again = train(config, resume=True, console=console)
+    assert again.folder == first.folder
+    assert "no complete checkpoint" in console.export_text()
+    assert [r["step"] for r in records(again.folder) if r["kind"] == "train"] == [2]
 
 
 def test_a_non_finite_loss_stops_the_run_and_says_where(tmp_path):
