@@ -187,6 +187,19 @@ def test_bfloat16(gated):
     assert_close(got, [y, *gradients], 5e-3)
 
 
+def test_choice_is_made_before_rounding():
+    """Four activations that bfloat16 cannot tell apart: the two that are larger in float32 win."""
+    x = jnp.zeros((1, D), jnp.bfloat16).at[0, :2].set(jnp.array([1.0, 2.0**-10], jnp.bfloat16))
+    w1 = np.zeros((D, H), np.float32)
+    w1[0, :4] = 1.0
+    w1[1, 2:4] = 1.0
+    w2 = np.eye(H, D, dtype=np.float32)
+    sparsity = Sparsity(weights=False, routing=False)
+    packed = pack_ffn(w1, w2, None, None, sparsity)
+    y = routed_ffn(x, w1, w2, None, packed, None, sparsity)
+    np.testing.assert_array_equal(y[0, :4], [0, 0, 1, 1])
+
+
 @pytest.mark.parametrize("gated", [False, True])
 def test_one_expert_and_nothing_sparse_is_the_dense_network(gated):
     x, dy, w1, w2, wg = problem(gated)

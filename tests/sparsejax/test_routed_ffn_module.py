@@ -80,6 +80,11 @@ def test_the_start_of_the_sparse_phase(gated):
     again = module.refresh()
     assert float(again.churn) == 0
     np.testing.assert_array_equal(again.permutation, np.arange(H))
+    # Experts keep the identity that their centres give them, here each its neighbour's.
+    module.centers[...] = jnp.roll(update.centers, 1, axis=0)
+    rolled = module.refresh()
+    np.testing.assert_allclose(rolled.centers, module.centers[...], rtol=1e-3, atol=1e-4)
+    assert float(rolled.churn) == 1
     module.w1[...] = 2 * module.w1[...] ** 3
     np.testing.assert_array_equal(module.refresh().beta, module.beta[...])
     assert not np.allclose(module.begin_sparse().beta[0], module.beta[0])
