@@ -190,10 +190,8 @@ def test_bfloat16(gated):
 def test_choice_is_made_before_rounding():
     """Four activations that bfloat16 cannot tell apart: the two that are larger in float32 win."""
     x = jnp.zeros((1, D), jnp.bfloat16).at[0, :2].set(jnp.array([1.0, 2.0**-10], jnp.bfloat16))
-    w1 = np.zeros((D, H), np.float32)
-    w1[0, :4] = 1.0
-    w1[1, 2:4] = 1.0
-    w2 = np.eye(H, D, dtype=np.float32)
+    w1 = jnp.zeros((D, H)).at[0, :4].set(1.0).at[1, 2:4].set(1.0)
+    w2 = jnp.eye(H, D)
     sparsity = Sparsity(weights=False, routing=False)
     packed = pack_ffn(w1, w2, None, None, sparsity)
     y = routed_ffn(x, w1, w2, None, packed, None, sparsity)
