@@ -1,0 +1,119 @@
+"""Threshold-and-pack kernels against the chip's copy bandwidth."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from benchmarks import devices
+from benchmarks.capture import CaptureConfig
+from benchmarks.failures import Failures
+from benchmarks.timing import Samples, Sampling, Timed, interleaved, jax_timed
+from kernels import reference, registry
+
+_COPY_BYTES = 1 << 29
+
+
+@dataclasses.dataclass(frozen=True)
+class Packing:
+    """One call of pack24 to time."""
+
+    name: str
+    rows: int
+    cols: int
+    dtype: str
+    axis: int
+    mode: reference.Mode
+
+    @property
+    def bytes(self) -> int:
+        """Moved by one call: the input read once, the packed matrix written once."""
+        m, k = (self.rows, self.cols) if self.axis == 1 else (self.cols, self.rows)
+        return m * k * jnp.dtype(self.dtype).itemsize + devices.packed_bytes(m, k)
+
+    @property
+    def copies(self) -> int:
+        """Inputs of one execution: enough work to hide its launch, and more than a cache holds."""
+        return min(8, max(2, math.ceil(1e9 / self.bytes)))
+
+
+def packings(model: str, capture: CaptureConfig) -> list[Packing]:
+    """Weights once an optimiser step (float32), activations (bfloat16), along both axes."""
+    d, h, t = capture.width, capture.hidden, capture.tokens
+    return [
+        Packing(f"{model} W1", d, h, "float32", 0, "soft_threshold"),
+        Packing(f"{model} W2", h, d, "float32", 1, "soft_threshold"),
+        Packing(f"{model} Y2", t, h, "bfloat16", 1, "value"),
+        Packing(f"{model} Y2 tokens", t, h, "bfloat16", 0, "magnitude"),
+    ]
+
+
+def compile_packing(packing: Packing, backend: registry.Backend):
+    """`copies` calls of the backend's pack24 in one executable; takes a list and a scale."""
+    x = jax.ShapeDtypeStruct((packing.rows, packing.cols), packing.dtype)
+    scale = jax.ShapeDtypeStruct((), jnp.float32)
+    options = {"axis": packing.axis, "mode": packing.mode}
+    _, function = registry.select("pack24", x, scale=scale, backend=backend, **options)
+    # One jitted function, so that the calls share one lowering.
+    pack_one = jax.jit(lambda x, scale: function(x, scale=scale, **options))
+
+    def pack_all(inputs, scale):
+        return [pack_one(x, scale) for x in inputs]
+
+    return jax.jit(pack_all).lower([x] * packing.copies, scale).compile()
+
+
+def measure_copy(sampling: Sampling) -> float:
+    """Bandwidth of an element-wise copy of a large array, bytes read and written a second."""
+    size = _COPY_BYTES if jax.default_backend() == "gpu" else 1 << 20
+    inputs = [jnp.full((size // 4,), float(i + 1)) for i in range(2)]
+    # A factor that the compiler does not know: the values must pass through the chip.
+    copy = jax.jit(lambda xs, factor: [x * factor for x in xs])
+    timed = Timed(lambda: copy(inputs, jnp.float32(1.0)), jax.block_until_ready)
+    samples = interleaved({"copy": timed}, sampling)
+    return 2 * size * len(inputs) / samples["copy"].median
+
+
+def measure_packing(
+    packing: Packing,
+    compiled: dict[str, Any],
+    refusals: dict[str, str],
+    copy_bandwidth: float,
+    sampling: Sampling,
+    failures: Failures,
+) -> list[dict[str, Any]]:
+    """Rows of one packing: one for each backend."""
+    draw = jax.jit(lambda key: jax.random.normal(key, (packing.rows, packing.cols), packing.dtype))
+    inputs = [draw(key) for key in jax.random.split(jax.random.key(2), packing.copies)]
+    scale = jnp.float32(1.484)
+    expected = reference.pack24(inputs[-1], axis=packing.axis, mode=packing.mode, scale=scale)
+    calls = {}
+    for backend, call in compiled.items():
+        out, note = failures.attempt(
+            f"{packing.name}, {backend}", functools.partial(call, inputs, scale)
+        )
+        if note is not None:
+            refusals = {**refusals, backend: note}
+            continue
+        wrong = sum(int(jnp.sum(a != b)) for a, b in zip(out[-1], expected, strict=True))
+        if wrong:
+            failures.append(f"{packing.name}, {backend}: {wrong} words differ from the reference")
+        del out
+        calls[backend] = jax_timed(call, inputs, scale)
+    common = dataclasses.asdict(packing)
+    rows = [{**common, "contender": name, "note": note} for name, note in refusals.items()]
+    if not calls:
+        return rows
+    samples = interleaved(calls, sampling)
+    for name, taken in samples.items():
+        one = Samples(tuple(s / packing.copies for s in taken.seconds))
+        rate = packing.bytes / one.median
+        row = {**common, "contender": name, **one.as_row()}
+        row |= {"bytes_per_second": rate, "share_of_copy": rate / copy_bandwidth}
+        rows.append(row)
+    return rows

@@ -1,0 +1,184 @@
+"""What the GEMM benchmark shows: summary figures, one table on the console, a plot."""
+
+from __future__ import annotations
+
+import math
+import pathlib
+import statistics
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")
+
+import matplotlib.pyplot as plt
+from rich.console import Console
+from rich.table import Table
+
+Row = dict[str, Any]
+
+_COLOURS = {
+    "xla dense": "#9aa0a6",
+    "cusparselt": "#e8a33d",
+    "triton": "#5b8def",
+    "hopper": "#1b9e77",
+    "reference": "#b07aa1",
+}
+
+
+def _vendor(contender: str) -> str:
+    """One name for both forms of cuSPARSELt."""
+    return "cusparselt" if contender.startswith("cusparselt") else contender
+
+
+def best(rows: list[Row]) -> dict[tuple[str, str], dict[str, Row]]:
+    """Timed rows by (product, data) and contender; of cuSPARSELt's two forms the faster one."""
+    groups: dict[tuple[str, str], dict[str, Row]] = {}
+    for row in rows:
+        if "ms" not in row:
+            continue
+        group = groups.setdefault((f"{row['model']} {row['kind']}", row["data"]), {})
+        name = _vendor(row["contender"])
+        if name not in group or row["ms"] < group[name]["ms"]:
+            group[name] = row
+    return groups
+
+
+def summary(rows: list[Row], packing: list[Row]) -> Row:
+    """Speed-ups over each rival by backend and data, and shares of the copy bandwidth."""
+    groups = best(rows)
+    found: Row = {}
+    backends = sorted({r["contender"] for r in rows if r["contender"] in _COLOURS})
+    for backend in backends:
+        for rival in ("xla dense", "cusparselt"):
+            for data in sorted({data for _, data in groups}):
+                ratios = [
+                    g[rival]["ms"] / g[backend]["ms"]
+                    for (_, d), g in groups.items()
+                    if d == data and rival in g and backend in g
+                ]
+                if not ratios or backend in (rival, "xla dense", "cusparselt"):
+                    continue
+                found[f"{backend} over {rival}, {data} data"] = {
+                    "geometric_mean": math.exp(statistics.mean(map(math.log, ratios))),
+                    "least": min(ratios),
+                    "products": len(ratios),
+                }
+        shares = [r["share_of_copy"] for r in packing if r["contender"] == backend and "ms" in r]
+        if shares:
+            found[f"{backend} packing, share of copy bandwidth"] = {
+                "median": statistics.median(shares),
+                "least": min(shares),
+            }
+    return found
+
+
+def _contenders(result: Row) -> list[str]:
+    rows = result["products"] + result["packing"]
+    present = {_vendor(r["contender"]) for r in rows}
+    return [name for name in _COLOURS if name in present]
+
+
+def _title(result: Row) -> str:
+    device = result["device"]["kind"]
+    note = ": a smoke test, its times say nothing about speed" if result["smoke"] else ""
+    return f"2:4 products on {device}{note}"
+
+
+def table(result: Row, console: Console | None = None) -> None:
+    """Prints products (ms, speed-up over dense) and packing (µs, share of the copy bandwidth)."""
+    names = _contenders(result)
+    view = Table(title=_title(result), title_justify="left", caption_justify="left")
+    for heading in ("product", "data", "m, n, k"):
+        view.add_column(heading)
+    for name in names:
+        view.add_column(name, justify="right")
+    view.add_column("bound", justify="right")
+    for (product, data), group in best(result["products"]).items():
+        some = next(iter(group.values()))
+        cells = [product, data, f"{some['m']}, {some['n']}, {some['k']}"]
+        for name in names:
+            row = group.get(name)
+            cells.append(
+                "-" if row is None else f"{row['ms']:.3f} ms {row['speedup_over_dense']:.2f}x"
+            )
+        known = [v for k, v in some["bounds_ms"].items() if k != "dense" and v is not None]
+        cells.append(f"{max(known):.3f} ms" if known else "-")
+        view.add_row(*cells)
+    view.add_section()
+    packings = list(dict.fromkeys(row["name"] for row in result["packing"]))
+    for packing in packings:
+        rows = {r["contender"]: r for r in result["packing"] if r["name"] == packing}
+        some = next(iter(rows.values()))
+        cells = [
+            f"pack {packing}",
+            f"{some['dtype']}, axis {some['axis']}",
+            f"{some['rows']} x {some['cols']}",
+        ]
+        for name in names:
+            row = rows.get(name, {})
+            timed = "ms" in row
+            cells.append(
+                f"{1e3 * row['ms']:.0f} µs {row['share_of_copy']:.0%} copy" if timed else "-"
+            )
+        view.add_row(*cells, "-")
+    lines = [f"copy {result['copy_bytes_per_second'] / 1e12:.2f} TB/s"]
+    for name, figures in result["summary"].items():
+        values = ", ".join(f"{k.replace('_', ' ')} {v:.3g}" for k, v in figures.items())
+        lines.append(f"{name}: {values}")
+    for model, facts in result["capture"].items():
+        lines.append(
+            f"{model} captured after {facts['steps']} steps, loss {facts['first_loss']:.2f} to "
+            f"{facts['last_loss']:.2f}, {facts['active_share']:.0%} of neurons active"
+        )
+    view.caption = "\n".join(lines)
+    (console or Console(width=160)).print(view)
+
+
+def plot(result: Row, file: pathlib.Path) -> None:
+    """Effective TFLOP/s of every product and contender, one panel for each kind of data."""
+    groups = best(result["products"])
+    datasets = sorted({data for _, data in groups}, reverse=True)
+    names = [n for n in _contenders(result) if any(n in g for g in groups.values())]
+    figure, axes = plt.subplots(
+        len(datasets), 1, figsize=(10, 3.4 * len(datasets)), sharey=True, squeeze=False
+    )
+    for axis, data in zip(axes[:, 0], datasets, strict=True):
+        products = [p for p, d in groups if d == data]
+        width = 0.8 / len(names)
+        for i, name in enumerate(names):
+            rates = [
+                groups[p, data].get(name, {}).get("effective_tflops", math.nan) for p in products
+            ]
+            places = [j + (i - (len(names) - 1) / 2) * width for j in range(len(products))]
+            bars = axis.bar(places, rates, width * 0.92, color=_COLOURS[name], label=name)
+            for bar, product in zip(bars, products, strict=True):
+                speedup = groups[product, data].get(name, {}).get("speedup_over_dense")
+                if speedup is not None and name != "xla dense":
+                    axis.annotate(
+                        f"{speedup:.2f}x",
+                        (bar.get_x() + bar.get_width() / 2, bar.get_height()),
+                        ha="center",
+                        va="bottom",
+                        fontsize=7,
+                    )
+        for j, product in enumerate(products):
+            bounds = next(iter(groups[product, data].values()))["bounds_ms"]
+            known = [v for k, v in bounds.items() if k != "dense" and v is not None]
+            if known:
+                some = next(iter(groups[product, data].values()))
+                flops = 2.0 * some["m"] * some["n"] * some["k"]
+                rate = flops / max(known) / 1e9
+                label = "bound" if j == 0 else None
+                axis.hlines(rate, j - 0.45, j + 0.45, colors="black", lw=1, label=label)
+        axis.set_xticks(range(len(products)), products)
+        axis.set_title(f"{data} data", loc="left", fontsize=10)
+        axis.set_ylabel("effective TFLOP/s")
+        axis.spines[["top", "right"]].set_visible(False)
+    axes[0, 0].legend(frameon=False, ncols=len(names) + 1, fontsize=8, loc="upper left",
+                      bbox_to_anchor=(0, 1.25))  # fmt: skip
+    figure.suptitle(_title(result), x=0.01, ha="left", fontsize=11)
+    figure.tight_layout()
+    file.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(file, dpi=150)
+    plt.close(figure)

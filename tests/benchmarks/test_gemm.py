@@ -1,0 +1,251 @@
+"""The GEMM benchmark: that it runs, checks what it times, and computes what it reports."""
+
+import dataclasses
+import functools
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from benchmarks import devices, gemm, packing, products, report
+from benchmarks.capture import CaptureConfig, FfnTensors, capture
+from benchmarks.failures import Failures
+from benchmarks.timing import Sampling, Timed, interleaved
+from sparsejax.prune import soft_threshold, soft_threshold_beta, top2_of_4
+
+WIDTH, HIDDEN, TOKENS = 64, 256, 256
+KINDS = ["weights", "activations", "tokens"]
+SAMPLING = Sampling(rounds=2, round_seconds=1e-4)
+
+
+@pytest.mark.skipif(jax.default_backend() == "gpu", reason="the reference is no contender there")
+def test_smoke_run(tmp_path, capsys):
+    out = tmp_path / "results" / "gemm.json"
+    gemm.main(["--out", str(out), "--smoke"])
+    result = json.loads(out.read_text())
+    assert out.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
+
+    # Nothing here claims a speed: it says what it ran on, and that it was a smoke test.
+    assert result["smoke"] is True
+    assert result["device"]["platform"] == "cpu"
+    assert result["versions"]["jax"] == jax.__version__
+    shown = capsys.readouterr().out
+    assert "a smoke test, its times say nothing about speed" in shown
+    assert result["failures"] == []
+
+    rows = result["products"]
+    found = {(r["kind"], r["data"], r["contender"]) for r in rows if "ms" in r}
+    assert found == {
+        (kind, data, contender)
+        for kind in [*KINDS, "cube"]
+        for data in ("training", "gaussian")
+        for contender in ("xla dense", "reference")
+    }
+    for row in rows:
+        assert len(row["rounds_ms"]) == 2
+        assert row["ms"] == pytest.approx(np.median(row["rounds_ms"]))
+        rate = 2e-9 * row["m"] * row["n"] * row["k"] / row["ms"]
+        assert row["effective_tflops"] == pytest.approx(rate)
+        if row["contender"] == "reference":
+            assert row["relative_error"] < 5e-3
+    assert {r["name"] for r in result["packing"]} == {
+        "tiny W1", "tiny W2", "tiny Y2", "tiny Y2 tokens"
+    }  # fmt: skip
+    assert all(0 < r["share_of_copy"] < 10 for r in result["packing"])
+    assert result["copy_bytes_per_second"] > 0
+    assert "reference over xla dense, training data" in result["summary"]
+    assert 0 < result["capture"]["tiny"]["active_share"] < 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--out", "x.txt", "--smoke"], "must end in .json"),
+        (["--out", "x.json", "--smoke", "--rounds", "0"], "must be positive"),
+        (["--out", "x.json", "--backends", "cutlass"], "invalid choice: 'cutlass'"),
+        ([], "--out"),
+    ],
+)
+def test_command_line_refuses(arguments, message, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        gemm.main(arguments)
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.skipif(jax.default_backend() == "gpu", reason="describes a machine without a GPU")
+def test_refuses_full_size_without_a_gpu(capsys):
+    with pytest.raises(SystemExit, match="2"):
+        gemm.main(["--out", "x.json"])
+    assert "'cpu', no GPU: only --smoke runs" in capsys.readouterr().err
+
+
+def network(seed: int = 0) -> FfnTensors:
+    return products.gaussian(WIDTH, HIDDEN, TOKENS, seed)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_products_are_those_of_the_network(kind):
+    """With operands that pruning leaves alone, a sparse product is the network's own product."""
+    t = network()
+    t = t._replace(y2=top2_of_4(t.y2, 0 if kind == "tokens" else 1))
+    shape = {s.kind: s for s in products.shapes("m", WIDTH, HIDDEN, TOKENS)}[kind]
+    product = products.build(shape, t)
+    f = lambda a: np.asarray(a, np.float64)
+    w1 = f((soft_threshold_beta(t.w1, 0) * soft_threshold(t.w1, 0)).astype(jnp.bfloat16))
+    expected = {
+        "weights": (f(t.x) @ w1).T,
+        "activations": f(t.y2) @ f(t.w2.astype(jnp.bfloat16)),
+        "tokens": f(t.y2).T @ f(t.dy3),
+    }[kind]
+    rows = np.r_[:128, shape.m - 128 : shape.m]
+    np.testing.assert_allclose(
+        products.reference_rows(product), expected[rows], rtol=1e-4, atol=1e-3
+    )
+    # The dense contender computes the same product of operands before pruning.
+    dense = gemm._dense(*product.dense_operands, contract=product.dense_contract)
+    w1 = f(t.w1.astype(jnp.bfloat16))
+    unpruned = f(t.x) @ w1 if kind == "weights" else expected
+    np.testing.assert_allclose(f(dense), unpruned, rtol=2e-2, atol=0.2)
+
+
+def test_build_refuses_other_tensors():
+    shape = products.shapes("m", WIDTH, HIDDEN, TOKENS)[0]
+    with pytest.raises(ValueError, match="tensors give"):
+        products.build(dataclasses.replace(shape, k=128), network())
+
+
+def measure(call) -> tuple[list[dict], Failures]:
+    shape = products.shapes("m", WIDTH, HIDDEN, TOKENS)[0]
+    product = products.build(shape, network())
+    failures = Failures()
+    settings = gemm.Settings((), ("reference",), SAMPLING, torch=False)
+    dense = lambda a, b: gemm._dense(a, b, contract=product.dense_contract)
+    rows = gemm.measure_product(
+        product, "gaussian", {"reference": call}, {"triton": "not served: no"}, dense, None,
+        settings, failures,
+    )  # fmt: skip
+    return rows, failures
+
+
+@pytest.mark.parametrize("fault", ["scaled", "one wrong row", "nan"])
+def test_wrong_results_fail_the_run(fault):
+    compiled = gemm.compile_sparse(products.shapes("m", WIDTH, HIDDEN, TOKENS)[0], "reference")
+
+    def wrong(*operands):
+        out = compiled(*operands)
+        if fault == "scaled":
+            return out * 1.01
+        # Output (n, m): one row of A is one column.
+        return out.at[:, 5].set(0.0 if fault == "one wrong row" else jnp.nan)
+
+    assert not measure(compiled)[1]
+    rows, failures = measure(wrong)
+    assert len(failures) == 1
+    assert "reference: relative error" in failures[0]
+    assert {r["contender"] for r in rows if "ms" in r} == {"xla dense", "reference"}
+
+
+def test_broken_and_refused_contenders_do_not_end_the_run():
+    def broken(*operands):
+        raise RuntimeError("out of order\ndetails")
+
+    rows, failures = measure(broken)
+    assert failures == ["m weights, gaussian data, reference: RuntimeError: out of order"]
+    notes = {r["contender"]: r["note"] for r in rows if "note" in r}
+    assert notes == {
+        "reference": "failed: RuntimeError: out of order",
+        "triton": "not served: no",
+    }
+    assert "ms" in next(r for r in rows if r["contender"] == "xla dense")
+
+
+def test_packing_checks_and_counts_bytes():
+    case = packing.Packing("W", 64, 256, "float32", 0, "soft_threshold")
+    assert case.bytes == 64 * 256 * 4 + 64 * 256 + 64 * 256 // 8
+    compiled = packing.compile_packing(case, "reference")
+    failures = Failures()
+    rows = packing.measure_packing(case, {"reference": compiled}, {}, 1e9, SAMPLING, failures)
+    assert not failures
+    assert rows[0]["bytes_per_second"] == pytest.approx(case.bytes / rows[0]["ms"] * 1e3)
+    assert rows[0]["share_of_copy"] == pytest.approx(rows[0]["bytes_per_second"] / 1e9)
+
+    def wrong(inputs, scale):
+        outs = compiled(inputs, scale)
+        values, metadata = outs[-1]
+        return [*outs[:-1], (values.at[0, 0].add(1), metadata)]
+
+    packing.measure_packing(case, {"reference": wrong}, {}, 1e9, SAMPLING, failures)
+    assert failures == ["W, reference: 1 words differ from the reference"]
+
+
+def test_bounds_of_an_h100():
+    bounds = devices.spmm_bounds("NVIDIA H100 80GB HBM3", 8192, 16384, 2048)
+    flops = 2 * 8192 * 16384 * 2048
+    dense = flops / 989.4e12
+    assert bounds.dense == pytest.approx(dense)
+    assert bounds.arithmetic == pytest.approx(dense / 2)
+    # 16 KiB of B and 2 KiB of A in 128 cycles of 128 bytes.
+    assert bounds.shared_memory == pytest.approx(dense / 2 * 18 / 16)
+    moved = 8192 * 2048 * 9 / 8 + 2 * 2048 * 16384 + 2 * 8192 * 16384
+    assert bounds.memory == pytest.approx(moved / 3.35e12)
+    assert bounds.sparse == bounds.shared_memory
+    assert devices.spmm_bounds("NVIDIA A100-SXM4-80GB", 64, 64, 64).shared_memory is None
+    assert devices.spmm_bounds("cpu", 64, 64, 64).sparse is None
+
+
+def test_rounds_interleave_and_rotate():
+    order: list[str] = []
+    calls = {name: Timed(functools.partial(order.append, name), lambda _: None) for name in "abc"}
+    samples = interleaved(calls, Sampling(rounds=3, round_seconds=1e-9))
+    assert {name: len(s.seconds) for name, s in samples.items()} == dict.fromkeys("abc", 3)
+    timed = order[12:]  # after a warm-up of 4 executions each
+    starts = [name for i, name in enumerate(timed) if i == 0 or timed[i - 1] != name]
+    # abc, bca, cab: the contender that ends a round never starts the next one.
+    assert starts == list("abcbcacab")
+    for bad in (Sampling(0, 1.0), Sampling(1, 0.0)):
+        with pytest.raises(ValueError, match="must be positive"):
+            interleaved(calls, bad)
+    with pytest.raises(ValueError, match="must be positive"):
+        interleaved({}, Sampling(1, 1.0))
+
+
+def test_summary_takes_the_better_vendor_form_and_geometric_means():
+    def row(kind, contender, ms):
+        return {"model": "m", "kind": kind, "data": "training", "contender": contender, "ms": ms}
+
+    rows = [
+        row("weights", "xla dense", 2.0),
+        row("weights", "cusparselt", 3.0),
+        row("weights", "cusparselt transposed", 1.5),
+        row("weights", "hopper", 1.0),
+        row("tokens", "xla dense", 8.0),
+        row("tokens", "hopper", 1.0),
+        {**row("tokens", "triton", 0.0), "note": "not served"},
+    ]
+    del rows[-1]["ms"]
+    figures = report.summary(rows, [])
+    over_dense = figures["hopper over xla dense, training data"]
+    assert over_dense == {"geometric_mean": pytest.approx(4.0), "least": 2.0, "products": 2}
+    over_vendor = figures["hopper over cusparselt, training data"]
+    assert over_vendor == {"geometric_mean": pytest.approx(1.5), "least": 1.5, "products": 1}
+    assert not any("triton" in name for name in figures)
+
+
+def test_capture_trains_and_gives_consistent_tensors():
+    config = CaptureConfig(32, 128, 2, 128, sequence=32, sequences_per_step=4, steps=30)
+    tensors, facts = capture(config)
+    assert facts["last_loss"] < facts["first_loss"] - 1
+    y2 = jnp.square(jax.nn.relu(tensors.x @ tensors.w1.astype(jnp.bfloat16)))
+    np.testing.assert_allclose(
+        np.asarray(tensors.y2, np.float32), np.asarray(y2, np.float32), rtol=0.05, atol=1e-2
+    )
+    assert facts["active_share"] == pytest.approx(float(jnp.mean(tensors.y2 > 0)))
+    rms = jnp.sqrt(jnp.mean(tensors.x.astype(jnp.float32) ** 2, axis=-1))
+    np.testing.assert_allclose(rms, 1.0, rtol=0.02)
+    assert tensors.dy3.shape == (128, 32)
+    assert 0 < float(jnp.abs(tensors.dy3).max()) < 1
+    for bad in (dataclasses.replace(config, tokens=100), dataclasses.replace(config, heads=5)):
+        with pytest.raises(ValueError, match="must be a multiple"):
+            capture(bad)
