@@ -171,7 +171,7 @@ def plot(result: Row, file: pathlib.Path) -> None:
                 rate = flops / max(known) / 1e9
                 label = "bound" if j == 0 else None
                 axis.hlines(rate, j - 0.45, j + 0.45, colors="black", lw=1, label=label)
-        axis.set_xticks(range(len(products)), products)
+        axis.set_xticks(range(len(products)), [p.replace(" ", "\n") for p in products])
         axis.set_title(f"{data} data", loc="left", fontsize=10)
         axis.set_ylabel("effective TFLOP/s")
         axis.spines[["top", "right"]].set_visible(False)

@@ -98,7 +98,8 @@ def _signature(args: tuple, kwargs: dict) -> tuple:
     """Shapes, dtypes and options of a call, to report each kind of fallback once."""
 
     def describe(value: Any) -> Any:
-        if hasattr(value, "shape"):
+        # dtypes have a shape as well.
+        if hasattr(value, "shape") and hasattr(value, "dtype"):
             return (tuple(value.shape), str(value.dtype))
         return str(value)
 

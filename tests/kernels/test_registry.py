@@ -94,6 +94,22 @@ def test_falls_back_visibly_once_for_each_shape(fake):
     assert fake.calls == ["triton"] * 3
 
 
+@pytest.mark.parametrize("out_dtype", [jnp.float32, np.dtype("float32"), "float32"])
+def test_reports_calls_with_any_kind_of_dtype(out_dtype, monkeypatch):
+    def refuse(*arguments, **options):
+        raise NotImplementedError("no")
+
+    monkeypatch.setattr(registry, "_reported", set())
+    module = types.ModuleType("kernels.triton.spmm24")
+    module.spmm24, module.check_spmm24 = refuse, refuse  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "kernels.triton.spmm24", module)
+    values, metadata = reference.pack24(np.ones((64, 64), np.float32), axis=1, mode="magnitude")
+    b = jnp.ones((8, 64), jnp.bfloat16)
+    with registry.assume_capability((8, 0)), pytest.warns(registry.FallbackWarning, match="no"):
+        out = registry.spmm24(values, metadata, b, b_layout="nk", out_dtype=out_dtype)
+    assert out.dtype == jnp.float32
+
+
 def test_falls_back_when_a_backend_lacks_the_op(fake):
     fake("hopper", refuses="no")
     with (

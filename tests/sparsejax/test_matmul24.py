@@ -1,5 +1,8 @@
 """matmul24 against float64 references, in every setting and under JAX's transformations."""
 
+import re
+import warnings
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -275,6 +278,37 @@ def test_refuses(arguments, message):
 def test_named_backend_is_strict_without_its_device():
     with pytest.raises(NotImplementedError, match="needs compute capability 9"):
         matmul24(X, W, backend="hopper")
+
+
+@pytest.mark.parametrize(("backend", "capability"), [("hopper", (9, 0)), ("triton", (8, 0))])
+def test_lowers_for_a_gpu_on_any_machine(backend, capability):
+    """Tracing picks the backend of the assumed device, in all three products and both packings."""
+
+    def step(x, w1, w2, dy):
+        def layers(x, w1, w2):
+            return matmul24(matmul24(x, w1, axis=0), w2, axis=1)
+
+        y, vjp = jax.vjp(layers, x, w1, w2)
+        return y, vjp(dy)
+
+    gpu = jax.sharding.AbstractDevice("NVIDIA H100 80GB HBM3", num_cores=132, platform="gpu")
+    mesh = jax.sharding.AbstractMesh((), (), abstract_device=gpu)
+    arguments = (
+        jax.ShapeDtypeStruct((100, 128), jnp.bfloat16),
+        jax.ShapeDtypeStruct((128, 64), jnp.float32),
+        jax.ShapeDtypeStruct((64, 192), jnp.float32),
+        jax.ShapeDtypeStruct((100, 192), jnp.bfloat16),
+    )
+    with (
+        registry.assume_capability(capability),
+        jax.sharding.use_abstract_mesh(mesh),
+        warnings.catch_warnings(),
+    ):
+        warnings.simplefilter("error", registry.FallbackWarning)
+        text = jax.jit(step).trace(*arguments).lower(lowering_platforms=("cuda",)).as_text()
+    target = {"hopper": r"custom_call @mosaic_gpu", "triton": r"custom_call @[\w$.]*triton"}
+    # Two packings, one forward product (axis 0), one input gradient (axis 1).
+    assert len(re.findall(target[backend], text)) == 4
 
 
 def test_spmm24_refuses_shapes_that_do_not_fit():
