@@ -18,33 +18,21 @@ import json
 import pathlib
 import sys
 import time
+from collections.abc import Callable
 from typing import Any
 
 import jax
-import jax.numpy as jnp
-from jax import Array
 
-from benchmarks import devices, report
+from benchmarks import report
 from benchmarks.capture import CaptureConfig, FfnTensors, capture
+from benchmarks.contenders import compile_dense, compile_sparse, measure_product
 from benchmarks.cusparselt import CuSparseLt, unavailable
 from benchmarks.environment import environment
 from benchmarks.failures import Failures
 from benchmarks.packing import compile_packing, measure_copy, measure_packing, packings
-from benchmarks.products import (
-    Product,
-    Shape,
-    build,
-    cube_shape,
-    gaussian,
-    reference_rows,
-    relative_error,
-    shapes,
-)
-from benchmarks.timing import Sampling, interleaved, jax_timed
+from benchmarks.products import Shape, build, cube_shape, gaussian, shapes
+from benchmarks.timing import Sampling
 from kernels import registry
-from kernels.tuning import tables
-
-TOLERANCE = 5e-3
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,6 +54,7 @@ class Settings:
     sampling: Sampling
     torch: bool
     require_tuned: bool = False
+    smoke: bool = False
 
 
 def full_models(steps: int) -> tuple[Model, ...]:
@@ -87,192 +76,149 @@ def smoke_models() -> tuple[Model, ...]:
     return (Model("tiny", tiny, cube=128),)
 
 
-def _dense(a: Array, b: Array, *, contract: tuple[int, int]) -> Array:
-    return jax.lax.dot_general(a, b, (((contract[0],), (contract[1],)), ((), ())))
-
-
-def compile_sparse(shape: Shape, backend: registry.Backend):
-    """The backend's kernel compiled for a shape; takes values, metadata, b."""
-    m, n, k = shape.m, shape.n, shape.k
-    arguments = (
-        jax.ShapeDtypeStruct((m, k // 2), jnp.bfloat16),
-        jax.ShapeDtypeStruct((m // 64, k // 64, 128), jnp.int32),
-        jax.ShapeDtypeStruct((n, k) if shape.b_layout == "nk" else (k, n), jnp.bfloat16),
-    )
-    layouts = {"b_layout": shape.b_layout, "out_layout": shape.out_layout}
-    _, function = registry.select("spmm24", *arguments, backend=backend, **layouts)
-    return jax.jit(functools.partial(function, **layouts)).lower(*arguments).compile()
-
-
-def measure_product(
-    product: Product,
-    data: str,
-    kernels: dict[str, Any],
-    refusals: dict[str, str],
-    dense,
-    library: CuSparseLt | None,
-    settings: Settings,
-    failures: Failures,
-) -> list[dict[str, Any]]:
-    """Rows of one product: one for each contender, refused ones with the reason."""
-    shape = product.shape
-    sparse = product.sparse
-    what = f"{shape.name}, {data} data"
-    calls = {"xla dense": jax_timed(dense, *product.dense_operands)}
-    expected = reference_rows(product)
-    errors: dict[str, float] = {}
-    notes = dict(refusals)
-    for backend, compiled in kernels.items():
-        call = jax_timed(compiled, sparse.values, sparse.metadata, product.b)
-        out, note = failures.attempt(f"{what}, {backend}", call.run)
-        if note is not None:
-            notes[backend] = note
-            continue
-        errors[backend] = relative_error(product, expected, out)
-        calls[backend] = call
-    if library is not None:
-        found, note = failures.attempt(f"{what}, cusparselt", lambda: library.calls(product))
-        if note is not None:
-            notes["cusparselt"] = note
-        for transposed, call in (found or {}).items():
-            name = "cusparselt" + (" transposed" if transposed else "")
-            out = library.result(product, call.run(), transposed)
-            errors[name] = relative_error(product, expected, out)
-            calls[name] = call
-    for name, error in errors.items():
-        # A NaN compares false with everything: it must fail too.
-        if not error <= TOLERANCE:
-            failures.append(f"{what}, {name}: relative error {error:.1e} exceeds {TOLERANCE}")
-
-    samples = interleaved(calls, settings.sampling)
-    kind = jax.devices()[0].device_kind
-    bounds = devices.spmm_bounds(kind, shape.m, shape.n, shape.k)
-    common = {**dataclasses.asdict(shape), "data": data}
-    rows = []
-    for name, taken in samples.items():
-        row = {**common, "contender": name, **taken.as_row()}
-        row["effective_tflops"] = shape.flops / taken.median / 1e12
-        row["speedup_over_dense"] = samples["xla dense"].median / taken.median
-        row["relative_error"] = errors.get(name)
-        if name != "xla dense" and bounds.sparse is not None:
-            row["share_of_bound"] = bounds.sparse / taken.median
-        if name in registry.BACKENDS and name != "reference":
-            key = tables.key(
-                m=shape.m, n=shape.n, k=shape.k, b=shape.b_layout, out=shape.out_layout
-            )
-            row["tuned"] = tables.lookup(name, "spmm24", kind, key) is not None
-            if settings.require_tuned and not row["tuned"]:
-                failures.append(f"{what}, {name}: no entry {key} in the tuned table")
-        if library is not None and name.startswith("cusparselt"):
-            row["algorithm"] = library.algorithm(shape, name.endswith("transposed"))
-        rows.append(row)
-    rows += [{**common, "contender": name, "note": note} for name, note in notes.items()]
-    for row in rows:
-        row["bounds_ms"] = {
-            k: None if v is None else 1e3 * v for k, v in dataclasses.asdict(bounds).items()
-        }
-    return rows
-
-
 class _Clock:
-    """Seconds that each part of the run took."""
+    """Seconds that each part of the run took; says on stderr how far it is."""
 
     def __init__(self) -> None:
         self.seconds: dict[str, float] = {}
-        self._last = time.perf_counter()
+        self._start = self._last = time.perf_counter()
 
-    def lap(self, name: str) -> None:
+    def lap(self, part: str, what: str = "") -> None:
         now = time.perf_counter()
-        self.seconds[name] = self.seconds.get(name, 0.0) + now - self._last
+        self.seconds[part] = self.seconds.get(part, 0.0) + now - self._last
         self._last = now
+        print(f"[{now - self._start:5.0f} s] {part} {what}".rstrip(), file=sys.stderr, flush=True)
 
 
-def run(settings: Settings) -> dict[str, Any]:
-    """Measures everything; returns what the result file holds."""
-    clock, failures = _Clock(), Failures()
-    all_shapes: dict[str, list[Shape]] = {}
-    for model in settings.models:
-        c = model.capture
-        all_shapes[model.name] = shapes(model.name, c.width, c.hidden, c.tokens)
-        if model.cube is not None:
-            all_shapes[model.name].append(cube_shape(model.name, model.cube))
+class _Compiled:
+    """Kernels by what they compute; they compile in threads, with errors kept until asked for."""
 
-    all_packings = [p for m in settings.models for p in packings(m.name, m.capture)]
+    def __init__(self, backends: tuple[registry.Backend, ...], failures: Failures) -> None:
+        self._backends = backends
+        self._failures = failures
+        self._pool = concurrent.futures.ThreadPoolExecutor(max_workers=6)
+        self._jobs: dict[tuple[Any, str], concurrent.futures.Future] = {}
 
-    # Kernels compile on the host while the models train; dense products compile later, on a quiet
-    # device, because their compiler times candidates.
-    jobs: dict[tuple, concurrent.futures.Future] = {}
-    with concurrent.futures.ThreadPoolExecutor(max_workers=6) as pool:
-        for backend in settings.backends:
-            for shape in (s for group in all_shapes.values() for s in group):
-                jobs[shape, backend] = pool.submit(compile_sparse, shape, backend)
-            for packing in all_packings:
-                jobs[packing, backend] = pool.submit(compile_packing, packing, backend)
-        captured, reports = {}, {}
-        for model in settings.models:
-            captured[model.name], reports[model.name] = capture(model.capture)
-        clock.lap("capture")
-    clock.lap("compile kernels")
+    def submit(self, item: Any, compile_item: Callable[[Any, registry.Backend], Any]) -> None:
+        for backend in self._backends:
+            self._jobs[item, backend] = self._pool.submit(compile_item, item, backend)
 
-    def compiled(item: Any) -> tuple[dict[str, Any], dict[str, str]]:
+    def wait(self) -> None:
+        self._pool.shutdown(wait=True)
+
+    def of(self, item: Any) -> tuple[dict[str, Any], dict[str, str]]:
+        """Compiled functions by backend, and reasons of those that have none."""
         found: dict[str, Any] = {}
         refusals: dict[str, str] = {}
-        for backend in settings.backends:
-            job = jobs[item, backend]
-            function, note = failures.attempt(f"compiling {item.name}, {backend}", job.result)
+        for backend in self._backends:
+            job = self._jobs[item, backend]
+            what = f"compiling {item.name}, {backend}"
+            function, note = self._failures.attempt(what, job.result)
             if note is None:
                 found[backend] = function
             else:
                 refusals[backend] = note
         return found, refusals
 
+
+def model_shapes(model: Model) -> list[Shape]:
+    """All products of a model."""
+    c = model.capture
+    found = shapes(model.name, c.width, c.hidden, c.tokens)
+    return found if model.cube is None else [*found, cube_shape(model.name, model.cube)]
+
+
+def run(settings: Settings, save: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
+    """Measures everything.
+
+    Args:
+      settings: what.
+      save: called with the result so far whenever there is more of it, so that a run that is cut
+        short leaves what it had.
+
+    Returns:
+      What the result file holds.
+    """
+    clock, failures = _Clock(), Failures()
+    all_packings = [p for m in settings.models for p in packings(m.name, m.capture)]
+
+    # Kernels compile on the host while the models train; dense products compile later, on a quiet
+    # device, because their compiler times candidates.
+    compiled = _Compiled(settings.backends, failures)
+    for model in settings.models:
+        for shape in model_shapes(model):
+            compiled.submit(shape, compile_sparse)
+    for packing in all_packings:
+        compiled.submit(packing, compile_packing)
+    captured, reports = {}, {}
+    for model in settings.models:
+        captured[model.name], reports[model.name] = capture(model.capture)
+        clock.lap("capture", model.name)
+    compiled.wait()
+    clock.lap("compile kernels")
+
     library_note = unavailable() if settings.torch else "not asked for"
     library = CuSparseLt() if library_note is None else None
     clock.lap("load cusparselt")
 
-    rows = []
-    for model in settings.models:
-        c = model.capture
-        # The captured tensors of a model go once it is done.
-        sets: dict[str, FfnTensors] = {
-            "training": captured.pop(model.name),
-            "gaussian": gaussian(c.width, c.hidden, c.tokens),
-        }
-        for shape in all_shapes[model.name]:
-            kernels, refusals = compiled(shape)
-            dense = None
-            for data, tensors in sets.items():
-                product = build(shape, tensors)
-                if dense is None:
-                    multiply = functools.partial(_dense, contract=product.dense_contract)
-                    dense = jax.jit(multiply).lower(*product.dense_operands).compile()
-                clock.lap("prepare operands")
-                rows += measure_product(
-                    product, data, kernels, refusals, dense, library, settings, failures
-                )
-                clock.lap("time products")
-        del sets
-
-    copy_bandwidth = measure_copy(settings.sampling)
-    packing_rows = []
-    for packing in all_packings:
-        packing_rows += measure_packing(
-            packing, *compiled(packing), copy_bandwidth, settings.sampling, failures
-        )
-    clock.lap("time packing")
-    return {
+    rows: list[dict[str, Any]] = []
+    packing_rows: list[dict[str, Any]] = []
+    result: dict[str, Any] = {
         "benchmark": "gemm",
+        "complete": False,
+        "smoke": settings.smoke,
         **environment(),
         "settings": dataclasses.asdict(settings),
         "cusparselt": library_note or "used",
         "capture": reports,
         "products": rows,
-        "copy_bytes_per_second": copy_bandwidth,
         "packing": packing_rows,
-        "summary": report.summary(rows, packing_rows),
-        "failures": list(failures),
+        "failures": failures,
         "seconds": clock.seconds,
     }
+    for model in settings.models:
+        c = model.capture
+        # Popped: the captured tensors of a model go once it is done.
+        sets: dict[str, FfnTensors] = {
+            "training": captured.pop(model.name),
+            "gaussian": gaussian(c.width, c.hidden, c.tokens),
+        }
+        for shape in model_shapes(model):
+            kernels, refusals = compiled.of(shape)
+            dense = None
+            for data, tensors in sets.items():
+                product = build(shape, tensors)
+                dense = dense or compile_dense(product)
+                clock.lap("prepare operands", f"{shape.name}, {data}")
+                measure = functools.partial(
+                    measure_product, product, data, kernels, refusals, dense, library,
+                    settings.sampling, failures, settings.require_tuned,
+                )  # fmt: skip
+                found, _ = failures.attempt(f"{shape.name}, {data} data", measure)
+                rows += found or []
+                clock.lap("time products", f"{shape.name}, {data}")
+        del sets
+        save(result)
+
+    copy_bandwidth = measure_copy(settings.sampling)
+    result["copy_bytes_per_second"] = copy_bandwidth
+    for packing in all_packings:
+        measure = functools.partial(
+            measure_packing, packing, *compiled.of(packing), copy_bandwidth, settings.sampling,
+            failures,
+        )  # fmt: skip
+        found, _ = failures.attempt(packing.name, measure)
+        packing_rows += found or []
+        clock.lap("time packing", packing.name)
+    result["summary"] = report.summary(rows, packing_rows)
+    result["complete"] = True
+    save(result)
+    return result
+
+
+def save_json(result: dict[str, Any], file: pathlib.Path) -> None:
+    """Writes a result file."""
+    file.write_text(json.dumps(result, indent=1) + "\n")
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -290,8 +236,8 @@ def main(arguments: list[str] | None = None) -> None:
         "--backends", nargs="+", choices=registry.BACKENDS, help="default: by device"
     )
     parser.add_argument("--rounds", type=int, default=7, help="samples of each contender")
-    parser.add_argument("--round-ms", type=float, default=40.0, help="time of a sample")
-    parser.add_argument("--steps", type=int, default=300, help="of the training before capture")
+    parser.add_argument("--round-ms", type=float, default=30.0, help="time of a sample")
+    parser.add_argument("--steps", type=int, default=250, help="of the training before capture")
     parser.add_argument("--no-torch", action="store_true", help="leave cuSPARSELt out")
     parser.add_argument("--require-tuned", action="store_true", help="fail on a tuned-table miss")
     options = parser.parse_args(arguments)
@@ -318,11 +264,10 @@ def main(arguments: list[str] | None = None) -> None:
         sampling=sampling,
         torch=on_gpu and not options.no_torch,
         require_tuned=options.require_tuned,
+        smoke=options.smoke,
     )
-    result = run(settings)
-    result["smoke"] = options.smoke
     options.out.parent.mkdir(parents=True, exist_ok=True)
-    options.out.write_text(json.dumps(result, indent=1) + "\n")
+    result = run(settings, lambda r: save_json(r, options.out))
     report.plot(result, options.plot or options.out.with_suffix(".png"))
     report.table(result)
     if result["failures"]:

@@ -53,8 +53,12 @@ def packings(model: str, capture: CaptureConfig) -> list[Packing]:
     ]
 
 
-def compile_packing(packing: Packing, backend: registry.Backend):
-    """`copies` calls of the backend's pack24 in one executable; takes a list and a scale."""
+def trace_packing(packing: Packing, backend: registry.Backend):
+    """`copies` calls of the backend's pack24 in one function; takes a list and a scale.
+
+    Raises:
+      NotImplementedError: the backend does not serve this device or shape.
+    """
     x = jax.ShapeDtypeStruct((packing.rows, packing.cols), packing.dtype)
     scale = jax.ShapeDtypeStruct((), jnp.float32)
     options = {"axis": packing.axis, "mode": packing.mode}
@@ -65,7 +69,12 @@ def compile_packing(packing: Packing, backend: registry.Backend):
     def pack_all(inputs, scale):
         return [pack_one(x, scale) for x in inputs]
 
-    return jax.jit(pack_all).lower([x] * packing.copies, scale).compile()
+    return jax.jit(pack_all).trace([x] * packing.copies, scale)
+
+
+def compile_packing(packing: Packing, backend: registry.Backend):
+    """`trace_packing`, compiled."""
+    return trace_packing(packing, backend).lower().compile()
 
 
 def measure_copy(sampling: Sampling) -> float:

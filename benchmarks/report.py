@@ -136,8 +136,13 @@ def table(result: Row, console: Console | None = None) -> None:
 
 
 def plot(result: Row, file: pathlib.Path) -> None:
-    """Effective TFLOP/s of every product and contender, one panel for each kind of data."""
+    """Effective TFLOP/s of every product and contender, one panel for each kind of data.
+
+    Nothing is drawn where nothing was timed.
+    """
     groups = best(result["products"])
+    if not groups:
+        return
     datasets = sorted({data for _, data in groups}, reverse=True)
     names = [n for n in _contenders(result) if any(n in g for g in groups.values())]
     figure, axes = plt.subplots(

@@ -9,10 +9,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from benchmarks import devices, gemm, packing, products, report
+from benchmarks import contenders, devices, gemm, packing, products, report
 from benchmarks.capture import CaptureConfig, FfnTensors, capture
 from benchmarks.failures import Failures
 from benchmarks.timing import Sampling, Timed, interleaved
+from kernels import registry
 from sparsejax.prune import soft_threshold, soft_threshold_beta, top2_of_4
 
 WIDTH, HIDDEN, TOKENS = 64, 256, 256
@@ -29,6 +30,7 @@ def test_smoke_run(tmp_path, capsys):
 
     # Nothing here claims a speed: it says what it ran on, and that it was a smoke test.
     assert result["smoke"] is True
+    assert result["complete"] is True
     assert result["device"]["platform"] == "cpu"
     assert result["versions"]["jax"] == jax.__version__
     shown = capsys.readouterr().out
@@ -104,10 +106,34 @@ def test_products_are_those_of_the_network(kind):
         products.reference_rows(product), expected[rows], rtol=1e-4, atol=1e-3
     )
     # The dense contender computes the same product of operands before pruning.
-    dense = gemm._dense(*product.dense_operands, contract=product.dense_contract)
+    dense = contenders.dense_product(*product.dense_operands, contract=product.dense_contract)
     w1 = f(t.w1.astype(jnp.bfloat16))
     unpruned = f(t.x) @ w1 if kind == "weights" else expected
     np.testing.assert_allclose(f(dense), unpruned, rtol=2e-2, atol=0.2)
+
+
+@pytest.mark.parametrize(("backend", "capability"), [("hopper", (9, 0)), ("triton", (8, 0))])
+@pytest.mark.parametrize("model", gemm.full_models(1), ids=lambda m: m.name)
+def test_full_size_kernels_lower_for_a_gpu(model, backend, capability):
+    gpu = jax.sharding.AbstractDevice("NVIDIA H100 80GB HBM3", num_cores=132, platform="gpu")
+    mesh = jax.sharding.AbstractMesh((), (), abstract_device=gpu)
+    with registry.assume_capability(capability), jax.sharding.use_abstract_mesh(mesh):
+        for shape in gemm.model_shapes(model):
+            traced = contenders.trace_sparse(shape, backend)
+            assert "custom_call" in traced.lower(lowering_platforms=("cuda",)).as_text()
+        case = packing.packings(model.name, model.capture)[0]
+        traced = packing.trace_packing(case, backend)
+        assert "custom_call" in traced.lower(lowering_platforms=("cuda",)).as_text()
+
+
+@pytest.mark.parametrize("model", gemm.full_models(1), ids=lambda m: m.name)
+def test_full_size_shapes(model):
+    c = model.capture
+    assert (c.hidden, c.tokens) == (4 * c.width, 16_384)
+    found = {s.kind: (s.m, s.n, s.k) for s in gemm.model_shapes(model)}
+    h, d, t = c.hidden, c.width, c.tokens
+    assert found.pop("cube", (8192,) * 3) == (8192,) * 3
+    assert found == {"weights": (h, t, d), "activations": (t, d, h), "tokens": (h, d, t)}
 
 
 def test_build_refuses_other_tensors():
@@ -120,18 +146,19 @@ def measure(call) -> tuple[list[dict], Failures]:
     shape = products.shapes("m", WIDTH, HIDDEN, TOKENS)[0]
     product = products.build(shape, network())
     failures = Failures()
-    settings = gemm.Settings((), ("reference",), SAMPLING, torch=False)
-    dense = lambda a, b: gemm._dense(a, b, contract=product.dense_contract)
-    rows = gemm.measure_product(
+    dense = lambda a, b: contenders.dense_product(a, b, contract=product.dense_contract)
+    rows = contenders.measure_product(
         product, "gaussian", {"reference": call}, {"triton": "not served: no"}, dense, None,
-        settings, failures,
+        SAMPLING, failures,
     )  # fmt: skip
     return rows, failures
 
 
 @pytest.mark.parametrize("fault", ["scaled", "one wrong row", "nan"])
 def test_wrong_results_fail_the_run(fault):
-    compiled = gemm.compile_sparse(products.shapes("m", WIDTH, HIDDEN, TOKENS)[0], "reference")
+    compiled = contenders.compile_sparse(
+        products.shapes("m", WIDTH, HIDDEN, TOKENS)[0], "reference"
+    )
 
     def wrong(*operands):
         out = compiled(*operands)
