@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from benchmarks import capture as capture_module
 from benchmarks import contenders, devices, gemm, packing, products, report
 from benchmarks.capture import CaptureConfig, FfnTensors, capture
 from benchmarks.failures import Failures
@@ -134,6 +135,20 @@ def test_full_size_shapes(model):
     h, d, t = c.hidden, c.width, c.tokens
     assert found.pop("cube", (8192,) * 3) == (8192,) * 3
     assert found == {"weights": (h, t, d), "activations": (t, d, h), "tokens": (h, d, t)}
+
+
+@pytest.mark.parametrize("model", gemm.full_models(1), ids=lambda m: m.name)
+def test_full_size_capture_traces(model):
+    c = model.capture
+    params = jax.eval_shape(functools.partial(capture_module._init, config=c), jax.random.key(0))
+    tokens = jax.ShapeDtypeStruct((c.tokens // c.sequence, c.sequence + 1), jnp.int32)
+    offset = jax.ShapeDtypeStruct((c.tokens // c.sequence, c.sequence, c.width), jnp.bfloat16)
+    loss = functools.partial(capture_module._loss, heads=c.heads)
+    (_, (x, y2)), dy3 = jax.eval_shape(
+        jax.value_and_grad(loss, argnums=2, has_aux=True), params, tokens, offset
+    )
+    assert (x.size, y2.size, dy3.size) == (c.tokens * c.width, c.tokens * c.hidden, x.size)
+    assert x.dtype == y2.dtype == dy3.dtype == jnp.bfloat16
 
 
 def test_build_refuses_other_tensors():
