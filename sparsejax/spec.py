@@ -43,7 +43,7 @@ class Sparsity:
     """Tokens that share a column choice (V): an expert's tokens are padded to a multiple of it."""
 
     metric: Metric = "cosine"
-    """How near a column of W1, or a token, is to a cluster centre."""
+    """How near a neuron (its column of W1), or a token, is to a cluster centre."""
 
     refresh_every: int = 500
     """Steps between two clusterings of the neurons within the sparse phase; 0 for never."""

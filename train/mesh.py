@@ -22,9 +22,9 @@ SPECS = {
     "k": P("fsdp", "tensor"),
     "v": P("fsdp", "tensor"),
     "out": P("tensor", "fsdp"),  # out_nd
-    "w1": P("fsdp", "tensor"),  # ffw_dh
-    "wg": P("fsdp", "tensor"),
-    "w2": P("tensor", "fsdp"),  # ffw_hd
+    "w1": P("tensor", "fsdp"),  # ffw_hd
+    "wg": P("tensor", "fsdp"),
+    "w2": P("tensor", "fsdp"),
 }
 BATCH_SPEC = P(("data", "fsdp"), None)
 

@@ -46,14 +46,15 @@ class SwiGLU(nnx.Module):
         d, h = config.width, config.ffn_hidden
         init = linear_init(config.init_scale)
         out_init = linear_init(config.init_scale / (2 * config.num_layers) ** 0.5)
-        self.w1 = nnx.Param(init(rngs.params(), (d, h), jnp.float32))
-        self.wg = nnx.Param(init(rngs.params(), (d, h), jnp.float32))
+        # Neuron by neuron, (H, D), as in RoutedFFN.
+        self.w1 = nnx.Param(init(rngs.params(), (d, h), jnp.float32).T)
+        self.wg = nnx.Param(init(rngs.params(), (d, h), jnp.float32).T)
         self.w2 = nnx.Param(out_init(rngs.params(), (h, d), jnp.float32))
 
     def __call__(self, x: jax.Array, packed: Packed = None) -> tuple[jax.Array, Stats]:
         del packed
         weight = lambda w: w[...].astype(x.dtype)
-        y = jax.nn.silu(x @ weight(self.wg)) * (x @ weight(self.w1))
+        y = jax.nn.silu(x @ weight(self.wg).T) * (x @ weight(self.w1).T)
         return y @ weight(self.w2), None
 
 

@@ -107,7 +107,7 @@ def make_cluster_step(
 ) -> Callable[[TrainState], TrainState]:
     """Clusters every layer's neurons and interleaves the experts: state to state.
 
-    The permutation moves W1's and Wg's columns, W2's rows and their optimiser state alike, so the
+    The permutation moves the rows of all FFN matrices and of their optimiser state alike, so the
     dense function and the optimiser's trajectory stay what they were.
 
     Args:
@@ -122,9 +122,8 @@ def make_cluster_step(
         plan: Any = model.map_ffn(lambda ffn: ffn.begin_sparse() if begin else ffn.refresh())
         if not config.model.scan_layers:
             plan = jax.tree.map(lambda *leaves: jnp.stack(leaves), *plan)
-        columns = lambda w, p: jnp.take(w, p.permutation, axis=-1)
         rows = lambda w, p: jnp.take(w, p.permutation, axis=-2)
-        move = {"w1": columns, "wg": columns, "w2": rows}
+        move = {"w1": rows, "wg": rows, "w2": rows}
         new = {"centers": lambda _, p: p.centers, "beta": lambda _, p: p.beta}
         return dataclasses.replace(
             state,

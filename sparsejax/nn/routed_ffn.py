@@ -67,7 +67,8 @@ class RoutedFFN(nnx.Module):
     """relu(x W1)^2 [* (x Wg)] times W2, dense or in V:N:M form.
 
     The call chooses: with packed weights it is the sparse network, without them the dense one, so a
-    change of phase changes no structure. Parameters: w1 (D, H), w2 (H, D) and, gated, wg (D, H).
+    change of phase changes no structure. Parameters: w1, w2 and, gated, wg, all (H, D): row n belongs
+    to neuron n, so w1 and wg are the transposes of W1 and Wg.
     With a `Sparsity`, `RoutingState` variables whatever the phase: centers (E, D), bias (E,) and
     beta (3,), all float32. Nothing here mutates the module but `apply_update`, so that it composes
     with plain jax.jit, value_and_grad, checkpoint and scan over nnx.split state.
@@ -93,7 +94,8 @@ class RoutedFFN(nnx.Module):
           gated: adds Wg.
           sparsity: what is sparse in the sparse phase; None for a network that stays dense.
           dtype: of the products' operands. param_dtype: of the master weights.
-          kernel_init: of w1 and wg; out_init: of w2; LeCun normal where None.
+          kernel_init: of W1 and Wg (D, H); out_init: of W2 (H, D); LeCun normal where None. Called
+            with (fan-in, fan-out) shapes.
           rngs: stream `params`.
 
         Raises:
@@ -110,10 +112,10 @@ class RoutedFFN(nnx.Module):
         self.dtype = jnp.dtype(dtype)
         kernel_init = kernel_init or nnx.initializers.lecun_normal()
         out_init = out_init or nnx.initializers.lecun_normal()
-        self.w1 = nnx.Param(kernel_init(rngs.params(), (width, hidden), param_dtype))
+        self.w1 = nnx.Param(kernel_init(rngs.params(), (width, hidden), param_dtype).T)
         self.w2 = nnx.Param(out_init(rngs.params(), (hidden, width), param_dtype))
         self.wg = (
-            nnx.Param(kernel_init(rngs.params(), (width, hidden), param_dtype)) if gated else None
+            nnx.Param(kernel_init(rngs.params(), (width, hidden), param_dtype).T) if gated else None
         )
         if sparsity is not None:
             experts = sparsity.num_experts
@@ -166,8 +168,8 @@ class RoutedFFN(nnx.Module):
         x = self._flat(x)
         w1, w2, wg = self._weights()
         if packed is None:
-            r = jax.nn.relu(x @ w1.astype(self.dtype))
-            y2 = r * r if wg is None else r * r * (x @ wg.astype(self.dtype))
+            r = jax.nn.relu(x @ w1.astype(self.dtype).T)
+            y2 = r * r if wg is None else r * r * (x @ wg.astype(self.dtype).T)
             return (y2 @ w2.astype(self.dtype)).reshape(shape), None
         sparsity = self._sparsity()
         if sparsity.num_experts == 1:
@@ -188,8 +190,8 @@ class RoutedFFN(nnx.Module):
         w1, w2, wg = self._weights()
         beta = jnp.ones((3,), jnp.float32)
         if sparsity.weights:
-            gate = 1.0 if wg is None else soft_threshold_beta(wg, 0)
-            beta = jnp.stack([soft_threshold_beta(w1, 0), soft_threshold_beta(w2, 1), gate])
+            gate = 1.0 if wg is None else soft_threshold_beta(wg, 1)
+            beta = jnp.stack([soft_threshold_beta(w1, 1), soft_threshold_beta(w2, 1), gate])
         return self._update(None, beta)
 
     def refresh(self) -> RoutingUpdate:
@@ -237,7 +239,7 @@ class RoutedFFN(nnx.Module):
         w1, _, wg = self._weights()
 
         def project(w: Array) -> Array:
-            return jnp.dot(x, w.astype(self.dtype), preferred_element_type=jnp.float32)
+            return jnp.dot(x, w.astype(self.dtype).T, preferred_element_type=jnp.float32)
 
         y2 = jnp.square(jax.nn.relu(project(w1)))
         y2 = y2 if wg is None else jnp.abs(y2 * project(wg))

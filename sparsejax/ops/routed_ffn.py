@@ -27,18 +27,18 @@ class PackedFFN(NamedTuple):
     """Weights of a feed-forward network as the sparse products read them; made by `pack_ffn`."""
 
     w1: Any
-    """Reference backend: (E, D, h) array, h = H / E live neurons."""
+    """(E, h, D) array, h = H / E live neurons."""
     w2: Any
-    """Reference backend: (E, h, D) array."""
+    """(E, h, D) array."""
     wg: Any = None
     """As w1, for the gated form."""
 
 
 def _check_weights(w1: Array, w2: Array, wg: Array | None, sparsity: Sparsity) -> tuple[int, int]:
-    if w1.ndim != 2 or w2.shape != w1.shape[::-1] or (wg is not None and wg.shape != w1.shape):
+    if w1.ndim != 2 or w2.shape != w1.shape or (wg is not None and wg.shape != w1.shape):
         gate = None if wg is None else wg.shape
-        raise ValueError(f"{w1.shape=}, {w2.shape=}, wg {gate} must be (D, H), (H, D), (D, H)")
-    width, hidden = w1.shape
+        raise ValueError(f"{w1.shape=}, {w2.shape=}, wg {gate} must all be (hidden, width)")
+    hidden, width = w1.shape
     sparsity.validate(width=width, hidden=hidden)
     if sparsity.backend not in (None, "reference"):
         raise NotImplementedError(f"backend={sparsity.backend!r} does not serve routed_ffn yet")
@@ -60,7 +60,7 @@ def pack_ffn(
     off), then split by expert: the neurons must be in `interleave`'s order.
 
     Args:
-      w1: (D, H). w2: (H, D). wg: (D, H) or None. Floating point.
+      w1, w2: (H, D). wg: (H, D) or None. Floating point; a row is a neuron.
       betas: (3,) float32: scales of w1, w2 and wg (`soft_threshold_beta`); None only where weights
         stay dense.
       sparsity: what is sparse.
@@ -74,13 +74,13 @@ def pack_ffn(
         shape = None if betas is None else betas.shape
         raise ValueError(f"betas of shape {shape} must be (3,): one for each of w1, w2, wg")
 
-    def pack(w: Array, i: int, axis: int) -> Array:
+    def pack(w: Array, i: int) -> Array:
         if sparsity.weights:
             assert betas is not None
-            w = betas[i] * soft_threshold(w.astype(jnp.float32), axis)
-        return to_expert_major(w.astype(dtype), 1 - axis, sparsity.num_experts)
+            w = betas[i] * soft_threshold(w.astype(jnp.float32), 1)
+        return to_expert_major(w.astype(dtype), 0, sparsity.num_experts)
 
-    return PackedFFN(pack(w1, 0, 0), pack(w2, 1, 1), None if wg is None else pack(wg, 2, 0))
+    return PackedFFN(pack(w1, 0), pack(w2, 1), None if wg is None else pack(wg, 2))
 
 
 class _Rows(NamedTuple):
@@ -102,9 +102,9 @@ def _dot(a: Array, b: Array, contract: tuple[int, int]) -> Array:
 
 
 def _forward_rows(x: Array, w: PackedFFN, activations: bool) -> tuple[Array, _Rows]:
-    """Rows of one expert: x (rows, D), w1 (D, h), w2 (h, D) to Y3 (rows, D)."""
-    r = jnp.maximum(_dot(x, w.w1, (1, 0)), 0.0)
-    gate = None if w.wg is None else _dot(x, w.wg, (1, 0))
+    """Rows of one expert: x (rows, D), weights (h, D) to Y3 (rows, D)."""
+    r = jnp.maximum(_dot(x, w.w1, (1, 1)), 0.0)
+    gate = None if w.wg is None else _dot(x, w.wg, (1, 1))
     y2 = r * r if gate is None else r * r * gate
     # Chosen on the float32 accumulators: rounding first would change the choice.
     keep = select24(y2, -1, "magnitude") if activations else None
@@ -130,7 +130,7 @@ def _backward_rows(
     if rows.gate is None:
         y2 = rows.live
         dy1 = (2.0 * jnp.sqrt(y2.astype(jnp.float32)) * dy2).astype(x.dtype)
-        dx = _dot(dy1, w.w1, (1, 1))
+        dx = _dot(dy1, w.w1, (1, 0))
         dwg = None
     else:
         r, gate = rows.live, rows.gate
@@ -140,9 +140,9 @@ def _backward_rows(
         y2 = (r * r * gate).astype(x.dtype)
         dy1 = (2.0 * r * gate * dy2).astype(x.dtype)
         dgate = (r * r * dy2).astype(x.dtype)
-        dx = _dot(dy1, w.w1, (1, 1)) + _dot(dgate, w.wg, (1, 1))
-        dwg = _dot(x, dgate, (0, 0))
-    return dx.astype(x.dtype), _dot(x, dy1, (0, 0)), _dot(y2, dy, (0, 0)), dwg
+        dx = _dot(dy1, w.w1, (1, 0)) + _dot(dgate, w.wg, (1, 0))
+        dwg = _dot(dgate, x, (0, 0))
+    return dx.astype(x.dtype), _dot(dy1, x, (0, 0)), _dot(y2, dy, (0, 0)), dwg
 
 
 def _rows_of(x: Array, rows: Array) -> Array:
@@ -206,8 +206,8 @@ def _routed_ffn_bwd(sparsity, residuals, dy):
         dw, dx = jax.lax.scan(block, zeros, (blocks, plan.block_expert, saved))
         dx = dx.reshape(-1, x.shape[1])[plan.inverse]
     dw1, dw2, dwg = (
-        None if d is None else from_expert_major(d, axis).astype(like.dtype)
-        for d, axis, like in zip(dw, (1, 0, 1), dtypes, strict=True)
+        None if d is None else from_expert_major(d, 0).astype(like.dtype)
+        for d, like in zip(dw, dtypes, strict=True)
     )
     # None: no gradient into the packed weights (it goes straight through) nor into the plan.
     return dx, dw1, dw2, dwg, None, None
@@ -238,7 +238,8 @@ def routed_ffn(
 
     Args:
       x: (T, D), the dtype of `packed`.
-      w1: (D, H). w2: (H, D). wg: (D, H) or None.
+      w1, w2: (H, D). wg: (H, D) or None. Row n is neuron n, in `interleave`'s order: w1 and wg
+        are the transposes of W1 and Wg.
       packed: `pack_ffn` of these weights.
       plan: `plan_tokens` of these tokens with E = M / 4 experts; None if there is one expert.
       sparsity: what is sparse; static.
@@ -255,7 +256,7 @@ def routed_ffn(
     if x.ndim != 2 or x.shape[1] != width:
         raise ValueError(f"{x.shape=} must be (tokens, {width})")
     experts, live = sparsity.num_experts, sparsity.live_neurons(hidden)
-    if packed.w1.shape != (experts, width, live) or packed.w2.shape != (experts, live, width):
+    if packed.w1.shape != (experts, live, width) or packed.w2.shape != packed.w1.shape:
         raise ValueError(
             f"{packed.w1.shape=} and {packed.w2.shape=} must hold {experts} experts of {live=}"
         )

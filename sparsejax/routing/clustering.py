@@ -1,4 +1,4 @@
-"""Balanced k-means over the columns of W1: which neurons make an expert."""
+"""Balanced k-means over the rows of W1, one a neuron: which neurons make an expert."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class Clusters(NamedTuple):
     assignment: Array
     """(H,) int32: the expert of each neuron; every expert has exactly H / E."""
     centers: Array
-    """(E, D) float32: unit vectors for "cosine", means of columns for "l2"."""
+    """(E, D) float32: unit vectors for "cosine", means of neurons for "l2"."""
 
 
 def _product(a: Array, b: Array) -> Array:
@@ -40,7 +40,7 @@ def _unit(x: Array, axis: int) -> Array:
 def _prices(scores: Array, prices: Array, sweeps: int) -> Array:
     """Coordinate ascent on the dual of the balanced assignment problem.
 
-    An expert's price is set to the value at which exactly its share of the columns prefers it, the
+    An expert's price is set to the value at which exactly its share of the neurons prefers it, the
     other prices being what they are. E sorts a sweep, no loop on the host.
     """
     num_experts, size = scores.shape
@@ -51,7 +51,7 @@ def _prices(scores: Array, prices: Array, sweeps: int) -> Array:
         own = jnp.arange(num_experts) == expert
         net = jnp.where(own[:, None], -jnp.inf, scores - prices[:, None])
         gap = jnp.sort(scores[expert] - jnp.max(net, axis=0))
-        # Between the last column that should come and the first that should not.
+        # Between the last neuron that should come and the first that should not.
         price = 0.5 * (gap[size - share] + gap[size - share - 1])
         return prices.at[expert].set(price)
 
@@ -60,9 +60,9 @@ def _prices(scores: Array, prices: Array, sweeps: int) -> Array:
 
 
 def _evict(net: Array) -> Array:
-    """Best expert of each column, then overflow moved on until every expert has its exact share.
+    """Best expert of each neuron, then overflow moved on until every expert has its exact share.
 
-    Full experts keep the columns that would lose most by leaving and are closed; the others go to
+    Full experts keep the neurons that would lose most by leaving and are closed; the others go to
     their best expert that is still open. A round with overflow closes at least one expert for good,
     so E rounds are enough for any scores.
     """
@@ -88,9 +88,9 @@ def _evict(net: Array) -> Array:
 def balanced_assignment(
     scores: Array, prices: Array | None = None, sweeps: int = 8
 ) -> tuple[Array, Array]:
-    """Assigns N columns to E experts, N / E each, for a large sum of scores.
+    """Assigns N neurons to E experts, N / E each, for a large sum of scores.
 
-    Prices make the experts equally wanted (an auction by coordinate ascent), and the few columns
+    Prices make the experts equally wanted (an auction by coordinate ascent), and the few neurons
     that still overflow move to the best expert with room. The balance is exact for any finite
     scores; the sum is within a fraction of a per cent of the optimum in practice.
 
@@ -104,7 +104,7 @@ def balanced_assignment(
     """
     num_experts, size = scores.shape
     if size % num_experts:
-        raise ValueError(f"{size=} columns must be a multiple of {num_experts=}")
+        raise ValueError(f"{size=} neurons must be a multiple of {num_experts=}")
     if prices is None:
         prices = jnp.zeros((num_experts,), jnp.float32)
     if num_experts == 1:
@@ -113,12 +113,12 @@ def balanced_assignment(
     return _evict(scores - prices[:, None]), prices
 
 
-def _farthest_point(affinity, columns, num_experts: int, mean: Array) -> Array:
-    """E columns that are far from each other: (E, D). The first is the farthest from the mean."""
+def _farthest_point(affinity, neuron, num_experts: int, mean: Array) -> Array:
+    """E neurons that are far from each other: (E, D). The first is the farthest from the mean."""
 
     def pick(e: Array, carry: tuple[Array, Array]) -> tuple[Array, Array]:
         centers, nearest = carry
-        center = columns(jnp.argmin(nearest))
+        center = neuron(jnp.argmin(nearest))
         here = affinity(center[None])[0]
         # Distance to the mean only serves to choose the first.
         nearest = jnp.where(e == 0, here, jnp.maximum(nearest, here))
@@ -133,15 +133,15 @@ def _cluster(
     w1: Array, init_centers: Array | None, *, num_experts: int, metric: Metric, iterations: int
 ) -> Clusters:
     w1 = w1.astype(jnp.float32)
-    hidden = w1.shape[1]
+    hidden = w1.shape[0]
     share = hidden // num_experts
-    square_norm = jnp.sum(w1 * w1, axis=0)
+    square_norm = jnp.sum(w1 * w1, axis=1)
     # Scaling scores and sums by this is the same as normalising W1, without a copy of it.
     scale = _inverse(jnp.sqrt(square_norm)) if metric == "cosine" else jnp.ones_like(square_norm)
 
     def affinity(centers: Array) -> Array:
-        """(E, H): cosine, or minus the squared distance less a term of the column alone."""
-        products = _product(centers, w1) * scale
+        """(E, H): cosine, or minus the squared distance less a term of the neuron alone."""
+        products = _product(centers, w1.T) * scale
         if metric == "cosine":
             return products
         return 2 * products - jnp.sum(centers * centers, axis=1, keepdims=True)
@@ -152,20 +152,20 @@ def _cluster(
     def update(assignment: Array) -> tuple[Array, Array]:
         """Centres of an assignment and its objective, which k-means increases."""
         members = (assignment[:, None] == jnp.arange(num_experts)) * scale[:, None]
-        sums = _product(w1, members).T
+        sums = _product(members.T, w1)
         norms = jnp.linalg.norm(sums, axis=1)
         if metric == "cosine":
             return sums * _inverse(norms)[:, None], jnp.sum(norms)
         return sums / share, jnp.sum(norms * norms) / share
 
-    def column(i: Array) -> Array:
-        return jax.lax.dynamic_index_in_dim(w1, i, axis=1, keepdims=False) * scale[i]
+    def neuron(i: Array) -> Array:
+        return jax.lax.dynamic_index_in_dim(w1, i, axis=0, keepdims=False) * scale[i]
 
     if init_centers is None:
-        mean = _product(w1, scale[:, None])[:, 0] / hidden
+        mean = _product(scale[None], w1)[0] / hidden
         if metric == "cosine":
             mean = _unit(mean, 0)
-        centers = _farthest_point(nearness, column, num_experts, mean)
+        centers = _farthest_point(nearness, neuron, num_experts, mean)
     else:
         centers = init_centers.astype(jnp.float32)
         if metric == "cosine":
@@ -199,19 +199,19 @@ def cluster_neurons(
     iterations: int = 10,
     init_centers: Array | None = None,
 ) -> Clusters:
-    """Balanced k-means over the columns of W1, on the device.
+    """Balanced k-means over the neurons, the rows of W1, on the device.
 
     Lloyd's iterations with an exactly balanced assignment step: cosine (spherical k-means on the
-    normalised columns) or L2, as in Figure 4 (a) of arXiv 2602.06183. Deterministic, usable under
+    normalised rows) or L2, as in Figure 4 (a) of arXiv 2602.06183. Deterministic, usable under
     jit and vmap; five passes over W1 for each iteration, E sorts of H numbers for each sweep.
 
     Args:
-      w1: (D, H), any floating dtype, H a multiple of E; computed in float32.
+      w1: (H, D), any floating dtype, H a multiple of E; computed in float32.
       num_experts: E.
       metric: "cosine" or "l2".
       iterations: at least 1.
       init_centers: (E, D) to start from, for instance the previous clusters', so that an expert
-        stays recognisably the same; None takes columns that are far from each other.
+        stays recognisably the same; None takes neurons that are far from each other.
 
     Returns:
       `Clusters`: assignment (H,) int32 and centers (E, D) float32.
@@ -220,8 +220,8 @@ def cluster_neurons(
       ValueError: a shape, metric or number that does not fit.
     """
     if w1.ndim != 2:
-        raise ValueError(f"w1 of shape {w1.shape} must be a matrix (width, hidden)")
-    width, hidden = w1.shape
+        raise ValueError(f"w1 of shape {w1.shape} must be a matrix (hidden, width)")
+    hidden, width = w1.shape
     if num_experts < 1 or hidden % num_experts:
         raise ValueError(f"{hidden=} must be a multiple of {num_experts=}")
     if metric not in get_args(Metric):

@@ -56,16 +56,16 @@ def permute_ffn(
     Moments of an optimiser have the shapes of their parameters and take the same permutation.
 
     Args:
-      w1: (D, H). w2: (H, D). perm: (H,) integers. wg: (D, H) or None.
+      w1, w2: (H, D). perm: (H,) integers. wg: (H, D) or None.
 
     Returns:
-      (w1[:, perm], w2[perm], wg[:, perm] or None).
+      (w1[perm], w2[perm], wg[perm] or None).
     """
     hidden = perm.shape[0]
-    if w1.shape[1] != hidden or w2.shape[0] != hidden or (wg is not None and wg.shape != w1.shape):
+    if w1.shape[0] != hidden or w2.shape != w1.shape or (wg is not None and wg.shape != w1.shape):
         gate = None if wg is None else wg.shape
         raise ValueError(f"{w1.shape=}, {w2.shape=} and wg {gate} must have {hidden=} neurons")
-    return w1[:, perm], w2[perm], None if wg is None else wg[:, perm]
+    return w1[perm], w2[perm], None if wg is None else wg[perm]
 
 
 def to_expert_major(w: Array, axis: int, num_experts: int) -> Array:

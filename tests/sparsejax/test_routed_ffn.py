@@ -19,22 +19,22 @@ D, H, T, V = 16, 64, 37, 8
 
 
 def oracle_threshold(w: np.ndarray) -> np.ndarray:
-    """Soft threshold along axis 0, group by group."""
+    """Soft threshold along axis 1, group by group."""
     out = np.zeros_like(w)
-    for g in range(0, w.shape[0], 4):
-        for c in range(w.shape[1]):
-            group = w[g : g + 4, c]
+    for r in range(w.shape[0]):
+        for g in range(0, w.shape[1], 4):
+            group = w[r, g : g + 4]
             t = np.sort(np.abs(group))[1]
-            out[g : g + 4, c] = np.sign(group) * np.maximum(np.abs(group) - t, 0)
+            out[r, g : g + 4] = np.sign(group) * np.maximum(np.abs(group) - t, 0)
     return out
 
 
 def oracle_ffn(x, dy, w1, w2, wg, expert, sparsity: Sparsity):
     """Value and gradients; weights are those that multiply. Masks, no packing, no layout."""
-    tokens, hidden = x.shape[0], w1.shape[1]
-    a = x @ w1
+    tokens, hidden = x.shape[0], w1.shape[0]
+    a = x @ w1.T
     r = np.maximum(a, 0)
-    gate = np.ones_like(a) if wg is None else x @ wg
+    gate = np.ones_like(a) if wg is None else x @ wg.T
     y2 = r * r * gate
     mask = np.ones((tokens, hidden), bool)
     if sparsity.routing:
@@ -50,16 +50,16 @@ def oracle_ffn(x, dy, w1, w2, wg, expert, sparsity: Sparsity):
     dy2 = np.where(mask, dy @ w2.T, 0)
     da = dy2 * gate * 2 * r
     dgate = dy2 * r * r
-    dx = da @ w1.T
+    dx = da @ w1
     if wg is not None:
-        dx = dx + dgate @ wg.T
-    gradients = [dx, x.T @ da, y2.T @ dy, None if wg is None else x.T @ dgate]
+        dx = dx + dgate @ wg
+    gradients = [dx, da.T @ x, y2.T @ dy, None if wg is None else dgate.T @ x]
     return y2 @ w2, gradients
 
 
 def problem(gated: bool, seed: int = 0, integers: bool = False) -> list[Any]:
     rng = np.random.default_rng(seed)
-    shapes = ((T, D), (T, D), (D, H), (H, D), (D, H))
+    shapes = ((T, D), (T, D), (H, D), (H, D), (H, D))
     if integers:
         arrays = [rng.integers(-2, 3, s).astype(np.float64) for s in shapes]
     else:
@@ -105,7 +105,7 @@ def reference(problem, expert, sparsity, betas):
     x, dy, w1, w2, wg = float64(problem)
     if sparsity.weights:
         w1 = float(betas[0]) * oracle_threshold(w1)
-        w2 = float(betas[1]) * oracle_threshold(w2.T).T
+        w2 = float(betas[1]) * oracle_threshold(w2)
         wg = None if wg is None else float(betas[2]) * oracle_threshold(wg)
     y, gradients = oracle_ffn(x, dy, w1, w2, wg, expert, sparsity)
     return [y, *gradients]
@@ -147,7 +147,7 @@ def test_any_distribution_of_tokens(gated, m, distribution):
     # Neurons of experts without tokens get exactly no gradient.
     idle = ~np.isin(np.arange(H) % m // 4, expert)
     assert idle.any() == (distribution == "all_to_last") or distribution == "skewed"
-    assert not np.asarray(got[2])[:, idle].any()
+    assert not np.asarray(got[2])[idle].any()
     assert not np.asarray(got[3])[idle].any()
 
 
@@ -175,14 +175,13 @@ def test_bfloat16(gated):
     assert got[1].dtype == jnp.bfloat16
     assert got[2].dtype == jnp.float32
 
-    def multiplied(w, i, axis):
+    def multiplied(w, i):
         if w is None:
             return None
-        s = oracle_threshold(w) if axis == 0 else oracle_threshold(w.T).T
-        packed = jnp.array(np.float32(BETAS[i]) * s, jnp.bfloat16)
+        packed = jnp.array(np.float32(BETAS[i]) * oracle_threshold(w), jnp.bfloat16)
         return np.asarray(packed.astype(jnp.float32)).astype(np.float64)
 
-    weights = multiplied(w1, 0, 0), multiplied(w2, 1, 1), multiplied(wg, 2, 0)
+    weights = multiplied(w1, 0), multiplied(w2, 1), multiplied(wg, 2)
     y, gradients = oracle_ffn(x.astype(float), dy.astype(float), *weights, expert, sparsity)
     assert_close(got, [y, *gradients], 5e-3)
 
@@ -190,7 +189,7 @@ def test_bfloat16(gated):
 def test_choice_is_made_before_rounding():
     """Four activations that bfloat16 cannot tell apart: the two that are larger in float32 win."""
     x = jnp.zeros((1, D), jnp.bfloat16).at[0, :2].set(jnp.array([1.0, 2.0**-10], jnp.bfloat16))
-    w1 = jnp.zeros((D, H)).at[0, :4].set(1.0).at[1, 2:4].set(1.0)
+    w1 = jnp.zeros((H, D)).at[:4, 0].set(1.0).at[2:4, 1].set(1.0)
     w2 = jnp.eye(H, D)
     sparsity = Sparsity(weights=False, routing=False)
     packed = pack_ffn(w1, w2, None, None, sparsity)
@@ -204,8 +203,8 @@ def test_one_expert_and_nothing_sparse_is_the_dense_network(gated):
     sparsity = Sparsity(weights=False, activations=False, m=4, v=V)
 
     def dense(x, w1, w2, wg):
-        r = jax.nn.relu(x @ w1)
-        return (r * r if wg is None else r * r * (x @ wg)) @ w2
+        r = jax.nn.relu(x @ w1.T)
+        return (r * r if wg is None else r * r * (x @ wg.T)) @ w2
 
     y, vjp = jax.vjp(dense, x, w1, w2, wg)
     got = run((x, dy, w1, w2, wg), np.zeros(T), sparsity, None)
@@ -296,12 +295,12 @@ def test_packed_layout():
     assert packed.w1.dtype == jnp.bfloat16
     for e in range(4):
         own = np.arange(H) % 16 // 4 == e
-        want = BETAS[1] * oracle_threshold(w2.T).T[own]
+        want = BETAS[1] * oracle_threshold(w2)[own]
         np.testing.assert_array_equal(packed.w2[e], jnp.array(want, jnp.bfloat16))
-        want = BETAS[2] * oracle_threshold(wg)[:, own]
+        want = BETAS[2] * oracle_threshold(wg)[own]
         np.testing.assert_array_equal(packed.wg[e], jnp.array(want, jnp.bfloat16))
-    groups = np.asarray(packed.w1).reshape(4, D // 4, 4, H // 4)
-    assert (np.sum(groups != 0, axis=2) <= 2).all()
+    groups = np.asarray(packed.w1).reshape(4, H // 4, D // 4, 4)
+    assert (np.sum(groups != 0, axis=-1) <= 2).all()
 
 
 def test_bad_arguments():

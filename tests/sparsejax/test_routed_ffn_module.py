@@ -36,7 +36,7 @@ def test_dense_by_default_and_one_structure_for_all_phases():
     x = tokens(2, 5)
     y, stats = module(x)
     assert stats is None
-    want = np.maximum(np.asarray(x) @ np.asarray(module.w1[...]), 0) ** 2 @ module.w2[...]
+    want = np.maximum(np.asarray(x) @ np.asarray(module.w1[...]).T, 0) ** 2 @ module.w2[...]
     np.testing.assert_allclose(y, want, rtol=1e-4, atol=1e-5)
 
     before = nnx.split(module)[0]
@@ -60,18 +60,17 @@ def test_the_start_of_the_sparse_phase(gated):
 
     # The dense function is what it was, the state is new, beta is that of the dense weights.
     np.testing.assert_allclose(module(x)[0], dense, rtol=1e-5, atol=1e-5)
-    np.testing.assert_array_equal(module.w1[...], w1[:, np.asarray(update.permutation)])
+    np.testing.assert_array_equal(module.w1[...], w1[np.asarray(update.permutation)])
     np.testing.assert_array_equal(module.centers[...], update.centers)
-    weights = [(module.w1[...], 0), (module.w2[...], 1)]
-    weights += [(module.wg[...], 0)] if module.wg is not None else []
-    want = [soft_threshold_beta(w, axis) for w, axis in weights]
+    weights = [w[...] for w in (module.w1, module.w2, module.wg) if w is not None]
+    want = [soft_threshold_beta(w, 1) for w in weights]
     np.testing.assert_allclose(module.beta[...], want + [1.0] * (3 - len(want)), rtol=1e-6)
     assert (np.asarray(update.beta[:2]) > 1.2).all()
 
     # Expert e's centre is that of the neurons 4 e to 4 e + 3 in every block of M.
-    columns = np.asarray(module.w1[...]) / np.linalg.norm(module.w1[...], axis=0)
+    neurons = np.asarray(module.w1[...]) / np.linalg.norm(module.w1[...], axis=1, keepdims=True)
     for e in range(4):
-        center = columns[:, np.arange(H) % 16 // 4 == e].mean(axis=1)
+        center = neurons[np.arange(H) % 16 // 4 == e].mean(axis=0)
         np.testing.assert_allclose(
             update.centers[e], center / np.linalg.norm(center), rtol=1e-3, atol=1e-4
         )
@@ -120,9 +119,9 @@ def test_activation_capture(gated, activations):
     module = make(gated, Sparsity(m=16, v=8, activations=activations))
     module.apply_update(module.begin_sparse())
     x = np.asarray(tokens(29))
-    y2 = np.maximum(x @ np.asarray(module.w1[...]), 0) ** 2
+    y2 = np.maximum(x @ np.asarray(module.w1[...]).T, 0) ** 2
     if module.wg is not None:
-        y2 = np.abs(y2 * (x @ np.asarray(module.wg[...])))
+        y2 = np.abs(y2 * (x @ np.asarray(module.wg[...]).T))
     own = np.arange(H) % 16 // 4 == np.asarray(module.route(jnp.array(x)))[:, None]
     live = y2[own].reshape(29, -1, 4)
     kept = np.sort(live, axis=-1)[..., 2:] if activations else live
@@ -155,7 +154,7 @@ def test_scan_over_layers_with_checkpoint_is_the_loop(gated):
 
     state = jax.jit(lambda s: jax.lax.map(update_layer, s))(state)
     packed = jax.jit(jax.vmap(lambda s: nnx.merge(structure, s).pack()))(state)
-    assert packed.w1.shape == (L, 4, D, H // 4)
+    assert packed.w1.shape == (L, 4, H // 4, D)
     x = tokens(2, 13)
 
     def layer(x, inputs):
@@ -207,7 +206,7 @@ def test_gradients_follow_the_support():
         state
     )
     met = np.arange(H) % 16 // 4 == 2
-    assert not np.asarray(gradients["w1"][...])[:, ~met].any()
+    assert not np.asarray(gradients["w1"][...])[~met].any()
     assert not np.asarray(gradients["w2"][...])[~met].any()
     assert np.asarray(gradients["w2"][...])[met].any()
     for name in ("centers", "bias", "beta"):

@@ -21,30 +21,30 @@ from sparsejax.routing import (
 
 
 def objective(w: np.ndarray, assignment: np.ndarray, num_experts: int, metric: str) -> float:
-    """What k-means minimises, from its definition: mean distance of columns to their centre."""
-    columns = w.astype(np.float64)
+    """What k-means minimises, from its definition: mean distance of neurons to their centre."""
+    neurons = w.astype(np.float64)
     if metric == "cosine":
-        columns = columns / np.linalg.norm(columns, axis=0)
+        neurons = neurons / np.linalg.norm(neurons, axis=1, keepdims=True)
     total = 0.0
     for e in range(num_experts):
-        members = columns[:, assignment == e]
-        center = members.mean(axis=1)
+        members = neurons[assignment == e]
+        center = members.mean(axis=0)
         if metric == "cosine":
-            total += np.sum(1 - members.T @ center / np.linalg.norm(center))
+            total += np.sum(1 - members @ center / np.linalg.norm(center))
         else:
-            total += np.sum((members - center[:, None]) ** 2)
-    return total / w.shape[1]
+            total += np.sum((members - center) ** 2)
+    return total / w.shape[0]
 
 
 def mixture(
     num_clusters: int, width: int, hidden: int, noise: float, seed: int = 0
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Columns around well separated centres, in shuffled order; and their true clusters."""
+    """Neurons around well separated centres, in shuffled order; and their true clusters."""
     rng = np.random.default_rng(seed)
     truth = rng.permutation(np.arange(hidden) % num_clusters)
     centers = rng.normal(size=(num_clusters, width))
     w = centers[truth] + noise * rng.normal(size=(hidden, width))
-    return w.T.astype(np.float32), truth
+    return w.astype(np.float32), truth
 
 
 def same_partition(a: np.ndarray, b: np.ndarray) -> bool:
@@ -97,7 +97,7 @@ def test_balance_is_exact_for_any_scores(size, seed, kind):
 @pytest.mark.parametrize("experts", [1, 2, 8])
 def test_clusters_are_balanced_better_than_random_and_repeatable(metric, experts):
     w, _ = mixture(24, 16, 192, noise=0.5)
-    w = w * np.exp(np.random.default_rng(3).normal(size=(1, 192))).astype(np.float32)
+    w = w * np.exp(np.random.default_rng(3).normal(size=(192, 1))).astype(np.float32)
     clusters = cluster_neurons(jnp.array(w), experts, metric=metric)
     assignment = np.asarray(clusters.assignment)
     assert assignment.dtype == np.int32
@@ -107,11 +107,11 @@ def test_clusters_are_balanced_better_than_random_and_repeatable(metric, experts
     np.testing.assert_array_equal(again.centers, clusters.centers)
 
     # Centres are those of the definition.
-    columns = w.astype(np.float64)
+    neurons = w.astype(np.float64)
     if metric == "cosine":
-        columns = columns / np.linalg.norm(columns, axis=0)
+        neurons = neurons / np.linalg.norm(neurons, axis=1, keepdims=True)
     for e in range(experts):
-        center = columns[:, assignment == e].mean(axis=1)
+        center = neurons[assignment == e].mean(axis=0)
         if metric == "cosine":
             center /= np.linalg.norm(center)
         np.testing.assert_allclose(clusters.centers[e], center, rtol=2e-4, atol=1e-5)
@@ -147,7 +147,7 @@ def test_planted_clusters_are_found(metric, experts):
     assert same_partition(truth, np.asarray(clusters.assignment))
     # In another order they are the same clusters.
     order = np.random.default_rng(5).permutation(128)
-    permuted = cluster_neurons(jnp.array(w[:, order]), experts, metric=metric)
+    permuted = cluster_neurons(jnp.array(w[order]), experts, metric=metric)
     np.testing.assert_array_equal(permuted.assignment, np.asarray(clusters.assignment)[order])
 
 
@@ -160,12 +160,12 @@ def test_refresh_starts_from_the_given_centers():
     np.testing.assert_array_equal(order[np.asarray(again.assignment)], first.assignment)
 
 
-def test_cosine_ignores_lengths_and_zero_columns_are_harmless():
+def test_cosine_ignores_lengths_and_zero_neurons_are_harmless():
     w, _ = mixture(4, 32, 64, noise=0.15)
-    lengths = 2.0 ** np.random.default_rng(0).integers(-3, 4, 64).astype(np.float32)
+    lengths = 2.0 ** np.random.default_rng(0).integers(-3, 4, (64, 1)).astype(np.float32)
     first = cluster_neurons(jnp.array(w), 4).assignment
     np.testing.assert_array_equal(cluster_neurons(jnp.array(w * lengths), 4).assignment, first)
-    w[:, ::4] = 0
+    w[::4] = 0
     clusters = cluster_neurons(jnp.array(w), 4)
     np.testing.assert_array_equal(np.bincount(clusters.assignment), 16)
     assert np.isfinite(clusters.centers).all()
@@ -207,10 +207,10 @@ def test_interleave(size, seed):
 @pytest.mark.parametrize("gated", [False, True])
 def test_the_permutation_leaves_the_dense_function_alone(gated):
     rng = np.random.default_rng(0)
-    x, w1, w2, wg = (rng.normal(size=s) for s in ((20, 16), (16, 64), (64, 16), (16, 64)))
+    x, w1, w2, wg = (rng.normal(size=s) for s in ((20, 16), (64, 16), (64, 16), (64, 16)))
     perm = np.asarray(interleave(cluster_neurons(jnp.array(w1, jnp.float32), 4).assignment, 16))
     assert (perm != np.arange(64)).sum() > 16
-    v1, v2, vg = w1[:, perm], w2[perm], wg[:, perm] if gated else None
+    v1, v2, vg = w1[perm], w2[perm], wg[perm] if gated else None
     # The library moves float32 weights in the same way.
     moved = permute_ffn(*(jnp.array(w, jnp.float32) for w in (w1, w2)), jnp.array(perm))
     np.testing.assert_array_equal(moved[0], v1.astype(np.float32))
@@ -219,12 +219,12 @@ def test_the_permutation_leaves_the_dense_function_alone(gated):
     if gated:
         one, two, gate = (jnp.array(w, jnp.float32) for w in (w1, w2, wg))
         np.testing.assert_array_equal(
-            permute_ffn(one, two, jnp.array(perm), gate)[2], wg[:, perm].astype(np.float32)
+            permute_ffn(one, two, jnp.array(perm), gate)[2], wg[perm].astype(np.float32)
         )
 
     def ffn(w1, w2, wg):
-        y2 = np.maximum(x @ w1, 0) ** 2
-        return (y2 if wg is None else y2 * (x @ wg)) @ w2
+        y2 = np.maximum(x @ w1.T, 0) ** 2
+        return (y2 if wg is None else y2 * (x @ wg.T)) @ w2
 
     before = ffn(w1, w2, wg if gated else None)
     after = ffn(v1, v2, vg)
@@ -233,7 +233,7 @@ def test_the_permutation_leaves_the_dense_function_alone(gated):
     # Pre-activations are the same numbers to the last bit, in the precision of training too.
     a = jnp.array(x, jnp.float32)
     b, c = jnp.array(w1, jnp.float32), jnp.array(v1, jnp.float32)
-    np.testing.assert_array_equal(np.asarray(a @ c), np.asarray(a @ b)[:, perm])
+    np.testing.assert_array_equal(np.asarray(a @ c.T), np.asarray(a @ b.T)[:, perm])
 
 
 @pytest.mark.parametrize("axis", [0, 1])
@@ -248,7 +248,7 @@ def test_expert_major_order(axis):
 
 
 def test_bad_arguments():
-    w = jnp.ones((8, 12))
+    w = jnp.ones((12, 8))
     with pytest.raises(ValueError, match="hidden=12"):
         cluster_neurons(w, 8)
     with pytest.raises(ValueError, match="metric='dot'"):
@@ -266,6 +266,6 @@ def test_bad_arguments():
     with pytest.raises(ValueError, match="m=6"):
         interleave(jnp.zeros((12,), jnp.int32), 6)
     with pytest.raises(ValueError, match="neurons"):
-        permute_ffn(w, w, jnp.arange(12))
+        permute_ffn(w, w, jnp.arange(11))
     with pytest.raises(ValueError, match="hidden=12"):
-        to_expert_major(w, 1, 2)
+        to_expert_major(w, 0, 2)

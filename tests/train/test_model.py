@@ -62,13 +62,13 @@ def numpy_forward(model, ids):
                 mixed[i, head] = (p / p.sum()) @ v[: i + 1, group]
         x = x + mixed.reshape(len(y), -1) @ f64(b.attention.out)
         y = norm(x, b.norm_ffn.scale)
-        up = y @ f64(b.ffn.w1)
+        up = y @ f64(b.ffn.w1).T
         if config.ffn == "relu2":
             act = np.maximum(up, 0) ** 2
         elif config.ffn == "relu2_gated":
-            act = np.maximum(up, 0) ** 2 * (y @ f64(b.ffn.wg))
+            act = np.maximum(up, 0) ** 2 * (y @ f64(b.ffn.wg).T)
         else:
-            gate = y @ f64(b.ffn.wg)
+            gate = y @ f64(b.ffn.wg).T
             act = gate / (1 + np.exp(-gate)) * up
         return x + act @ f64(b.ffn.w2)
 

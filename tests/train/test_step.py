@@ -82,9 +82,9 @@ def test_permuting_neurons_leaves_the_dense_function_alone(trained):
     np.testing.assert_allclose(after, before, atol=2e-5)
     moved = lambda s: np.asarray(s.params["blocks"]["ffn"]["w1"][...])
     assert not np.array_equal(moved(state), moved(trained.state))
-    # A permutation of whole neurons: the same columns, bit for bit.
+    # A permutation of whole neurons: the same rows, bit for bit.
     for old, new in zip(moved(trained.state), moved(state), strict=True):
-        order = lambda w: w[:, np.lexsort(w)]
+        order = lambda w: w[np.lexsort(w.T)]
         np.testing.assert_array_equal(order(old), order(new))
 
 
