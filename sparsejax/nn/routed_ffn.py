@@ -67,8 +67,8 @@ class RoutedFFN(nnx.Module):
     """relu(x W1)^2 [* (x Wg)] times W2, dense or in V:N:M form.
 
     The call chooses: with packed weights it is the sparse network, without them the dense one, so a
-    change of phase changes no structure. Parameters: w1, w2 and, gated, wg, all (H, D): row n belongs
-    to neuron n, so w1 and wg are the transposes of W1 and Wg.
+    change of phase changes no structure. Parameters: w1, w2 and, gated, wg, all (H, D): row n is
+    neuron n, so w1 and wg are the transposes of W1 and Wg.
     With a `Sparsity`, `RoutingState` variables whatever the phase: centers (E, D), bias (E,) and
     beta (3,), all float32. Nothing here mutates the module but `apply_update`, so that it composes
     with plain jax.jit, value_and_grad, checkpoint and scan over nnx.split state.
