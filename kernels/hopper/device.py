@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import jax
 
+from kernels import registry
+
 # What an H100 SXM has; used only when no device tells (lowering on a machine without a GPU).
 _DEFAULT_CORES = 132
 
@@ -36,13 +38,14 @@ def num_cores() -> int:
 
 
 def require_hopper() -> None:
-    """Raises NotImplementedError on a GPU that is not of compute capability 9.0.
+    """Raises NotImplementedError unless the target is a GPU of compute capability 9.0.
 
-    Machines without a GPU pass: there the kernels can be lowered for CUDA, not run.
+    The target is the default device, or what `kernels.registry.assume_capability` or an abstract
+    mesh of GPUs says, so that kernels can be lowered on a machine without a GPU.
     """
-    if _abstract_device() is not None:
+    abstract = _abstract_device()
+    if abstract is not None and abstract.platform == "gpu":
         return
-    chip = _default_device()
-    capability = getattr(chip, "compute_capability", None)
-    if capability is not None and str(capability) != "9.0":
-        raise NotImplementedError(f"compute_capability={capability!r} is not Hopper's 9.0")
+    capability = registry.target_capability()
+    if capability != (9, 0):
+        raise NotImplementedError(f"{capability=} is not Hopper's (9, 0)")

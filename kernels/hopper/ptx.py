@@ -86,11 +86,15 @@ def mbarrier_arrive(address: ir.Value) -> None:
 
 
 def mbarrier_arrive_cluster(address: ir.Value, rank: ir.Value) -> None:
-    """Arrives on the barrier at the same address of the cluster's block `rank`."""
+    """Arrives on the barrier at the same address of the cluster's block `rank`.
+
+    Without a cluster-wide release: that makes the compiler flush all memory (MEMBAR.ALL.GPU), which
+    halved the speed of the kernel, and arrivals here only say that asynchronous reads are over.
+    """
     ptx = (
         "{ .reg .b32 remote;\n"
         "mapa.shared::cluster.u32 remote, $0, $1;\n"
-        "mbarrier.arrive.release.cluster.shared::cluster.b64 _, [remote]; }"
+        "mbarrier.arrive.shared::cluster.b64 _, [remote]; }"
     )
     asm(None, [address, rank], ptx, "r,r,~{memory}")
 

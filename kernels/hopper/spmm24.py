@@ -37,7 +37,8 @@ OutLayout = Literal["mn", "nm"]
 _DTYPES = {"bfloat16": "bf16", "float16": "f16"}
 _ACC = plgpu.Layout._WGMMA_ACC_32BIT
 _SCALAR = plgpu.Layout.WG_SPLAT(())
-# Dynamic shared memory of a Hopper SM that one block may use, less room for barriers and padding.
+# What a block may use of an SM's shared memory, less the barriers, which Mosaic GPU pads to 1 KiB,
+# and less another KiB because its kernels also hold a little static shared memory.
 _SMEM_BYTES = 227 * 1024 - 2048
 _REGISTERS = {1: 240, 2: 232, 3: 160}  # a thread, by compute warpgroups
 

@@ -1,0 +1,234 @@
+"""Searches the `hopper` kernels' configurations on this device and writes the tuned table.
+
+    python -m benchmarks.tune [--write] [--op spmm24|pack24] [--rounds 5] [--only SUBSTRING]
+
+Every candidate is compared with a float32 reference over the whole output before it is timed, and
+candidates are timed in turns together with XLA's dense product of the same operands.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import functools
+import itertools
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+
+from benchmarks.timing import Sampling, Timed, interleaved, jax_timed
+from kernels import reference
+from kernels.hopper import pack24 as packing
+from kernels.hopper import spmm24 as products
+from kernels.tuning import tables
+
+MAX_ERROR = 5e-3
+
+
+@dataclasses.dataclass(frozen=True)
+class Problem:
+    """A product with A (m, k) sparse, in one orientation."""
+
+    m: int
+    n: int
+    k: int
+    b: Literal["nk", "kn"]
+    out: Literal["mn", "nm"]
+
+    @property
+    def key(self) -> str:
+        return tables.key(m=self.m, n=self.n, k=self.k, b=self.b, out=self.out)
+
+
+def problems(tokens: int = 16384) -> list[Problem]:
+    """The products of feed-forward networks of 1B and 7B models, and a cube."""
+    found = []
+    outs: tuple[Literal["nm", "mn"], ...] = ("nm", "mn")
+    for width, hidden in ((2048, 8192), (4096, 16384)):
+        found += [Problem(hidden, tokens, width, "nk", out) for out in outs]
+        found += [Problem(width, tokens, hidden, "nk", out) for out in outs]
+        found += [Problem(tokens, width, hidden, "kn", "mn")]
+        found += [Problem(hidden, width, tokens, "kn", "mn")]
+    found += [Problem(8192, 8192, 8192, "nk", out) for out in outs]
+    return list(dict.fromkeys(found))
+
+
+def candidates(problem: Problem) -> list[products.Spmm24Config]:
+    """Tiles that can be best, with the tile orders that keep most of both operands in L2."""
+    del problem
+    make = products.Spmm24Config
+    tiles: list[dict[str, Any]] = [
+        {"wg_m": 2, "tile_n": 192},
+        {"wg_m": 2, "tile_n": 192, "epi_n": 192, "out_slots": 1},
+        {"wg_m": 1, "tile_n": 256},
+        {"wg_m": 2, "tile_n": 128, "stages": 5},
+    ]
+    orders = [("n", 8), ("m", 8), ("m", 16), ("n", 4)]
+    found = [
+        make(**tile, order=order, width=width)
+        for tile, (order, width) in itertools.product(tiles, orders)
+    ]
+    return [c for c in found if c.problem(2) is None]
+
+
+def _compile_all(calls: dict[Any, Callable[[], Any]]) -> dict[Any, Any]:
+    """Compiles in threads; a candidate that does not compile is reported and left out."""
+
+    def attempt(build: Callable[[], Any]) -> Any:
+        try:
+            return build()
+        except Exception as error:
+            return error
+
+    with ThreadPoolExecutor(16) as pool:
+        built = dict(zip(calls, pool.map(attempt, calls.values()), strict=True))
+    for name, result in built.items():
+        if isinstance(result, Exception):
+            print(f"  does not compile: {name}: {str(result)[:200]}")
+    return {name: r for name, r in built.items() if not isinstance(r, Exception)}
+
+
+def _dense(problem: Problem, a: Array, b: Array) -> Array:
+    contracted = 1 if problem.b == "nk" else 0
+    if problem.out == "mn":
+        return lax.dot_general(a, b, (((1,), (contracted,)), ((), ())))
+    return lax.dot_general(b, a, (((contracted,), (1,)), ((), ())))
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _error(problem: Problem, pruned: Array, b: Array, out: Array) -> Array:
+    """Relative Frobenius error; the operands are 16-bit, so float32 products of them are exact."""
+    contracted = 1 if problem.b == "nk" else 0
+    dims = (((1,), (contracted,)), ((), ()))
+    expected = lax.dot_general(pruned, b, dims, preferred_element_type=jnp.float32)
+    expected = expected.T if problem.out == "nm" else expected
+    return jnp.linalg.norm(out.astype(jnp.float32) - expected) / jnp.linalg.norm(expected)
+
+
+def tune_product(problem: Problem, sampling: Sampling) -> tuple[dict[str, Any], float] | None:
+    """The fastest correct configuration of one problem, and its speed relative to XLA dense."""
+    key_a, key_b = jax.random.split(jax.random.key(0))
+    b_shape = (problem.n, problem.k) if problem.b == "nk" else (problem.k, problem.n)
+    a = jax.random.normal(key_a, (problem.m, problem.k), jnp.bfloat16)
+    b = jax.random.normal(key_b, b_shape, jnp.bfloat16)
+    values, metadata = reference.pack24(a, axis=1, mode="magnitude")
+    pruned = reference.unpack24(values, metadata)
+
+    def build(config: products.Spmm24Config) -> Any:
+        call = functools.partial(
+            products.spmm24, b_layout=problem.b, out_layout=problem.out, config=config
+        )
+        return jax.jit(call).lower(values, metadata, b).compile()
+
+    compiled = _compile_all({c: functools.partial(build, c) for c in candidates(problem)})
+    dense = jax.jit(functools.partial(_dense, problem)).lower(a, b).compile()
+    calls: dict[str, Timed] = {"dense": jax_timed(dense, a, b)}
+    by_name = {}
+    for config, call in compiled.items():
+        error = float(_error(problem, pruned, b, call(values, metadata, b)))
+        if not error < MAX_ERROR:
+            print(f"  WRONG, {error=:.1e}: {config}")
+            continue
+        calls[str(config)] = jax_timed(call, values, metadata, b)
+        by_name[str(config)] = config
+    if not by_name:
+        return None
+    samples = interleaved(calls, sampling)
+    baseline = samples["dense"].median
+    flops = 2.0 * problem.m * problem.n * problem.k
+    ranked = sorted(by_name, key=lambda name: samples[name].median)
+    print(f"{problem}: dense {1e3 * baseline:.3f} ms, {flops / baseline / 1e12:.0f} TFLOP/s")
+    for name in ranked[:3] + ranked[-1:]:
+        t = samples[name].median
+        changed = _changed(by_name[name])
+        print(f"  {1e3 * t:.3f} ms, {baseline / t:.3f}x, {flops / t / 1e12:.0f} TFLOP/s {changed}")
+    best = by_name[ranked[0]]
+    return _changed(best), baseline / samples[ranked[0]].median
+
+
+def _changed(config: Any) -> dict[str, Any]:
+    """The fields of a configuration that differ from their defaults."""
+    default = type(config)()
+    fields = dataclasses.asdict(config)
+    return {name: v for name, v in fields.items() if v != getattr(default, name)}
+
+
+def tune_packing(sampling: Sampling) -> dict[str, dict[str, Any]]:
+    """The faster block order of pack24 for each axis and input dtype."""
+    tuned = {}
+    for dtype, axis in itertools.product((jnp.float32, jnp.bfloat16), (1, 0)):
+        x = jax.random.normal(jax.random.key(0), (16384, 8192), dtype)
+        expected = reference.pack24(x, axis=axis, mode="soft_threshold")
+        calls = {"copy": jax_timed(jax.jit(jnp.copy).lower(x).compile(), x)}
+        found = {}
+        for k_first in (True, False):
+            config = packing.Pack24Config(k_first=k_first)
+            call = functools.partial(
+                packing.pack24, axis=axis, mode="soft_threshold", config=config
+            )
+            compiled = jax.jit(call).lower(x).compile()
+            got = compiled(x)
+            equal = all(bool((g == e).all()) for g, e in zip(got, expected, strict=True))
+            if not equal:
+                print(f"  WRONG: {axis=} {config}")
+                continue
+            calls[str(config)] = jax_timed(compiled, x)
+            found[str(config)] = config
+        samples = interleaved(calls, sampling)
+        copied = 2 * x.nbytes / samples["copy"].median
+        moved = x.nbytes + sum(e.nbytes for e in expected)
+        for name in found:
+            rate = moved / samples[name].median
+            print(
+                f"pack24 {axis=} {x.dtype.name} {name}: {rate / 1e12:.2f} TB/s,"
+                f" {rate / copied:.0%} of a copy's {copied / 1e12:.2f}"
+            )
+        if found:
+            best = min(found, key=lambda name: samples[name].median)
+            key = tables.key(axis=axis, dtype=x.dtype.name)
+            tuned[key] = dataclasses.asdict(found[best])
+    return tuned
+
+
+def geometric_mean(values: Iterable[float]) -> float:
+    """Of positive numbers."""
+    return float(jnp.exp(jnp.mean(jnp.log(jnp.asarray(list(values))))))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--write", action="store_true", help="write the table of this device")
+    parser.add_argument("--op", choices=("spmm24", "pack24"), action="append")
+    parser.add_argument("--only", default="", help="substring of the keys of problems to tune")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--round-seconds", type=float, default=0.01)
+    args = parser.parse_args()
+    sampling = Sampling(args.rounds, args.round_seconds)
+    kind = jax.devices()[0].device_kind
+    ops = args.op or ["spmm24", "pack24"]
+    if "spmm24" in ops:
+        tuned, speedups = {}, []
+        for problem in problems():
+            if args.only not in problem.key:
+                continue
+            best = tune_product(problem, sampling)
+            if best is not None:
+                tuned[problem.key], speedup = best
+                speedups.append(speedup)
+        if speedups:
+            mean = geometric_mean(speedups)
+            print(f"geometric mean {mean:.3f}x, least {min(speedups):.3f}x of XLA dense")
+        if args.write:
+            print(tables.save("hopper", kind, "spmm24", tuned))
+    if "pack24" in ops:
+        tuned = tune_packing(sampling)
+        if args.write:
+            print(tables.save("hopper", kind, "pack24", tuned))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,428 @@
+"""Soft threshold or selection of two of four, and packing, in one pass over memory (Hopper).
+
+Memory-bound, so everything stays in registers: a thread takes the 16 consecutive elements along k
+that make one 16-bit half-word of metadata, for two rows (groups along rows of x) or for four
+neighbouring columns (groups along columns), so that metadata needs no exchange at all or one
+shuffle. Stores of values are 16 bytes a thread, and four threads write 64 contiguous bytes. Loads
+are 16 bytes a thread, but 8 for 16-bit input along columns: eight columns a thread would need 254
+registers, and the lower occupancy costs more (2.0 TB/s against a copy's 2.85 on an H100).
+
+The arithmetic of a group is `pack_group`, plain jax.numpy, traced into the kernel and tested as
+such; loads, shuffles and stores are inline.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.experimental.pallas as pl
+import jax.experimental.pallas.mosaic_gpu as plgpu
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.experimental.mosaic import gpu as mgpu
+from jax.experimental.mosaic.gpu import utils
+from jaxlib.mlir import ir
+from jaxlib.mlir.dialects import arith, llvm, vector
+
+from kernels.hopper import device, ptx
+from kernels.tuning import tables
+
+MODES = ("magnitude", "value", "soft_threshold")
+
+_PTX_NAMES = {"bfloat16": "bf16", "float16": "f16"}
+_MAGNITUDE_BITS = 0x7FFFFFFF
+_SIGN_BIT = -0x80000000
+_NAN_KEY = 0x7F800001  # one key for every NaN, above infinity's
+_GROUPS = 4  # a thread and row: 16 elements, one half-word of metadata
+_SCALAR = plgpu.Layout.WG_SPLAT(())
+_ARRAY = plgpu.Layout.WG_STRIDED((ptx.WARPGROUP * _GROUPS,), vec_size=1)
+
+
+@dataclasses.dataclass(frozen=True)
+class Pack24Config:
+    """Schedule of the `hopper` pack24.
+
+    k_first: consecutive blocks advance along k (contiguous writes), not along m.
+    """
+
+    k_first: bool = True
+
+
+def pack_group(x: list[jax.Array], mode: str, scale: jax.Array | None):
+    """The kept pair of groups of four: float32 (low, high) and the metadata nibble.
+
+    x: the groups' elements 0..3, four float32 arrays of one shape. Keeps the two largest by
+    magnitude ("magnitude", "soft_threshold") or by value ("value"), ties to the lower index and
+    NaN above all; "soft_threshold" shrinks them by the third-largest magnitude.
+    """
+    bits = [lax.bitcast_convert_type(v, jnp.int32) for v in x]
+    keys = [jnp.minimum(b & _MAGNITUDE_BITS, _NAN_KEY) for b in bits]
+    if mode == "value":
+        keys = [
+            jnp.where((b < 0) & (key != _NAN_KEY), -key, key)
+            for b, key in zip(bits, keys, strict=True)
+        ]
+    second, fourth = keys[1] > keys[0], keys[3] > keys[2]  # the larger of each pair of neighbours
+    high_a, low_a = jnp.maximum(keys[0], keys[1]), jnp.minimum(keys[0], keys[1])
+    high_b, low_b = jnp.maximum(keys[2], keys[3]), jnp.minimum(keys[2], keys[3])
+    both_a = low_a >= high_b  # a tie goes to the first pair, which has the lower indices
+    both_b = low_b > high_a
+    pick = lambda of_a, of_b, mixed: jnp.where(both_a, of_a, jnp.where(both_b, of_b, mixed))
+    low = pick(x[0], x[2], jnp.where(second, x[1], x[0]))
+    high = pick(x[1], x[3], jnp.where(fourth, x[3], x[2]))
+    nibble = pick(0b0100, 0b1110, jnp.where(second, 1, 0) | jnp.where(fourth, 0b1100, 0b1000))
+    if mode == "soft_threshold":
+        third = jnp.minimum(jnp.maximum(low_a, low_b), jnp.minimum(high_a, high_b))
+        threshold = lax.bitcast_convert_type(third, jnp.float32)
+        low, high = _shrink(low, threshold), _shrink(high, threshold)
+    if scale is not None:
+        low, high = low * scale, high * scale
+    return low, high, nibble
+
+
+def _shrink(x: jax.Array, threshold: jax.Array) -> jax.Array:
+    bits = lax.bitcast_convert_type(x, jnp.int32)
+    magnitude = lax.bitcast_convert_type(bits & _MAGNITUDE_BITS, jnp.float32)
+    shrunk = lax.bitcast_convert_type(jnp.maximum(magnitude - threshold, 0.0), jnp.int32)
+    return lax.bitcast_convert_type(shrunk | (bits & _SIGN_BIT), jnp.float32)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Problem:
+    m: int
+    k: int
+    axis: int
+    mode: str
+    x_dtype: str
+    out_dtype: str
+    scaled: bool
+    k_first: bool
+
+    @property
+    def rows(self) -> int:
+        """Rows of the packed matrix that a thread makes."""
+        return 2 if self.axis == 1 else 4
+
+    @property
+    def x_itemsize(self) -> int:
+        return 4 if self.x_dtype == "float32" else 2
+
+    @property
+    def warp_m(self) -> int:
+        return 16 if self.axis == 1 else 8 * self.rows
+
+    @property
+    def block_m(self) -> int:
+        return 4 * self.warp_m
+
+
+def _value(scalar) -> ir.Value:
+    return scalar.registers.item()
+
+
+def _mul(x: ir.Value, y: int) -> ir.Value:
+    return arith.muli(x, ptx.const32(y))
+
+
+def _add(x: ir.Value, y: ir.Value | int) -> ir.Value:
+    return arith.addi(x, ptx.const32(y) if isinstance(y, int) else y)
+
+
+def _address(base: ir.Value, offset: ir.Value, itemsize: int) -> ir.Value:
+    """Base address plus an element offset, which may exceed 32 bits once in bytes."""
+    wide = arith.extui(ptx.i64_type(), offset)
+    return arith.addi(base, arith.muli(wide, ptx.const64(itemsize)))
+
+
+def _element(row: ir.Value, col: ir.Value, width: int) -> ir.Value:
+    return _add(_mul(row, width), col)
+
+
+def _base(ref: ir.Value) -> ir.Value:
+    return llvm.ptrtoint(ptx.i64_type(), utils.memref_ptr(ref))
+
+
+def _position(p: _Problem, m_block: ir.Value, k_block: ir.Value):
+    """The thread's first packed row and k, and its place c in a quad."""
+    thread = utils.thread_idx()
+    warp = arith.divui(thread, ptx.const32(32))
+    lane = arith.remui(thread, ptx.const32(32))
+    warp_row = _add(_mul(m_block, p.block_m), _mul(warp, p.warp_m))
+    if p.axis == 1:
+        c = arith.remui(lane, ptx.const32(4))
+        row = _add(warp_row, arith.divui(lane, ptx.const32(4)))
+    else:
+        # m need not be a multiple of the block: the last warps then redo a neighbour's rows and
+        # write the same words.
+        warp_row = arith.minui(warp_row, ptx.const32(p.m - p.warp_m))
+        c = arith.divui(lane, ptx.const32(8))
+        row = _add(warp_row, _mul(arith.remui(lane, ptx.const32(8)), p.rows))
+    return row, _add(_mul(k_block, 64), _mul(c, 16)), c
+
+
+def _row_of(p: _Problem, row: ir.Value, j: int) -> ir.Value:
+    return _add(row, 8 * j if p.axis == 1 else j)
+
+
+def _load_words(address: ir.Value, num: int) -> list[ir.Value]:
+    """Loads 2 or 4 consecutive 32-bit words."""
+    i32 = ptx.i32_type()
+    struct = llvm.StructType.get_literal([i32] * num)
+    names = ", ".join(f"${i}" for i in range(num))
+    text = f"ld.global.v{num}.b32 {{{names}}}, [${num}];"
+    out = ptx.asm(struct, [address], text, ",".join(["=r"] * num + ["l"]))
+    return [llvm.extractvalue(i32, out, [i]) for i in range(num)]
+
+
+def _floats(p: _Problem, word: ir.Value) -> list[ir.Value]:
+    """The one or two elements of a 32-bit word, as float32."""
+    f32 = ir.F32Type.get()
+    if p.x_dtype == "float32":
+        return [arith.bitcast(f32, word)]
+    if p.x_dtype == "bfloat16":
+        low = arith.shli(word, ptx.const32(16))
+        high = arith.andi(word, ptx.const32(-0x10000))
+        return [arith.bitcast(f32, low), arith.bitcast(f32, high)]
+    halves = []
+    for shift in (0, 16):
+        bits = arith.trunci(ir.IntegerType.get_signless(16), arith.shrui(word, ptx.const32(shift)))
+        halves.append(arith.extf(f32, arith.bitcast(ir.F16Type.get(), bits)))
+    return halves
+
+
+def _to_array(values: list[ir.Value]):
+    vec = ir.VectorType.get((1,), values[0].type)
+    registers = np.array([vector.broadcast(vec, v) for v in values], dtype=object)
+    return mgpu.FragmentedArray(_registers=registers, _layout=_ARRAY.to_mgpu(), _is_signed=None)
+
+
+def _to_values(array) -> list[ir.Value]:
+    return [vector.extract(r, [], [0]) for r in array.registers.flat]
+
+
+def _load(p: _Problem):
+    """Elements 0..3 of the groups of each of the thread's rows: [row][element] -> 4 groups."""
+    array = plgpu.ShapeDtypeStruct((ptx.WARPGROUP * _GROUPS,), jnp.float32, layout=_ARRAY)
+    result = [[array] * 4] * p.rows
+
+    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), _SCALAR, _SCALAR), return_type=result)
+    def load(ctx, x_g, m_block, k_block):
+        del ctx
+        row, k, _ = _position(p, _value(m_block), _value(k_block))
+        base = _base(x_g)
+        elements: list[list[ir.Value]] = [[] for _ in range(p.rows)]
+        per_load = 16 // p.x_itemsize
+        if p.axis == 1:
+            words = [
+                _load_words(
+                    _address(base, _element(_row_of(p, row, j), _add(k, i), p.k), p.x_itemsize), 4
+                )
+                for j in range(p.rows)
+                for i in range(0, 16, per_load)
+            ]
+            loads = 16 // per_load
+            for j in range(p.rows):
+                for four in words[j * loads : (j + 1) * loads]:
+                    for word in four:
+                        elements[j] += _floats(p, word)
+        else:
+            words = [
+                _load_words(
+                    _address(base, _element(_add(k, i), row, p.m), p.x_itemsize),
+                    p.rows * p.x_itemsize // 4,
+                )
+                for i in range(16)
+            ]
+            for four in words:
+                columns = [value for word in four for value in _floats(p, word)]
+                for j in range(p.rows):
+                    elements[j].append(columns[j])
+        return [[_to_array(elements[j][e::4]) for e in range(4)] for j in range(p.rows)]
+
+    return load
+
+
+def _store(p: _Problem):
+    """Writes values and metadata of the thread's rows, from (low, high, nibble) of each row."""
+    rows = [[_ARRAY] * 3] * p.rows
+    refs = (plgpu.RefType(), plgpu.RefType())
+
+    @plgpu.inline_mgpu(arg_types=(*refs, _SCALAR, _SCALAR, rows))
+    def store(ctx, values_g, meta_g, m_block, k_block, packed):
+        del ctx
+        row, k, c = _position(p, _value(m_block), _value(k_block))
+        base = _base(values_g)
+        halves = []
+        half_k = arith.shrui(k, ptx.const32(1))
+        for j, (low, high, nibbles) in enumerate(packed):
+            pairs = zip(_to_values(low), _to_values(high), strict=True)
+            words = [ptx.pack_pair(a, b, _PTX_NAMES[p.out_dtype]) for a, b in pairs]
+            address = _address(base, _element(_row_of(p, row, j), half_k, p.k // 2), 2)
+            ptx.asm(
+                None, [address, *words], "st.global.v4.b32 [$0], {$1, $2, $3, $4};", "l,r,r,r,r"
+            )
+            half = ptx.const32(0)
+            for i, nibble in enumerate(_to_values(nibbles)):
+                half = arith.ori(half, arith.shli(nibble, ptx.const32(4 * i)))
+            halves.append(half)
+        _store_metadata(p, _base(meta_g), row, k, c, halves)
+
+    return store
+
+
+def _store_metadata(p: _Problem, base, row, k, c, halves: list[ir.Value]) -> None:
+    """Joins half-words of rows q and q + 8 and writes them at their thread's place of the tile."""
+    c16 = ptx.const32(16)
+    low16 = ptx.const32(0xFFFF)
+    high16 = ptx.const32(-0x10000)
+    tile = _element(arith.shrui(row, ptx.const32(6)), arith.shrui(k, ptx.const32(6)), p.k // 64)
+    warp = arith.andi(arith.shrui(row, ptx.const32(4)), ptx.const32(3))
+    start = _add(_add(_mul(tile, 128), _mul(warp, 32)), c)
+
+    def put(q: ir.Value, word: ir.Value) -> None:
+        address = _address(base, _add(start, _mul(q, 4)), 4)
+        ptx.asm(None, [address, word], "st.global.b32 [$0], $1;", "l,r")
+
+    if p.axis == 1:
+        q = arith.andi(row, ptx.const32(7))
+        put(q, arith.ori(halves[0], arith.shli(halves[1], c16)))
+        return
+    # Rows r .. r + rows - 1 are here, r + 8 .. in the thread `distance` lanes on. Each of the two
+    # makes half of the words.
+    distance = 8 // p.rows
+    upper = arith.cmpi(arith.CmpIPredicate.ne, arith.andi(row, ptx.const32(8)), ptx.const32(0))
+    pairs = [arith.ori(halves[i], arith.shli(halves[i + 1], c16)) for i in range(0, p.rows, 2)]
+    middle = len(pairs) // 2
+    q0 = _add(
+        arith.andi(row, ptx.const32(7)),
+        arith.select(upper, ptx.const32(p.rows // 2), ptx.const32(0)),
+    )
+    for i in range(middle):
+        first, last = pairs[i], pairs[middle + i]
+        sent = arith.select(upper, first, last)
+        received = ptx.asm(
+            ptx.i32_type(),
+            [sent],
+            f"shfl.sync.bfly.b32 $0, $1, {distance}, 31, 0xffffffff;",
+            "=r,r",
+        )
+        lows = arith.select(upper, received, first)
+        highs = arith.select(upper, last, received)
+        put(_add(q0, 2 * i), arith.ori(arith.andi(lows, low16), arith.shli(highs, c16)))
+        put(_add(q0, 2 * i + 1), arith.ori(arith.shrui(lows, c16), arith.andi(highs, high16)))
+
+
+def _kernel(p: _Problem, x_g, *rest):
+    scale_g, values_g, meta_g = rest if p.scaled else (None, *rest)
+    scale = scale_g[0] if scale_g is not None else None
+    index = lax.axis_index("block")
+    k_blocks, m_blocks = p.k // 64, pl.cdiv(p.m, p.block_m)
+    if p.k_first:
+        m_block, k_block = lax.div(index, k_blocks), lax.rem(index, k_blocks)
+    else:
+        m_block, k_block = lax.rem(index, m_blocks), lax.div(index, m_blocks)
+    rows = _load(p)(x_g, m_block, k_block)
+    packed = [list(pack_group(elements, p.mode, scale)) for elements in rows]
+    _store(p)(values_g, meta_g, m_block, k_block, packed)
+
+
+def pack24(
+    x: jax.Array,
+    *,
+    axis: int,
+    mode: str,
+    scale: jax.Array | None = None,
+    dtype: Any = jnp.bfloat16,
+    layout: str = "rows",
+    config: Pack24Config | None = None,
+) -> tuple[jax.Array, jax.Array]:
+    """Thresholds or selects two of four along `axis` and packs them, in one pass over memory.
+
+    x: (rows, cols), float32, bfloat16 or float16. axis: 0 or 1, the contracted axis: k is
+    x.shape[axis], m the other; axis 0 packs x transposed. mode: "magnitude", "value" or
+    "soft_threshold". scale: None or a float32 scalar, multiplied in before rounding. dtype:
+    bfloat16 or float16. layout: "rows".
+
+    Returns values (m, k/2) and metadata (m/64, k/64, 128) int32, m and k padded with zeros to
+    multiples of 64 (padding costs another pass over x).
+
+    Raises ValueError for arguments that are not allowed and NotImplementedError where
+    `check_pack24` does.
+    """
+    check_pack24(x, axis=axis, mode=mode, scale=scale, dtype=dtype, layout=layout, config=config)
+    rows, cols = x.shape
+    padding = (-rows % 64, -cols % 64)
+    if any(padding):
+        x = jnp.pad(x, ((0, padding[0]), (0, padding[1])))
+    m, k = x.shape if axis == 1 else x.shape[::-1]
+    if config is None:
+        key = tables.key(axis=axis, dtype=x.dtype.name)
+        entry = tables.lookup("hopper", "pack24", device.kind(), key)
+        config = Pack24Config(**entry) if entry else Pack24Config()
+    p = _Problem(
+        m=m,
+        k=k,
+        axis=axis,
+        mode=mode,
+        x_dtype=x.dtype.name,
+        out_dtype=jnp.dtype(dtype).name,
+        scaled=scale is not None,
+        k_first=config.k_first,
+    )
+    call = plgpu.kernel(
+        functools.partial(_kernel, p),
+        out_type=(
+            jax.ShapeDtypeStruct((m, k // 2), dtype),
+            jax.ShapeDtypeStruct((m // 64, k // 64, 128), jnp.int32),
+        ),
+        grid=(pl.cdiv(m, p.block_m) * (k // 64),),
+        grid_names=("block",),
+        kernel_name="pack24_hopper",
+        compiler_params=plgpu.CompilerParams(
+            lowering_semantics=plgpu.LoweringSemantics.Lane, unsafe_no_auto_barriers=True
+        ),
+    )
+    operands = [x]
+    if scale is not None:
+        operands.append(jnp.asarray(scale, jnp.float32).reshape(1))
+    return call(*operands)
+
+
+def check_pack24(
+    x: jax.Array,
+    *,
+    axis: int,
+    mode: str,
+    scale: jax.Array | None = None,
+    dtype: Any = jnp.bfloat16,
+    layout: str = "rows",
+    config: Pack24Config | None = None,
+) -> None:
+    """Raises NotImplementedError if this device, shape or dtype is not served, else returns None.
+
+    Arguments that are never allowed raise ValueError.
+    """
+    del config
+    if x.ndim != 2 or 0 in x.shape:
+        raise ValueError(f"{x.shape=} must be two-dimensional and not empty")
+    if axis not in (0, 1):
+        raise ValueError(f"{axis=} must be 0 or 1")
+    if mode not in MODES:
+        raise ValueError(f"{mode=} must be one of {MODES}")
+    if layout not in ("rows", "fragments"):
+        raise ValueError(f"{layout=} must be 'rows' or 'fragments'")
+    if scale is not None and np.size(scale) != 1:
+        raise ValueError(f"{np.shape(scale)=} must be a scalar")
+    if layout != "rows":
+        raise NotImplementedError(f"{layout=} is not 'rows'")
+    if x.dtype.name not in ("float32", *_PTX_NAMES):
+        raise NotImplementedError(f"{x.dtype=} is not float32, bfloat16 or float16")
+    if jnp.dtype(dtype).name not in _PTX_NAMES:
+        raise NotImplementedError(f"dtype={jnp.dtype(dtype).name} is not bfloat16 or float16")
+    if x.size >= 1 << 31:
+        raise NotImplementedError(f"{x.shape=} has 2^31 elements or more")
+    device.require_hopper()
