@@ -14,16 +14,31 @@ def require_capability(op: str, minimum: float) -> None:
         )
 
 
+def kind() -> str:
+    """The target device's name, such as "NVIDIA H100 80GB HBM3"."""
+    abstract = jax.sharding.get_abstract_mesh().abstract_device
+    return _default_device().device_kind if abstract is None else abstract.device_kind
+
+
 def compute_capability() -> float | None:
     """Of the GPU that JAX compiles for, 0 for anything else; None for an abstract GPU."""
     abstract = jax.sharding.get_abstract_mesh().abstract_device
     if abstract is not None and abstract.platform == "gpu":
         return None
-    device = jax.config.jax_default_device or jax.devices()[0]  # type: ignore[attr-defined]
-    if isinstance(device, str):
-        device = jax.devices(device)[0]
+    device = _default_device()
     major, dot, minor = str(getattr(device, "compute_capability", "")).partition(".")
     # ROCm reports names such as gfx90a here.
     if device.platform != "gpu" or not (dot and major.isdigit() and minor.isdigit()):
         return 0.0
     return float(f"{major}.{minor}")
+
+
+def small_shared_memory() -> bool:
+    """Whether a program may have 99 KiB of shared memory only, not 163 or more."""
+    capability = compute_capability()
+    return capability in (8.6, 8.9) or (capability is not None and capability >= 12.0)
+
+
+def _default_device():
+    device = jax.config.jax_default_device or jax.devices()[0]  # type: ignore[attr-defined]
+    return jax.devices(device)[0] if isinstance(device, str) else device

@@ -9,11 +9,20 @@ fragments for sparse mma.m16n8k32 with .f16 and .bf16 types"): A is the 16 x 16 
 B holds k = 8 i + 2 t and the next one of column q in register i, and the accumulators are rows q
 and q + 8, columns 2 t and 2 t + 1. `ldmatrix` delivers both from row-major memory, and transposes B
 when its columns are contiguous, so that neither operand needs a layout of its own.
+
+What shaped it, on an H100 at m 8192, n 16384, k 2048 (effective TFLOP/s):
+* fragments loaded straight from global memory, packed in their own order beforehand: 350;
+* this ring with a barrier for all warps after each stage: 460 with stages of k 32, 560 of k 64.
+  Without the copies, or without the barrier, the same loop ran at 710 and 600: warps that meet at a
+  barrier all copy at once, and the tensor cores wait;
+* the ring below, where a pair of mbarriers for each stage lets warps run a stage apart, and copies
+  are spread between products: 600. Products alone, from registers, run at 730 to 840.
 """
 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -21,9 +30,13 @@ from jax import lax
 
 from kernels.triton import ptx
 
-# A kernel may declare this much shared memory statically; more would have to be asked for at the
-# launch, which Pallas Triton does not offer.
+# The most that a kernel may declare statically. A ring that does not fit is placed in the dynamic
+# shared memory behind the static part, and the caller sees that the launch provides it.
 STATIC_SHARED_BYTES = 48 * 1024
+_BARRIER_BYTES = 1024  # The barriers, and alignment of the ring for the swizzle.
+
+# B fragments in flight ahead of the products that use them.
+_AHEAD = 2
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,7 +45,8 @@ class Tile:
 
     Attributes:
       block_k: K step of one shared-memory stage, 32 or 64.
-      stages: shared-memory stages.
+      stages: shared-memory stages, at least 3: one being read, one that slower warps may still
+        read, and at least one in flight.
     """
 
     warps_m: int
@@ -56,15 +70,22 @@ class Tile:
 
     @property
     def a_bytes(self) -> int:
+        """Bytes of one stage of kept values."""
         return self.block_m * self.block_k
 
     @property
     def b_bytes(self) -> int:
+        """Bytes of one stage of B."""
         return self.block_n * self.block_k * 2
 
     @property
-    def shared_bytes(self) -> int:
+    def ring_bytes(self) -> int:
         return self.stages * (self.a_bytes + self.b_bytes)
+
+    @property
+    def dynamic_bytes(self) -> int:
+        """Dynamic shared memory that the launch must provide."""
+        return self.ring_bytes if self.ring_bytes + _BARRIER_BYTES > STATIC_SHARED_BYTES else 0
 
 
 def accumulate(
@@ -96,234 +117,348 @@ def accumulate(
     m, k_half = values_ref.shape
     n = b_ref.shape[0] if b_layout == "nk" else b_ref.shape[1]
     kind = {"bfloat16": "bf16", "float16": "f16"}[jnp.dtype(values_ref.dtype).name]
-    asm = _generate(tile, m=m, n=n, k=2 * k_half, b_layout=b_layout, kind=kind)
+    asm = _Writer(tile, m, n, 2 * k_half, b_layout, kind).write()
     starts = [jnp.full((tile.threads,), x, jnp.int32) for x in (m0, n0)]
     count = 4 * tile.frags_m * tile.frags_n
     return ptx.inline_ptx(asm, [values_ref, metadata_ref, b_ref], starts, out=["float32"] * count)
 
 
-def _generate(tile: Tile, *, m: int, n: int, k: int, b_layout: str, kind: str) -> str:
-    fm, fn, bk, stages = tile.frags_m, tile.frags_n, tile.block_k, tile.stages
-    threads, stage_bytes = tile.threads, tile.a_bytes + tile.b_bytes
-    count = 4 * fm * fn
-    a_arg, meta_arg, b_arg, m0_arg, n0_arg = (f"${count + i}" for i in range(5))
-    lines: list[str] = []
-    emit = lines.append
+class _Writer:
+    """Writes the PTX of one tile. Registers are named for what they hold; x to z are scratch."""
 
-    def swizzle(row: str, chunk: str, chunks: int, out: str) -> None:
-        """Byte offset of a 16-byte chunk so that 8 rows of one column of chunks cover all banks."""
+    def __init__(self, tile: Tile, m: int, n: int, k: int, b_layout: str, kind: str):
+        self.tile, self.m, self.n, self.k, self.b_layout, self.kind = tile, m, n, k, b_layout, kind
+        self.count = 4 * tile.frags_m * tile.frags_n
+        args = [f"${self.count + i}" for i in range(5)]
+        self.a_arg, self.metadata_arg, self.b_arg, self.m0_arg, self.n0_arg = args
+        self.stage_bytes = tile.a_bytes + tile.b_bytes
+        # Shared tiles are rows of 16-byte chunks.
+        self.a_chunks = tile.block_k // 16
+        b_rows = tile.block_n if b_layout == "nk" else tile.block_k
+        self.b_chunks = tile.b_bytes // 16 // b_rows
+        self.a_copies = tile.a_bytes // 16 // tile.threads
+        self.b_copies = tile.b_bytes // 16 // tile.threads
+        # A warp's metadata lies in one or several 64-row tiles.
+        self.metadata_tiles = max(1, tile.frags_m // 4)
+        self.steps = k // tile.block_k
+        # Copies run this many stages ahead. One stage stays free of copies and products, so that
+        # the fastest warp may overwrite it while the slowest is one stage behind.
+        self.distance = tile.stages - 2
+        self.labels = 0
+        self.lines: list[str] = []
+
+    def emit(self, *lines: str) -> None:
+        self.lines.extend(lines)
+
+    def write(self) -> str:
+        self._declare()
+        self._copy_addresses()
+        self._metadata_addresses()
+        self._fragment_addresses()
+        self._prologue()
+        self._loop()
+        self.emit("cp.async.wait_all;")
+        self.emit(*(f"mov.f32 ${i}, acc{i};" for i in range(self.count)))
+        return "{\n" + "\n".join(self.lines) + "\n}"
+
+    def _declare(self) -> None:
+        tile = self.tile
+        static = _BARRIER_BYTES + (0 if tile.dynamic_bytes else tile.ring_bytes)
+        self.emit(
+            f".shared .align {_BARRIER_BYTES} .b8 shared24[{static}];",
+            f".reg .f32 acc<{self.count}>;",
+            f".reg .b32 a<{8 * tile.frags_m}>, b<{4 * tile.frags_n}>;",
+            f".reg .b32 meta<{tile.frags_m}>, next_meta<{tile.frags_m}>;",
+            f".reg .b32 a_dst<{self.a_copies}>, b_dst<{self.b_copies}>, a_src<2>, b_src<8>;",
+            f".reg .b64 a_ptr<{self.a_copies}>, b_ptr<{self.b_copies}>;",
+            f".reg .b64 meta_ptr<{self.metadata_tiles}>;",
+            ".reg .b32 tid, lane, warp, wm, wn, row, col, ring, x, y, z;",
+            ".reg .b32 read, read_bar, read_parity, write, write_bar, write_parity;",
+            ".reg .b32 to_copy, to_read, to_do, at;",
+            ".reg .pred p, more, copying, leader;",
+            "mov.u32 tid, %tid.x;",
+            "and.b32 lane, tid, 31;",
+            "setp.eq.u32 leader, lane, 0;",
+            "shr.u32 warp, tid, 5;",
+            f"div.u32 wm, warp, {tile.warps_n};",
+            f"rem.u32 wn, warp, {tile.warps_n};",
+            "mov.u32 ring, shared24;",
+            f"add.u32 ring, ring, {_BARRIER_BYTES};",
+        )
+        if tile.dynamic_bytes:
+            # Stop rather than write past the end.
+            self.emit(
+                "mov.u32 x, %dynamic_smem_size;",
+                f"setp.lt.u32 p, x, {tile.dynamic_bytes};",
+                "@p trap;",
+            )
+
+    def _swizzle(self, row: str, chunk: str, chunks: int, out: str) -> None:
+        """Byte offset of a chunk; 8 consecutive rows of one column of chunks cover all banks."""
         if chunks >= 8:
-            emit(f"and.b32 {out}, {row}, 7;")
+            self.emit(f"and.b32 {out}, {row}, 7;")
         else:
-            # Several rows share the 128 bytes that the banks span: rotate once per 128 bytes.
-            emit(f"shr.u32 {out}, {row}, {(8 // chunks).bit_length() - 1};")
-            emit(f"and.b32 {out}, {out}, {chunks - 1};")
-        emit(f"xor.b32 {out}, {out}, {chunk};")
-        emit(f"mad.lo.u32 {out}, {row}, {chunks}, {out};")
-        emit(f"shl.b32 {out}, {out}, 4;")
+            # The banks span 128 bytes, several rows: rotate once for each 128 bytes.
+            self.emit(
+                f"shr.u32 {out}, {row}, {(8 // chunks).bit_length() - 1};",
+                f"and.b32 {out}, {out}, {chunks - 1};",
+            )
+        self.emit(
+            f"xor.b32 {out}, {out}, {chunk};",
+            f"mad.lo.u32 {out}, {row}, {chunks}, {out};",
+            f"shl.b32 {out}, {out}, 4;",
+        )
 
-    a_chunks = bk // 16
-    b_rows, b_chunks = (tile.block_n, bk // 8) if b_layout == "nk" else (bk, tile.block_n // 8)
-    a_copies = tile.block_m * a_chunks // threads
-    b_copies = b_rows * b_chunks // threads
-    b_pitch = 16 * b_chunks
-    num_meta = max(1, fm // 4)
-    subs = bk // 32
+    def _copy_addresses(self) -> None:
+        """Where each thread copies from and to: consecutive threads along a row."""
+        tile, n, k = self.tile, self.n, self.k
 
-    emit(f".shared .align 128 .b8 ring24[{tile.shared_bytes}];")
-    emit(f".reg .f32 acc<{count}>;")
-    emit(f".reg .b32 a<{8 * fm}>, b<{4 * fn}>, meta<{fm}>, next_meta<{fm}>;")
-    emit(f".reg .b32 a_dst<{a_copies}>, b_dst<{b_copies}>, a_src_s<2>, b_src_s<{max(subs, 8)}>;")
-    emit(f".reg .b64 a_ptr<{a_copies}>, b_ptr<{b_copies}>, meta_ptr<{num_meta}>;")
-    emit(
-        ".reg .b32 tid, lane, warp, wm, wn, row, col, ring, x, y, z, read, write, left, at_a, at_b;"
-    )
-    emit(".reg .pred p, more;")
-    emit("mov.u32 tid, %tid.x;")
-    emit("and.b32 lane, tid, 31;")
-    emit("shr.u32 warp, tid, 5;")
-    emit(f"div.u32 wm, warp, {tile.warps_n};")
-    emit(f"rem.u32 wn, warp, {tile.warps_n};")
-    emit("mov.u32 ring, ring24;")
-
-    # Where each thread copies from and to: 16 bytes at a time, consecutive threads along a row.
-    def copies(name: str, number: int, chunks: int, base: int, arg: str, address) -> None:
-        for i in range(number):
-            emit(f"add.u32 x, tid, {i * threads};")
-            emit(f"div.u32 row, x, {chunks};")
-            emit(f"rem.u32 col, x, {chunks};")
-            swizzle("row", "col", chunks, "y")
-            emit(f"add.u32 {name}_dst{i}, y, ring;")
-            if base:
-                emit(f"add.u32 {name}_dst{i}, {name}_dst{i}, {base};")
-            address(f"{name}_ptr{i}", arg)
-
-    def clamped(origin: str, value: str, bound: int, ragged: bool, out: str) -> None:
-        emit(f"add.s32 {out}, {origin}, {value};")
-        if ragged:
-            emit(f"min.s32 {out}, {out}, {bound};")
-
-    def row_of_k(origin: str, bound: int, ragged: bool, pitch: int):
-        def address(out: str, arg: str) -> None:
-            clamped(origin, "row", bound, ragged, "y")
-            emit(f"mad.wide.s32 {out}, y, {pitch}, {arg};")
-            emit(f"mad.wide.s32 {out}, col, 16, {out};")
-
-        return address
-
-    def row_of_n(out: str, arg: str) -> None:
-        emit("shl.b32 y, col, 3;")
-        clamped(n0_arg, "y", n - 8, n % tile.block_n != 0, "y")
-        emit(f"mad.wide.s32 {out}, row, {2 * n}, {arg};")
-        emit(f"mad.wide.s32 {out}, y, 2, {out};")
-
-    copies("a", a_copies, a_chunks, 0, a_arg, row_of_k(m0_arg, m - 1, m % tile.block_m != 0, k))
-    if b_layout == "nk":
-        address = row_of_k(n0_arg, n - 1, n % tile.block_n != 0, 2 * k)
-        copies("b", b_copies, b_chunks, tile.a_bytes, b_arg, address)
-        b_step = 2 * bk
-    else:
-        copies("b", b_copies, b_chunks, tile.a_bytes, b_arg, row_of_n)
-        b_step = 2 * bk * n
-
-    # Metadata goes straight to registers: one word a thread feeds 16 rows of two k32 steps.
-    emit(f"mad.lo.u32 x, wm, {16 * fm}, {m0_arg};")
-    for g in range(num_meta):
-        emit(f"add.u32 y, x, {64 * g};")
-        emit("shr.u32 z, y, 6;")
-        if m % tile.block_m:
-            emit(f"min.u32 z, z, {m // 64 - 1};")
-        emit(f"mad.wide.u32 meta_ptr{g}, z, {k // 64 * 512}, {meta_arg};")
-        emit("and.b32 y, y, 48;")
-        emit("shl.b32 y, y, 1;")
-        emit("add.u32 y, y, lane;")
-        emit(f"mad.wide.u32 meta_ptr{g}, y, 4, meta_ptr{g};")
-
-    # Where each lane reads fragments: ldmatrix takes row l % 8 of matrix l // 8 from lane l.
-    emit("and.b32 row, lane, 15;")
-    emit(f"mad.lo.u32 row, wm, {16 * fm}, row;")
-    emit("shr.u32 col, lane, 4;")
-    swizzle("row", "col", a_chunks, "y")
-    emit("add.u32 a_src_s0, y, ring;")
-    emit("xor.b32 y, y, 32;")
-    emit("add.u32 a_src_s1, y, ring;")
-    if b_layout == "nk":
-        emit("and.b32 row, lane, 7;")
-        emit(f"mad.lo.u32 row, wn, {8 * fn}, row;")
-        emit("shr.u32 col, lane, 3;")
-        swizzle("row", "col", b_chunks, "y")
-        emit(f"add.u32 y, y, {tile.a_bytes};")
-        for s in range(subs):
-            emit(f"xor.b32 x, y, {64 * s};")
-            emit(f"add.u32 b_src_s{s}, x, ring;")
-    else:
-        for j in range(min(fn, 8)):
-            emit(f"mul.lo.u32 col, wn, {fn};")
-            emit(f"add.u32 col, col, {j};")
-            swizzle("lane", "col", b_chunks, "y")
-            emit(f"add.u32 y, y, {tile.a_bytes};")
-            emit(f"add.u32 b_src_s{j}, y, ring;")
-
-    def copy_stage(first: bool) -> None:
-        guard = "" if first else "@more "
-        for name, number, step in (("a", a_copies, bk), ("b", b_copies, b_step)):
+        def chunks(name: str, number: int, width: int, base: int, source: Callable) -> None:
             for i in range(number):
-                emit(f"add.u32 x, {name}_dst{i}, write;")
-                emit(f"{guard}cp.async.cg.shared.global.L2::128B [x], [{name}_ptr{i}], 16;")
-                emit(f"add.s64 {name}_ptr{i}, {name}_ptr{i}, {step};")
-        emit("cp.async.commit_group;")
-
-    def advance(which: str) -> None:
-        emit(f"add.u32 {which}, {which}, {stage_bytes};")
-        emit(f"setp.eq.u32 p, {which}, {stages * stage_bytes};")
-        emit(f"selp.u32 {which}, 0, {which}, p;")
-
-    def load_a(buffer: int, sub: int) -> None:
-        emit(f"add.u32 at_a, a_src_s{sub}, read;")
-        for i in range(fm):
-            regs = ", ".join(f"a{(buffer * fm + i) * 4 + r}" for r in range(4))
-            offset = i * 16 * 16 * a_chunks
-            emit(f"ldmatrix.sync.aligned.m8n8.x4.shared.b16 {{{regs}}}, [at_a + {offset}];")
-
-    def load_b(j: int, sub: int) -> None:
-        regs = ", ".join(f"b{j * 4 + r}" for r in range(4))
-        if b_layout == "nk":
-            emit(f"add.u32 at_b, b_src_s{sub}, read;")
-            offset, trans = j * 8 * b_pitch, ""
-        else:
-            emit(f"add.u32 at_b, b_src_s{j % 8}, read;")
-            offset, trans = sub * 32 * b_pitch + 128 * (j // 8), ".trans"
-        emit(f"ldmatrix.sync.aligned.m8n8.x4{trans}.shared.b16 {{{regs}}}, [at_b + {offset}];")
-
-    def load_meta(into: str, guard: str) -> None:
-        for i in range(fm):
-            emit(f"{guard}ld.global.nc.b32 {into}{i}, [meta_ptr{i // 4} + {i % 4 * 128}];")
-        for g in range(num_meta):
-            emit(f"add.s64 meta_ptr{g}, meta_ptr{g}, 512;")
-
-    # B fragments of the next step that are fetched while this step's last products run.
-    ahead = min(2, fn)
-    for i in range(count):
-        emit(f"mov.f32 acc{i}, 0f00000000;")
-    emit("mov.u32 read, 0;")
-    emit("mov.u32 write, 0;")
-    steps = k // bk
-    for s in range(stages):
-        if s < steps:
-            copy_stage(True)
-        else:
-            emit("cp.async.commit_group;")
-        advance("write")
-    emit(f"mov.u32 left, {steps - stages};")  # Stages still to copy.
-    load_meta("meta", "")
-    emit(f"cp.async.wait_group {stages - 1};")
-    emit("bar.sync 0;")
-    load_a(0, 0)
-    for j in range(ahead):
-        load_b(j, 0)
-    emit(f"mov.u32 y, {k // 64};")
-    emit("LOOP24:")
-    emit("setp.gt.s32 more, y, 1;")
-    load_meta("next_meta", "@more ")
-    for sub in range(2):
-        last_of_stage = bk == 32 or sub == 1
-        here = sub if bk == 64 else 0
-        following = (sub + 1) % 2 if bk == 64 else 0
-        for j in range(fn):
-            if j + ahead < fn:
-                load_b(j + ahead, here)
-            if j == fn - ahead:
-                if last_of_stage:
-                    # All fragments of this stage are in registers: hand its memory back, and see
-                    # that the next stage has landed for every thread.
-                    emit(f"cp.async.wait_group {stages - 2};")
-                    emit("bar.sync 0;")
-                    emit("setp.gt.s32 more, left, 0;")
-                    emit("sub.s32 left, left, 1;")
-                    copy_stage(False)
-                    advance("write")
-                    advance("read")
-                load_a(1 - sub, following)
-            if j + ahead >= fn:
-                load_b(j + ahead - fn, following)
-            for i in range(fm):
-                c = 4 * (i * fn + j)
-                acc = ", ".join(f"acc{c + r}" for r in range(4))
-                a = ", ".join(f"a{(sub * fm + i) * 4 + r}" for r in range(4))
-                b = ", ".join(f"b{j * 4 + r}" for r in range(4))
-                emit(
-                    f"mma.sp::ordered_metadata.sync.aligned.m16n8k32.row.col.f32.{kind}.{kind}.f32 "
-                    f"{{{acc}}}, {{{a}}}, {{{b}}}, {{{acc}}}, meta{i}, 0x{sub};"
+                self.emit(
+                    f"add.u32 x, tid, {i * tile.threads};",
+                    f"div.u32 row, x, {width};",
+                    f"rem.u32 col, x, {width};",
                 )
-    for i in range(fm):
-        emit(f"mov.b32 meta{i}, next_meta{i};")
-    emit("sub.s32 y, y, 1;")
-    emit("setp.gt.s32 p, y, 0;")
-    emit("@p bra LOOP24;")
-    emit("cp.async.wait_group 0;")
-    for i in range(count):
-        emit(f"mov.f32 ${i}, acc{i};")
-    return "{\n" + "\n".join(lines) + "\n}"
+                self._swizzle("row", "col", width, "y")
+                self.emit(f"add.u32 y, y, {base};", f"add.u32 {name}_dst{i}, y, ring;")
+                source(f"{name}_ptr{i}")
+
+        def along_k(arg: str, origin: str, size: int, block: int, pitch: int) -> Callable:
+            def source(out: str) -> None:
+                self.emit(f"add.s32 y, {origin}, row;")
+                if size % block:
+                    self.emit(f"min.s32 y, y, {size - 1};")
+                self.emit(f"mad.wide.s32 {out}, y, {pitch}, {arg};")
+                self.emit(f"mad.wide.s32 {out}, col, 16, {out};")
+
+            return source
+
+        def along_n(out: str) -> None:
+            self.emit("shl.b32 y, col, 3;", f"add.s32 y, y, {self.n0_arg};")
+            if n % tile.block_n:
+                self.emit(f"min.s32 y, y, {n - 8};")
+            self.emit(f"mad.wide.s32 {out}, row, {2 * n}, {self.b_arg};")
+            self.emit(f"mad.wide.s32 {out}, y, 2, {out};")
+
+        rows_of_a = along_k(self.a_arg, self.m0_arg, self.m, tile.block_m, k)
+        rows_of_b = along_k(self.b_arg, self.n0_arg, n, tile.block_n, 2 * k)
+        chunks("a", self.a_copies, self.a_chunks, 0, rows_of_a)
+        source = rows_of_b if self.b_layout == "nk" else along_n
+        chunks("b", self.b_copies, self.b_chunks, tile.a_bytes, source)
+
+    def _metadata_addresses(self) -> None:
+        """Metadata goes straight to registers: a thread's word feeds 16 rows of two k32 steps."""
+        self.emit(f"mad.lo.u32 x, wm, {16 * self.tile.frags_m}, {self.m0_arg};")
+        for g in range(self.metadata_tiles):
+            self.emit(f"add.u32 y, x, {64 * g};", "shr.u32 z, y, 6;")
+            if self.m % self.tile.block_m:
+                self.emit(f"min.u32 z, z, {self.m // 64 - 1};")
+            self.emit(
+                f"mad.wide.u32 meta_ptr{g}, z, {self.k // 64 * 512}, {self.metadata_arg};",
+                "and.b32 y, y, 48;",
+                "shl.b32 y, y, 1;",
+                "add.u32 y, y, lane;",
+                f"mad.wide.u32 meta_ptr{g}, y, 4, meta_ptr{g};",
+            )
+
+    def _fragment_addresses(self) -> None:
+        """Where lanes read fragments: ldmatrix takes row l % 8 of matrix l // 8 from lane l.
+
+        The swizzle is an exclusive or, so a chunk further along is one too, and a row further down
+        is an addition.
+        """
+        tile = self.tile
+        self.emit(
+            "and.b32 row, lane, 15;",
+            f"mad.lo.u32 row, wm, {16 * tile.frags_m}, row;",
+            "shr.u32 col, lane, 4;",
+        )
+        self._swizzle("row", "col", self.a_chunks, "y")
+        self.emit("add.u32 a_src0, y, ring;", "xor.b32 y, y, 32;", "add.u32 a_src1, y, ring;")
+        if self.b_layout == "nk":
+            self.emit(
+                "and.b32 row, lane, 7;",
+                f"mad.lo.u32 row, wn, {8 * tile.frags_n}, row;",
+                "shr.u32 col, lane, 3;",
+            )
+            self._swizzle("row", "col", self.b_chunks, "y")
+            offsets = ["xor.b32 z, y, 0;", "xor.b32 z, y, 64;"]
+        else:
+            self.emit(f"mul.lo.u32 col, wn, {tile.frags_n};")
+            self._swizzle("lane", "col", self.b_chunks, "y")
+            offsets = [f"xor.b32 z, y, {16 * j};" for j in range(min(tile.frags_n, 8))]
+        for i, offset in enumerate(offsets):
+            self.emit(offset, f"add.u32 z, z, {tile.a_bytes};", f"add.u32 b_src{i}, z, ring;")
+
+    def _copies(self, guard: str) -> list[list[str]]:
+        """This thread's copies of one stage, each with the step to the next stage."""
+        b_step = 2 * self.tile.block_k * (1 if self.b_layout == "nk" else self.n)
+        return [
+            [
+                f"add.u32 x, {name}_dst{i}, write;",
+                f"{guard}cp.async.cg.shared.global.L2::128B [x], [{name}_ptr{i}], 16;",
+                f"add.s64 {name}_ptr{i}, {name}_ptr{i}, {step};",
+            ]
+            for name, number, step in (
+                ("a", self.a_copies, self.tile.block_k),
+                ("b", self.b_copies, b_step),
+            )
+            for i in range(number)
+        ]
+
+    def _commit(self, guard: str) -> None:
+        """Makes the arrival of this thread's copies complete the stage's first barrier."""
+        self.emit(f"{guard}cp.async.mbarrier.arrive.noinc.shared.b64 [write_bar];")
+        self._advance("write")
+
+    def _advance(self, which: str) -> None:
+        self.emit(
+            f"add.u32 {which}, {which}, {self.stage_bytes};",
+            f"add.u32 {which}_bar, {which}_bar, 16;",
+            f"setp.eq.u32 p, {which}, {self.tile.ring_bytes};",
+            f"selp.u32 {which}, 0, {which}, p;",
+            f"@p sub.u32 {which}_bar, {which}_bar, {16 * self.tile.stages};",
+            f"@p xor.b32 {which}_parity, {which}_parity, 1;",
+        )
+
+    def _wait(self, which: str, offset: int) -> None:
+        self.labels += 1
+        self.emit(
+            f"WAIT{self.labels}:",
+            f"mbarrier.test_wait.parity.shared.b64 p, [{which}_bar + {offset}], {which}_parity;",
+            f"@!p bra WAIT{self.labels};",
+        )
+
+    def _load_metadata(self, into: str, guard: str) -> None:
+        for i in range(self.tile.frags_m):
+            address = f"[meta_ptr{i // 4} + {i % 4 * 128}]"
+            self.emit(f"{guard}ld.global.nc.b32 {into}{i}, {address};")
+        for g in range(self.metadata_tiles):
+            self.emit(f"add.s64 meta_ptr{g}, meta_ptr{g}, 512;")
+
+    def _load_a(self, buffer: int, half: int) -> None:
+        frags = self.tile.frags_m
+        self.emit(f"add.u32 at, a_src{half}, read;")
+        for i in range(frags):
+            registers = _registers("a", 4 * (buffer * frags + i))
+            offset = i * 16 * 16 * self.a_chunks
+            self.emit(f"ldmatrix.sync.aligned.m8n8.x4.shared.b16 {registers}, [at + {offset}];")
+
+    def _load_b(self, j: int, half: int) -> None:
+        pitch = 16 * self.b_chunks
+        if self.b_layout == "nk":
+            source, offset, transposed = half, j * 8 * pitch, ""
+        else:
+            source, offset, transposed = j % 8, half * 32 * pitch + 128 * (j // 8), ".trans"
+        self.emit(
+            f"add.u32 at, b_src{source}, read;",
+            f"ldmatrix.sync.aligned.m8n8.x4{transposed}.shared.b16 "
+            f"{_registers('b', 4 * j)}, [at + {offset}];",
+        )
+
+    def _prologue(self) -> None:
+        tile = self.tile
+        self.emit(*(f"mov.f32 acc{i}, 0f00000000;" for i in range(self.count)))
+        # Two barriers a stage: its copies have landed (every thread arrives), and its fragments
+        # are in registers (every warp does). Waiting for an odd phase of a fresh barrier succeeds,
+        # so the first copies into each stage wait for nobody.
+        for which, parity in (("read", 0), ("write", 1)):
+            self.emit(
+                f"mov.u32 {which}, 0;",
+                f"mov.u32 {which}_bar, shared24;",
+                f"mov.u32 {which}_parity, {parity};",
+            )
+        self.emit("setp.eq.u32 p, tid, 0;")
+        for s in range(tile.stages):
+            landed, released = 16 * s, 16 * s + 8
+            self.emit(
+                f"@p mbarrier.init.shared.b64 [read_bar + {landed}], {tile.threads};",
+                f"@p mbarrier.init.shared.b64 [read_bar + {released}], {tile.threads // 32};",
+            )
+        self.emit("bar.sync 0;")
+        for _ in range(min(self.distance, self.steps)):
+            for copy in self._copies(""):
+                self.emit(*copy)
+            self._commit("")
+        self.emit(
+            f"mov.s32 to_copy, {self.steps - self.distance};",
+            f"mov.u32 to_read, {self.steps};",
+            f"mov.u32 to_do, {self.k // 64};",
+        )
+        self._load_metadata("meta", "")
+        self._wait("read", 0)
+        self._load_a(0, 0)
+        for j in range(_AHEAD):
+            self._load_b(j, 0)
+
+    def _loop(self) -> None:
+        """Two k32 steps, which share a word of metadata, in each round."""
+        frags_m, block_k = self.tile.frags_m, self.tile.block_k
+        self.emit("ROUND:", "setp.gt.s32 more, to_do, 1;")
+        self._load_metadata("next_meta", "@more ")
+        if block_k == 64:
+            self._step(0, half=0, following=1, opens=True, closes=False)
+            self._step(1, half=1, following=0, opens=False, closes=True)
+        else:
+            self._step(0, half=0, following=0, opens=True, closes=True)
+            self._step(1, half=0, following=0, opens=True, closes=True)
+        self.emit(
+            *(f"mov.b32 meta{i}, next_meta{i};" for i in range(frags_m)),
+            "sub.u32 to_do, to_do, 1;",
+            "setp.ne.u32 p, to_do, 0;",
+            "@p bra ROUND;",
+        )
+
+    def _step(self, step: int, *, half: int, following: int, opens: bool, closes: bool) -> None:
+        """Products of one k32 step, while the fragments of the next one are fetched.
+
+        Args:
+          step: 0 or 1, the half of the metadata word.
+          half, following: this step's and the next step's half of their stages.
+          opens, closes: whether the step is the first, the last of its stage.
+        """
+        frags_m, frags_n = self.tile.frags_m, self.tile.frags_n
+        if opens:
+            self.emit("setp.gt.s32 copying, to_copy, 0;", "sub.s32 to_copy, to_copy, 1;")
+            self._wait("write", 8)
+            self.copies = self._copies("@copying ")
+        turns = frags_n - _AHEAD if closes else frags_n
+        later = 0 if closes else frags_n - _AHEAD  # Turns left in the stage's second step.
+        for j in range(frags_n):
+            if j + _AHEAD < frags_n:
+                self._load_b(j + _AHEAD, half)
+            if j < turns:
+                for _ in range(-(-len(self.copies) // (turns - j + later))):
+                    self.emit(*self.copies.pop(0))
+            if j == frags_n - _AHEAD:
+                if closes:
+                    self._next_stage()
+                self._load_a(1 - step, following)
+            if j + _AHEAD >= frags_n:
+                self._load_b(j + _AHEAD - frags_n, following)
+            for i in range(frags_m):
+                acc = _registers("acc", 4 * (i * frags_n + j))
+                a, b = _registers("a", 4 * (step * frags_m + i)), _registers("b", 4 * j)
+                self.emit(
+                    "mma.sp::ordered_metadata.sync.aligned.m16n8k32.row.col."
+                    f"f32.{self.kind}.{self.kind}.f32 {acc}, {a}, {b}, {acc}, meta{i}, 0x{step};"
+                )
+
+    def _next_stage(self) -> None:
+        """All fragments of this stage are in registers: release it, and wait for the next one."""
+        self._commit("@copying ")
+        self.emit("@leader mbarrier.arrive.shared.b64 _, [read_bar + 8];")
+        self._advance("read")
+        self.emit("sub.u32 to_read, to_read, 1;", "setp.eq.u32 p, to_read, 0;")
+        label = f"LAST{self.labels}"
+        self.emit(f"@p bra {label};")
+        self._wait("read", 0)
+        self.emit(f"{label}:")
+
+
+def _registers(name: str, first: int) -> str:
+    return "{" + ", ".join(f"{name}{first + i}" for i in range(4)) + "}"
 
 
 def _emulate(values_ref, metadata_ref, b_ref, m0, n0, tile: Tile, b_layout: str):

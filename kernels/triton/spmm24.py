@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from kernels.triton import device, mainloop, ptx
+from kernels.tuning import tables
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,7 +26,7 @@ class Spmm24Config:
       frags_m: 16-row fragments of a warp's tile.
       frags_n: 8-column fragments of a warp's tile.
       block_k: K step of a shared-memory stage, 32 or 64.
-      stages: shared-memory stages; all of them together must fit in 48 KiB.
+      stages: shared-memory stages, at least 3.
       group_m: programs that run near each other in time share this many tiles along m, so that
         their operands stay in L2.
     """
@@ -34,8 +35,8 @@ class Spmm24Config:
     warps_n: int = 2
     frags_m: int = 4
     frags_n: int = 8
-    block_k: int = 32
-    stages: int = 3
+    block_k: int = 64
+    stages: int = 4
     group_m: int = 8
 
     @property
@@ -78,20 +79,20 @@ def _check_config(config: Spmm24Config) -> None:
     tile = config.tile
     if config.frags_m not in (2, 4, 8) or config.frags_n not in (4, 8, 16):
         raise ValueError(f"{config=}: frags_m must be 2, 4 or 8 and frags_n 4, 8 or 16")
-    if config.block_k not in (32, 64) or config.stages < 2 or config.group_m < 1:
+    if config.block_k not in (32, 64) or config.stages < 3 or config.group_m < 1:
         raise ValueError(
-            f"{config=}: block_k must be 32 or 64, stages at least 2, group_m positive"
+            f"{config=}: block_k must be 32 or 64, stages at least 3, group_m positive"
         )
     if tile.block_m % 64 or tile.block_n % 64 or tile.threads & (tile.threads - 1):
         raise ValueError(
             f"{config=}: {tile.block_m=} and {tile.block_n=} must be multiples of 64, "
             f"{tile.threads=} a power of two"
         )
-    if tile.block_m * tile.block_k // 16 % tile.threads or tile.b_bytes // 16 % tile.threads:
+    if tile.a_bytes // 16 % tile.threads or tile.b_bytes // 16 % tile.threads:
         raise ValueError(f"{config=}: {tile.threads=} must divide the 16-byte chunks of both tiles")
-    if tile.shared_bytes > mainloop.STATIC_SHARED_BYTES:
+    if tile.ring_bytes > _reserved_bytes(*_RESERVATIONS[-1]):
         raise ValueError(
-            f"{config=}: {tile.shared_bytes=} must not exceed {mainloop.STATIC_SHARED_BYTES}"
+            f"{config=}: {tile.ring_bytes=} must not exceed {_reserved_bytes(*_RESERVATIONS[-1])}"
         )
 
 
@@ -119,12 +120,16 @@ def check_spmm24(
         raise NotImplementedError(f"triton spmm24 needs {n=} to be a multiple of 8")
 
 
-def heuristic_config(m: int, n: int, k: int) -> Spmm24Config:
-    """A tiling for shapes that no table lists."""
-    del k
-    if m <= 128 or n <= 64 or math.ceil(m / 256) * math.ceil(n / 128) < 64:
-        return Spmm24Config(warps_m=2, warps_n=2, frags_m=4, frags_n=4, stages=4)
-    return Spmm24Config()
+def default_config(m: int, n: int, k: int, b_layout: str, out_layout: str) -> Spmm24Config:
+    """The tuned tiling of a product on this device, else a heuristic."""
+    facts = tables.key(m=m, n=n, k=k, b=b_layout, out=out_layout)
+    tuned = tables.lookup("triton", "spmm24", device.kind(), facts)
+    if tuned is not None:
+        return Spmm24Config(**tuned)
+    # Large tiles read least from L2; with few of them, small ones keep every multiprocessor busy.
+    if math.ceil(m / 256) * math.ceil(n / 128) < 96:
+        return Spmm24Config(warps_m=2, warps_n=2, frags_n=4)
+    return Spmm24Config(stages=3 if device.small_shared_memory() else 4)
 
 
 @functools.partial(
@@ -144,6 +149,8 @@ def _spmm24(
         *scale_ref, out_ref = rest
         tile_m, tile_n = _grouped(pl.program_id(0), grid_m, grid_n, config.group_m)
         m0, n0 = tile_m * tile.block_m, tile_n * tile.block_n
+        if tile.dynamic_bytes and not interpret:
+            _reserve_dynamic_shared(values_ref, out_ref, tile.dynamic_bytes)
         acc = mainloop.accumulate(
             values_ref, metadata_ref, b_ref, m0, n0, tile, b_layout=b_layout, emulate=interpret
         )
@@ -162,6 +169,33 @@ def _spmm24(
         interpret=interpret,
         name="spmm24",
     )(values, metadata, b, *([] if scale is None else [jnp.asarray(scale, jnp.float32).reshape(1)]))
+
+
+def _reserve_dynamic_shared(values_ref, out_ref, size: int) -> None:
+    """Makes the launch provide at least `size` bytes of dynamic shared memory.
+
+    Pallas Triton has no parameter for it: Triton adds up what the operations it sees need, and a
+    product of two matrices needs both of them in shared memory. This one is in a branch that is
+    never taken, and it leaves no code behind: the compiler knows that program ids are not negative.
+    """
+    depth, width = next(shape for shape in _RESERVATIONS if _reserved_bytes(*shape) >= size)
+
+    @pl.when(pl.program_id(0) < 0)
+    def _never():
+        def operand(rows: int, cols: int):
+            row = lax.broadcasted_iota(jnp.int32, (rows, cols), 0)
+            return plt.load(values_ref.at[row, lax.broadcasted_iota(jnp.int32, (rows, cols), 1)])
+
+        product = plt.dot(operand(64, depth), operand(depth, width))
+        out_ref[0, 0] = jnp.sum(product).astype(out_ref.dtype)
+
+
+# Depth and width of products of 64 rows, by their bytes.
+_RESERVATIONS = ((128, 64), (256, 64), (128, 256), (256, 128), (512, 64), (256, 256), (512, 128))
+
+
+def _reserved_bytes(depth: int, width: int) -> int:
+    return 2 * depth * (64 + width)
 
 
 def _grouped(program, grid_m: int, grid_n: int, group_m: int):
@@ -255,7 +289,7 @@ def spmm24(
     if not interpret:
         check_spmm24(values, metadata, b, b_layout=b_layout, out_dtype=out_dtype)
     if config is None:
-        config = heuristic_config(*_shape(values, b, b_layout))
+        config = default_config(*_shape(values, b, b_layout), b_layout, out_layout)
     _check_config(config)
     return _spmm24(
         values,
