@@ -21,6 +21,7 @@ from collections.abc import Callable
 from typing import Any, Literal, get_args
 
 import jax
+import jax.custom_batching
 from jax import Array
 
 Backend = Literal["hopper", "triton", "reference"]
@@ -153,8 +154,18 @@ def select(op: str, *args, backend: Backend | None = None, **kwargs) -> tuple[Ba
 
 def call(op: str, *args, backend: Backend | None = None, **kwargs) -> Any:
     """Runs `op` on the backend that `select` picks."""
-    _, function = select(op, *args, backend=backend, **kwargs)
-    return function(*args, **kwargs)
+    name, function = select(op, *args, backend=backend, **kwargs)
+    if name != "hopper":
+        return function(*args, **kwargs)
+    # Mosaic GPU kernels have no batching rule that lowers: `jax.vmap` runs one after the other.
+    arrays = {key: value for key, value in kwargs.items() if isinstance(value, Array)}
+    options = {key: value for key, value in kwargs.items() if key not in arrays}
+
+    @jax.custom_batching.sequential_vmap
+    def one(args, arrays):
+        return function(*args, **arrays, **options)
+
+    return one(args, arrays)
 
 
 def pack24(x, *, backend: Backend | None = None, **kwargs) -> tuple[Array, Array]:

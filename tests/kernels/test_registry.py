@@ -157,6 +157,31 @@ def test_decided_again_when_the_assumed_device_changes(fake):
     assert fake.calls == ["hopper", "triton"]
 
 
+def test_hopper_kernels_run_one_after_the_other_under_vmap(monkeypatch):
+    shapes = []
+
+    def scaled(x, *, scale, power):
+        shapes.append((x.shape, scale.shape))
+        return scale * x**power
+
+    module = types.ModuleType("kernels.hopper.scaled")
+    module.scaled = scaled  # type: ignore[attr-defined]
+    module.check_scaled = lambda *arguments, **options: None  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "kernels.hopper.scaled", module)
+    x, scale = jnp.arange(12.0).reshape(4, 3), jnp.arange(4.0)
+
+    def function(x, scale):
+        return registry.call("scaled", x, scale=scale, power=2)
+
+    with registry.assume_capability((9, 0)):
+        both = jax.vmap(function)(x, scale)
+        one = jax.vmap(function, in_axes=(0, None))(x, scale[3])
+    np.testing.assert_array_equal(both, scale[:, None] * x**2)
+    np.testing.assert_array_equal(one, 3 * x**2)
+    # The kernel never saw a batch.
+    assert set(shapes) == {((3,), ())}
+
+
 def test_refuses_unknown_names():
     with pytest.raises(ValueError, match="backend='cutlass'"):
         registry.call("pack24", jnp.ones((64, 64)), backend="cutlass")  # type: ignore[arg-type]

@@ -306,9 +306,72 @@ def test_lowers_for_a_gpu_on_any_machine(backend, capability):
     ):
         warnings.simplefilter("error", registry.FallbackWarning)
         text = jax.jit(step).trace(*arguments).lower(lowering_platforms=("cuda",)).as_text()
+        # And under vmap over everything.
+        stacked = (jax.ShapeDtypeStruct((3, *a.shape), a.dtype) for a in arguments)
+        jax.jit(jax.vmap(step)).trace(*stacked).lower(lowering_platforms=("cuda",))
     target = {"hopper": r"custom_call @mosaic_gpu", "triton": r"custom_call @[\w$.]*triton"}
     # Two packings, one forward product (axis 0), one input gradient (axis 1).
     assert len(re.findall(target[backend], text)) == 4
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("backend", ["hopper", "triton"])
+@pytest.mark.parametrize("axis", [0, 1])
+@pytest.mark.parametrize(("t", "k", "n"), [(1024, 512, 768), (1000, 260, 132)])
+def test_backends_on_a_gpu(backend, axis, t, k, n):
+    """Strict backends against float64, at tile sizes and at odd ones, under jit and scan."""
+    if backend not in registry.available_backends():
+        pytest.skip(f"{backend} does not run on {jax.devices()[0].device_kind}")
+    keys = jax.random.split(jax.random.key(5), 3)
+    x = jax.random.normal(keys[0], (t, k), jnp.bfloat16)
+    w = jax.random.normal(keys[1], (k, n))
+    dy = jax.random.normal(keys[2], (t, n), jnp.bfloat16)
+
+    @jax.jit
+    def step(x, w, dy):
+        y, vjp = jax.vjp(
+            jax.checkpoint(lambda x, w: matmul24(x, w, axis=axis, beta=BETA, backend=backend)), x, w
+        )
+        return y, *vjp(dy)
+
+    y, dx, dw = step(x, w, dy)
+    reference = sparse_weight(w, axis, jnp.bfloat16)
+    assert relative_error(y, float64(x) @ reference) < 5e-3
+    assert relative_error(dx, float64(dy) @ reference.T) < 5e-3
+    assert relative_error(dw, float64(x).T @ float64(dy)) < 5e-3
+    # Repeated runs agree to the bit.
+    for a, b in zip(step(x, w, dy), (y, dx, dw), strict=True):
+        np.testing.assert_array_equal(a, b)
+    # A stack of weights in scan, and in vmap.
+    ws = jnp.stack([w, -w])
+    _, scanned = jax.jit(lambda ws: jax.lax.scan(lambda c, w: (c, step(x, w, dy)[:2]), None, ws))(
+        ws
+    )
+    mapped = jax.jit(jax.vmap(lambda w: step(x, w, dy)[:2]))(ws)
+    for many in (scanned, mapped):
+        # XLA may choose another dense product here.
+        assert relative_error(many[0], float64(jnp.stack([y, -y]))) < 5e-3
+        assert relative_error(many[1], float64(jnp.stack([dx, -dx]))) < 5e-3
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("sampled", ["dy", "x"])
+def test_sampled_weight_gradient_on_a_gpu(sampled):
+    keys = jax.random.split(jax.random.key(6), 4)
+    x = jax.random.normal(keys[0], (1000, 256), jnp.bfloat16)
+    w = jax.random.normal(keys[1], (256, 192))
+    dy = jax.random.normal(keys[2], (1000, 192), jnp.bfloat16)
+
+    def weight_gradient(backend):
+        def f(w):
+            return matmul24(
+                x, w, weight_gradient="mvue24", sampled=sampled, key=keys[3], backend=backend
+            )
+
+        return jax.jit(lambda w: jax.vjp(f, w)[1](dy)[0])(w)
+
+    fast = weight_gradient(registry.available_backends()[0])
+    assert relative_error(fast, float64(weight_gradient("reference"))) < 1e-4
 
 
 def test_spmm24_refuses_shapes_that_do_not_fit():
