@@ -11,7 +11,8 @@ from jax import Array
 from jax.nn.initializers import Initializer
 from jax.typing import DTypeLike
 
-from sparsejax.ops.routed_ffn import PackedFFN, pack_ffn, routed_ffn
+from sparsejax.ops.packed_ffn import PackedFFN
+from sparsejax.ops.routed_ffn import pack_ffn, routed_ffn
 from sparsejax.prune import select24, soft_threshold_beta
 from sparsejax.routing import (
     assign_tokens,

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from jax import Array
 
-from sparsejax.ops.routed_ffn import PackedFFN, pack_ffn, routed_ffn
+from sparsejax.ops.routed_ffn import pack_ffn, routed_ffn
 from sparsejax.routing import TokenPlan, plan_tokens
 from sparsejax.spec import Sparsity
 
@@ -292,14 +292,14 @@ def test_packed_layout():
     sparsity = Sparsity(m=16)
     _, _, w1, w2, wg = problem(True)
     packed = pack_ffn(w1, w2, wg, jnp.array(BETAS), sparsity)
-    assert packed.w1.dtype == jnp.bfloat16
+    assert packed.w1.dense.dtype == jnp.bfloat16
     for e in range(4):
         own = np.arange(H) % 16 // 4 == e
         want = BETAS[1] * oracle_threshold(w2)[own]
-        np.testing.assert_array_equal(packed.w2[e], jnp.array(want, jnp.bfloat16))
+        np.testing.assert_array_equal(packed.w2.dense[e], jnp.array(want, jnp.bfloat16))
         want = BETAS[2] * oracle_threshold(wg)[own]
-        np.testing.assert_array_equal(packed.wg[e], jnp.array(want, jnp.bfloat16))
-    groups = np.asarray(packed.w1).reshape(4, H // 4, D // 4, 4)
+        np.testing.assert_array_equal(packed.wg.dense[e], jnp.array(want, jnp.bfloat16))
+    groups = np.asarray(packed.w1.dense).reshape(4, H // 4, D // 4, 4)
     assert (np.sum(groups != 0, axis=-1) <= 2).all()
 
 
@@ -318,8 +318,8 @@ def test_bad_arguments():
         "x.shape": {"x": x[:, :8]},
         "w2.shape": {"w2": w2[:8]},
         "both have a gate": {"wg": wg},
-        "packed.w1.dtype": {"packed": jax.tree.map(lambda w: w.astype(jnp.bfloat16), packed)},
-        "packed.w1.shape": {"packed": PackedFFN(packed.w1[:2], packed.w2[:2])},
+        "packed dtype": {"packed": jax.tree.map(lambda w: w.astype(jnp.bfloat16), packed)},
+        "must hold 4 experts": {"packed": jax.tree.map(lambda w: w[:2], packed)},
         "plan is needed": {"plan": None},
         "permutation.shape": {"sparsity": replace(sparsity, v=2 * V)},
         "mvue24": {"sparsity": replace(sparsity, weight_gradient="mvue24")},

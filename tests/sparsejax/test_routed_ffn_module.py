@@ -154,7 +154,7 @@ def test_scan_over_layers_with_checkpoint_is_the_loop(gated):
 
     state = jax.jit(lambda s: jax.lax.map(update_layer, s))(state)
     packed = jax.jit(jax.vmap(lambda s: nnx.merge(structure, s).pack()))(state)
-    assert packed.w1.shape == (L, 4, H // 4, D)
+    assert packed.w1.dense.shape == (L, 4, H // 4, D)
     x = tokens(2, 13)
 
     def layer(x, inputs):
@@ -218,7 +218,7 @@ def test_dtypes():
     module.apply_update(module.begin_sparse())
     assert module.w1[...].dtype == jnp.float32
     packed = module.pack()
-    assert packed.w1.dtype == jnp.bfloat16
+    assert packed.w1.dense.dtype == jnp.bfloat16
     x = tokens(24)
     sparse, dense = module(x, packed)[0], module(x)[0]
     assert sparse.dtype == dense.dtype == jnp.bfloat16

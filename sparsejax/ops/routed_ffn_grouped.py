@@ -1,0 +1,260 @@
+"""The routed feed-forward network on kernels: grouped products on sparse tensor cores.
+
+A backend brings five functions, all in one module because they share layouts (signatures and
+definitions in `kernels.reference_grouped`):
+
+    pack_weight24     once an optimiser step: thresholds, scales, packs, splits by expert
+    up24              Y2 = two of four of relu(X W1)^2, dense and packed
+    down24            Y3 = Y2 W2 and dX = dY1 W1^T, the 2:4 operand on the left
+    up24_backward     dY1 = 2 sqrt(Y2) (dY3 W2^T) on the support of Y2, packed likewise
+    weight_gradient   dW2 = Y2^T dY3 and dW1^T = dY1^T X, expert by expert
+
+Tokens are permuted by XLA, before and after, so that it can fuse the gather with its neighbours.
+"""
+
+from __future__ import annotations
+
+import importlib
+import warnings
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jax.typing import DTypeLike
+
+from kernels import registry
+from sparsejax.ops.packed_ffn import PackedFFN
+from sparsejax.routing.tokens import TokenPlan, padded_tokens
+from sparsejax.spec import Sparsity
+
+
+class Sizes(NamedTuple):
+    """What a backend's checks look at, besides the sparsity."""
+
+    width: int
+    hidden: int
+    dtype: jnp.dtype
+    tokens: int | None = None
+    """T; None while packing, before there are tokens."""
+
+
+class Saved(NamedTuple):
+    """What `backward` needs beside the arguments of `forward`."""
+
+    y2: Array
+    """(T_pad, h) in x's dtype."""
+    metadata: Array
+    """(T_pad / 64, h / 64, 128) int32: which two of four of Y2 are kept."""
+
+
+class _Layout(NamedTuple):
+    """Rows of the grouped products: `TokenPlan` without the counts, and for one expert as well."""
+
+    offsets: Array
+    block_expert: Array
+
+
+def module(kernels: registry.Backend) -> Any:
+    """The backend's five functions.
+
+    Raises:
+      NotImplementedError: it has none, or cannot be imported here.
+    """
+    name = "reference_grouped" if kernels == "reference" else f"{kernels}.grouped24"
+    try:
+        return importlib.import_module(f"kernels.{name}")
+    except ImportError as error:
+        raise NotImplementedError(f"backend={kernels!r} has no grouped24 here: {error}") from error
+
+
+def _rows(tokens: int, sparsity: Sparsity) -> int:
+    return padded_tokens(tokens, sparsity.num_experts, sparsity.v)
+
+
+def check(kernels: registry.Backend, sparsity: Sparsity, sizes: Sizes, *, gated: bool) -> None:
+    """Raises NotImplementedError unless the backend serves every function of this network."""
+    for name, ok in (("weights", sparsity.weights), ("activations", sparsity.activations)):
+        if not ok:
+            raise NotImplementedError(f"backend={kernels!r} does not serve {name}=False")
+    if gated:
+        raise NotImplementedError(f"backend={kernels!r} does not serve the gated form")
+    if kernels not in registry.available_backends():
+        raise NotImplementedError(
+            f"backend={kernels!r} does not run on a device of compute capability "
+            f"{registry.target_capability()}"
+        )
+    functions = module(kernels)
+    if kernels == "reference":
+        return
+    experts, live = sparsity.num_experts, sparsity.live_neurons(sizes.hidden)
+    width, dtype = sizes.width, sizes.dtype
+
+    def array(*shape: int, dtype: DTypeLike = dtype) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(shape, dtype)
+
+    def metadata(m: int, k: int) -> jax.ShapeDtypeStruct:
+        return array(-(-m // 64), -(-k // 64), 128, dtype=jnp.int32)
+
+    # Any number of blocks stands for all while the tokens are not known.
+    rows = 4 * sparsity.v * experts if sizes.tokens is None else _rows(sizes.tokens, sparsity)
+    layout = array(experts + 1, dtype=jnp.int32), array(rows // sparsity.v, dtype=jnp.int32)
+    weight = array(sizes.hidden, width // 2), metadata(sizes.hidden, width)
+    x, y2 = array(rows, width), array(rows, live)
+    half, kept = array(rows, live // 2), metadata(rows, live)
+    dense = array(experts, live, width)
+    master, scale = (array(*shape, dtype=jnp.float32) for shape in ((sizes.hidden, width), ()))
+    functions.check_pack_weight24(
+        master, num_experts=experts, m=_m(sparsity), scale=scale, dtype=dtype
+    )
+    functions.check_up24(*weight, x, *layout)
+    functions.check_down24(half, kept, dense, *layout)
+    functions.check_up24_backward(*weight, x, y2, kept, *layout)
+    functions.check_weight_gradient(y2, x, layout[0], num_experts=experts)
+
+
+def _m(sparsity: Sparsity) -> int:
+    """Neurons in a block: without routing every block of four is the one expert's."""
+    return 4 * sparsity.num_experts
+
+
+_reported: set[tuple] = set()
+
+
+def _report(refusals: list[str], *key: Any) -> None:
+    """A visible fallback, once for each kind."""
+    if refusals and (*key, *refusals) not in _reported:
+        _reported.add((*key, *refusals))
+        warnings.warn(
+            "routed_ffn runs without sparse tensor cores, on jax.numpy: " + "; ".join(refusals),
+            registry.FallbackWarning,
+            stacklevel=4,
+        )
+
+
+def choose(sparsity: Sparsity, sizes: Sizes, *, gated: bool) -> registry.Backend | None:
+    """The backend whose kernels serve this network; None for the path in jax.numpy.
+
+    `sparsity.backend` is strict if it names one. Otherwise the fastest that serves the call; where
+    none of the device's does, a `registry.FallbackWarning` says why.
+    """
+    named = sparsity.backend
+    if named == "reference":
+        return None
+    if named is not None:
+        check(named, sparsity, sizes, gated=gated)
+        return named
+    refusals = []
+    for candidate in registry.available_backends():
+        if candidate == "reference":
+            break
+        try:
+            check(candidate, sparsity, sizes, gated=gated)
+        except NotImplementedError as error:
+            refusals.append(f"{candidate}: {error}")
+            continue
+        return candidate
+    _report(refusals, sparsity, sizes, gated)
+    return None
+
+
+def recheck(
+    packed: registry.Backend | None, sparsity: Sparsity, sizes: Sizes, *, gated: bool
+) -> registry.Backend | None:
+    """`choose`, now that the number of tokens is known, for weights packed by a backend."""
+    if packed is None:
+        return None
+    try:
+        check(packed, sparsity, sizes, gated=gated)
+    except NotImplementedError as error:
+        if sparsity.backend is not None:
+            raise
+        _report([f"{packed}: {error}"], sparsity, sizes, gated)
+        return None
+    return packed
+
+
+def pack_weight(
+    w: Array,
+    beta: Array,
+    sparsity: Sparsity,
+    *,
+    dtype: DTypeLike,
+    kernels: registry.Backend,
+) -> tuple[Array, Array, Array]:
+    """values (H, D / 2), metadata (H / 64, D / 64, 128) and dense (E, h, D) of a matrix (H, D)."""
+    return module(kernels).pack_weight24(
+        w.astype(jnp.float32),
+        num_experts=sparsity.num_experts,
+        m=_m(sparsity),
+        scale=beta,
+        dtype=dtype,
+    )
+
+
+def _layout(tokens: int, plan: TokenPlan | None, sparsity: Sparsity) -> _Layout:
+    if plan is not None:
+        return _Layout(plan.offsets, plan.block_expert)
+    rows = _rows(tokens, sparsity)
+    offsets = jnp.array([0, rows], jnp.int32)
+    return _Layout(offsets, jnp.zeros((rows // sparsity.v,), jnp.int32))
+
+
+def _stack(x: Array, plan: TokenPlan | None, sparsity: Sparsity) -> Array:
+    """Tokens (T, D) in the order of the plan, padding as zeros: (T_pad, D)."""
+    if plan is None:
+        rows = _rows(x.shape[0], sparsity)
+        return jnp.pad(x, ((0, rows - x.shape[0]), (0, 0)))
+    # Indices are never negative; padding lies one past the end and is filled.
+    return x.at[plan.permutation].get(mode="fill", fill_value=0, wrap_negative_indices=False)
+
+
+def _unstack(y: Array, tokens: int, plan: TokenPlan | None) -> Array:
+    if plan is None:
+        return y[:tokens]
+    return y.at[plan.inverse].get(
+        mode="promise_in_bounds", unique_indices=True, wrap_negative_indices=False
+    )
+
+
+def forward(
+    x: Array,
+    packed: PackedFFN,
+    plan: TokenPlan | None,
+    sparsity: Sparsity,
+    kernels: registry.Backend,
+) -> tuple[Array, Saved]:
+    """Y3 (T, D), and what `backward` needs beside the arguments."""
+    functions = module(kernels)
+    layout = _layout(x.shape[0], plan, sparsity)
+    y2, values, metadata = functions.up24(
+        packed.w1.values, packed.w1.metadata, _stack(x, plan, sparsity), *layout
+    )
+    y3 = functions.down24(values, metadata, packed.w2.dense, *layout)
+    return _unstack(y3, x.shape[0], plan), Saved(y2, metadata)
+
+
+def backward(
+    x: Array,
+    dy: Array,
+    saved: Saved,
+    packed: PackedFFN,
+    plan: TokenPlan | None,
+    sparsity: Sparsity,
+    kernels: registry.Backend,
+) -> tuple[Array, list[Array | None]]:
+    """dX (T, D) in x's dtype; dw1 and dw2 (E, h, D) in float32, and None for dwg."""
+    functions = module(kernels)
+    layout = _layout(x.shape[0], plan, sparsity)
+    dy = _stack(dy, plan, sparsity)
+    dy1, values = functions.up24_backward(
+        packed.w2.values, packed.w2.metadata, dy, saved.y2, saved.metadata, *layout
+    )
+    dx = functions.down24(values, saved.metadata, packed.w1.dense, *layout)
+
+    def weight_gradient(y: Array, g: Array) -> Array:
+        return functions.weight_gradient(y, g, layout.offsets, num_experts=sparsity.num_experts)
+
+    dw2 = weight_gradient(saved.y2, dy)
+    dw1 = weight_gradient(dy1, _stack(x, plan, sparsity))
+    return _unstack(dx, x.shape[0], plan), [dw1, dw2, None]
