@@ -1,0 +1,367 @@
+"""The grouped products of the routed FFN in plain jax.numpy: definition, CPU path, tests' oracle.
+
+H neurons in E experts of h = H / E. Parameters are (H, D), a row for each neuron, interleaved:
+expert e owns rows n = b M + 4 e + r with M = 4 E, b a block of M neurons, r in 0..3; its l-th
+neuron is n = (l // 4) M + 4 e + l % 4. Tokens are permuted so that those of one expert lie together:
+(T_pad, D) in blocks of V rows, block i of expert `block_expert[i]`; expert e has rows
+offsets[e]..offsets[e+1], and the rows from offsets[E] on are unused. Every function gives zeros in
+unused rows and never reads them.
+
+Packed matrices (values, metadata) are those of `kernels.reference`. Every backend has these five
+functions with the same arguments; only the order of the rows of packed weights, within an expert,
+is a backend's own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+from jax.typing import ArrayLike, DTypeLike
+
+from kernels import reference
+
+GROUP = reference.GROUP
+TILE = reference.TILE
+
+
+def weight_dims(w: Array, num_experts: int, m: int, scale: ArrayLike | None) -> tuple[int, int]:
+    """(h, D) of a weight (H, D). ValueError unless `pack_weight24`'s arguments fit."""
+    if w.ndim != 2:
+        raise ValueError(f"{w.shape=} must be (neurons, width)")
+    if num_experts < 1 or m != GROUP * num_experts:
+        raise ValueError(f"{m=} must be {GROUP} * {num_experts=}")
+    hidden, width = w.shape
+    if hidden % m or width % GROUP:
+        raise ValueError(f"{w.shape=}: neurons must be a multiple of {m=}, width of {GROUP}")
+    if scale is not None and jnp.size(scale) != 1:
+        raise ValueError(f"{jnp.shape(scale)=} must be a scalar")
+    return hidden // num_experts, width
+
+
+def block_rows(rows: int, offsets: Array, block_expert: Array) -> tuple[int, int]:
+    """(E, V) of a layout of `rows` tokens. ValueError unless its arrays fit."""
+    if offsets.ndim != 1 or offsets.shape[0] < 2 or block_expert.ndim != 1:
+        raise ValueError(
+            f"{offsets.shape=}, {block_expert.shape=} must be (experts + 1,), (blocks,)"
+        )
+    blocks = block_expert.shape[0]
+    if not blocks or rows % blocks:
+        raise ValueError(f"{rows=} must be a multiple of the number of {blocks=}")
+    return offsets.shape[0] - 1, rows // blocks
+
+
+def packed_dims(values: Array, metadata: Array) -> tuple[int, int]:
+    """(m, k) of a packed matrix. ValueError unless values and metadata fit."""
+    reference.require_packed(values, metadata)
+    return reference.packed_shape(values)
+
+
+def up_dims(
+    values: Array, metadata: Array, x: Array, offsets: Array, block_expert: Array
+) -> tuple[int, int, int]:
+    """(E, V, h) of a product of tokens with packed weights. ValueError unless arguments fit."""
+    hidden, width = packed_dims(values, metadata)
+    if x.ndim != 2 or x.shape[1] != width:
+        raise ValueError(f"{x.shape=} must be (rows, {width})")
+    if x.dtype != values.dtype:
+        raise ValueError(f"{x.dtype=} must be {values.dtype=}")
+    experts, v = block_rows(x.shape[0], offsets, block_expert)
+    if hidden % (experts * TILE):
+        raise ValueError(f"{hidden=} must be a multiple of {TILE} for each of {experts=}")
+    return experts, v, hidden // experts
+
+
+def backward_dims(
+    values: Array,
+    metadata: Array,
+    dy: Array,
+    y2: Array,
+    y2_metadata: Array,
+    offsets: Array,
+    block_expert: Array,
+) -> tuple[int, int, int]:
+    """(E, V, h) of `up24_backward`. ValueError unless its arguments fit."""
+    experts, v, live = up_dims(values, metadata, dy, offsets, block_expert)
+    if y2.shape != (dy.shape[0], live) or y2.dtype != dy.dtype:
+        raise ValueError(f"{y2.shape=}, {y2.dtype=} must be {(dy.shape[0], live)}, {dy.dtype}")
+    expected = (dy.shape[0] // TILE, live // TILE, 128)
+    if y2_metadata.shape != expected or y2_metadata.dtype != jnp.int32:
+        raise ValueError(f"{y2_metadata.shape=}, {y2_metadata.dtype=} must be {expected}, int32")
+    return experts, v, live
+
+
+def down_dims(
+    y_values: Array, y_metadata: Array, w: Array, offsets: Array, block_expert: Array
+) -> tuple[int, int]:
+    """(E, V) of `down24`. ValueError unless its arguments fit."""
+    rows, live = packed_dims(y_values, y_metadata)
+    experts, v = block_rows(rows, offsets, block_expert)
+    if w.ndim != 3 or w.shape[:2] != (experts, live):
+        raise ValueError(f"{w.shape=} must be ({experts}, {live}, width)")
+    if w.dtype != y_values.dtype:
+        raise ValueError(f"{w.dtype=} must be {y_values.dtype=}")
+    return experts, v
+
+
+def gradient_dims(y: Array, g: Array, offsets: Array, num_experts: int) -> tuple[int, int]:
+    """(h, D) of `weight_gradient`. ValueError unless its arguments fit."""
+    if y.ndim != 2 or g.ndim != 2 or y.shape[0] != g.shape[0]:
+        raise ValueError(f"{y.shape=} and {g.shape=} must be matrices with equal rows")
+    if y.dtype != g.dtype:
+        raise ValueError(f"{y.dtype=} must be {g.dtype=}")
+    if offsets.shape != (num_experts + 1,):
+        raise ValueError(f"{offsets.shape=} must be ({num_experts} + 1,)")
+    return y.shape[1], g.shape[1]
+
+
+def expert_major(w: Array, num_experts: int) -> Array:
+    """(H, D), neurons interleaved, to (E, h, D)."""
+    hidden, width = w.shape
+    split = w.reshape(hidden // (GROUP * num_experts), num_experts, GROUP, width)
+    return split.swapaxes(0, 1).reshape(num_experts, hidden // num_experts, width)
+
+
+def pack_weight24(
+    w: Array,
+    *,
+    num_experts: int,
+    m: int,
+    scale: ArrayLike | None,
+    threshold: bool = True,
+    dtype: DTypeLike = jnp.bfloat16,
+) -> tuple[Array | None, Array | None, Array]:
+    """Soft-thresholds a weight 2:4 along D, scales and rounds it, packed and dense, by expert.
+
+    Args:
+      w: (H, D) floating point, neurons interleaved.
+      num_experts: E. m: 4 E, neurons in a block.
+      scale: None or a float32 scalar, multiplied in before rounding.
+      threshold: False leaves the weight as it is, scaled and rounded; then nothing is packed.
+      dtype: of the results, bfloat16 or float16 (float32 only here, for exact tests).
+
+    Returns:
+      values (H, D / 2) and metadata (H / 64, D / 64, 128) int32 of the matrix with expert e's
+      neurons in rows e h..(e + 1) h, here in their order; None where nothing is packed.
+      dense (E, h, D), the same numbers.
+
+    Raises:
+      ValueError: an argument is not allowed.
+    """
+    live, width = weight_dims(w, num_experts, m, scale)
+    w = expert_major(w.astype(jnp.float32), num_experts)
+    if not threshold:
+        return None, None, _scaled(w, scale).astype(dtype)
+    dense = _scaled(reference.soft_threshold(w), scale).astype(dtype)
+    if live % TILE or width % TILE:
+        raise ValueError(f"{live=} and {width=} must be multiples of {TILE} to be packed")
+    values, metadata = reference.pack24(
+        w.reshape(-1, width), axis=1, mode="soft_threshold", scale=scale, dtype=dtype
+    )
+    return values, metadata, dense
+
+
+def _scaled(w: Array, scale: ArrayLike | None) -> Array:
+    return w if scale is None else w * jnp.asarray(scale, jnp.float32)
+
+
+def _product(a: Array, b: Array, contract: tuple[int, int]) -> Array:
+    return lax.dot_general(
+        a,
+        b,
+        (((contract[0],), (contract[1],)), ((), ())),
+        # 16-bit products are exact; float32 operands are there for exact tests.
+        precision=lax.Precision.HIGHEST if a.dtype == jnp.float32 else None,
+        preferred_element_type=jnp.float32,
+    )
+
+
+def _by_block(function: Callable, rows: tuple[Array, ...], offsets: Array, block_expert: Array):
+    """function(expert, *its block of each of `rows`), block by block; zeros where unused."""
+    blocks = block_expert.shape[0]
+    v = rows[0].shape[0] // blocks
+    start = jnp.arange(blocks, dtype=jnp.int32) * v
+
+    def block(_, inputs):
+        first, expert, *own = inputs
+        used = first < offsets[-1]
+        out = function(expert, *own)
+        return None, jax.tree.map(lambda o: jnp.where(used, o, jnp.zeros_like(o)), out)
+
+    split = [r.reshape(blocks, v, r.shape[1]) for r in rows]
+    _, out = lax.scan(block, None, (start, block_expert, *split))
+    return jax.tree.map(lambda o: o.reshape(blocks * v, o.shape[2]), out)
+
+
+def _of_expert(values: Array, metadata: Array, experts: int) -> Array:
+    """Packed weights as dense (E, h, D)."""
+    dense = reference.unpack24(values, metadata)
+    return dense.reshape(experts, -1, dense.shape[1])
+
+
+def _gather(dense: Array, metadata: Array) -> Array:
+    """The values (m, k/2) of a dense (m, k) matrix at the positions of `metadata`."""
+    m, k = dense.shape
+    positions = jnp.stack(reference._unpack_metadata(metadata), axis=-1)
+    groups = dense.reshape(m, k // GROUP, GROUP)
+    return jnp.take_along_axis(groups, positions, axis=-1).reshape(m, k // 2)
+
+
+def up24(
+    values: Array,
+    metadata: Array,
+    x_p: Array,
+    offsets: Array,
+    block_expert: Array,
+    *,
+    config: None = None,
+) -> tuple[Array, Array, Array]:
+    """Y2 = two of four of relu(x_p W_e^T)^2, dense and packed.
+
+    Chosen on the float32 accumulators after relu^2, by value, ties to the lower index.
+
+    Args:
+      values, metadata: of `pack_weight24`.
+      x_p: (T_pad, D), dtype of `values`.
+      offsets: (E + 1,) int32. block_expert: (T_pad / V,) int32.
+      config: none for this backend.
+
+    Returns:
+      y2 (T_pad, h), and packed along h: y2_values (T_pad, h / 2) and y2_metadata
+      (T_pad / 64, h / 64, 128) int32. In unused rows all values are zero.
+
+    Raises:
+      ValueError: an argument is not allowed, or the shapes do not fit.
+    """
+    del config
+    experts, _, _ = up_dims(values, metadata, x_p, offsets, block_expert)
+    w = _of_expert(values, metadata, experts)
+
+    def block(expert, x):
+        y = jnp.square(jax.nn.relu(_product(x, w[expert], (1, 1))))
+        return jnp.where(reference.select24(y, by="value"), y, 0.0), y
+
+    kept, full = _by_block(block, (x_p,), offsets, block_expert)
+    y2_values, y2_metadata = reference.pack24(full, axis=1, mode="value", dtype=x_p.dtype)
+    return kept.astype(x_p.dtype), y2_values, y2_metadata
+
+
+def down24(
+    y_values: Array,
+    y_metadata: Array,
+    w: Array,
+    offsets: Array,
+    block_expert: Array,
+    *,
+    config: None = None,
+) -> Array:
+    """Y W_e for 2:4 activations: Y3 = Y2 W2_e and dX = dY1 W1_e.
+
+    Args:
+      y_values, y_metadata: of Y (T_pad, h), packed along h.
+      w: (E, h, D), dtype of `y_values`.
+      offsets: (E + 1,) int32. block_expert: (T_pad / V,) int32.
+      config: none for this backend.
+
+    Returns:
+      (T_pad, D) in the dtype of w.
+
+    Raises:
+      ValueError: the shapes do not fit.
+    """
+    del config
+    down_dims(y_values, y_metadata, w, offsets, block_expert)
+    y = reference.unpack24(y_values, y_metadata)
+
+    def block(expert, y):
+        return _product(y, w[expert], (1, 0)).astype(w.dtype)
+
+    return _by_block(block, (y,), offsets, block_expert)
+
+
+def up24_backward(
+    values: Array,
+    metadata: Array,
+    dy_p: Array,
+    y2: Array,
+    y2_metadata: Array,
+    offsets: Array,
+    block_expert: Array,
+    *,
+    config: None = None,
+) -> tuple[Array, Array]:
+    """dY1 = 2 sqrt(Y2) (dy_p W_e^T) on the support of Y2, dense and packed.
+
+    Args:
+      values, metadata: of `pack_weight24`, of the second matrix of the network.
+      dy_p: (T_pad, D), dtype of `values`.
+      y2: (T_pad, h) and y2_metadata: of `up24`.
+      offsets: (E + 1,) int32. block_expert: (T_pad / V,) int32.
+      config: none for this backend.
+
+    Returns:
+      dy1 (T_pad, h) and dy1_values (T_pad, h / 2), packed at the positions of y2_metadata.
+
+    Raises:
+      ValueError: the shapes do not fit.
+    """
+    del config
+    experts, _, _ = backward_dims(values, metadata, dy_p, y2, y2_metadata, offsets, block_expert)
+    w = _of_expert(values, metadata, experts)
+
+    def block(expert, dy, y2):
+        dy2 = _product(dy, w[expert], (1, 1))
+        return (2.0 * jnp.sqrt(y2.astype(jnp.float32)) * dy2).astype(dy.dtype)
+
+    dy1 = _by_block(block, (dy_p, y2), offsets, block_expert)
+    return dy1, _gather(dy1, y2_metadata)
+
+
+def weight_gradient(
+    y: Array, g: Array, offsets: Array, *, num_experts: int, config: None = None
+) -> Array:
+    """Y_e^T G_e for the rows of each expert: dW2_e = Y2^T dY3, dW1_e = dY1^T X.
+
+    Args:
+      y: (T_pad, h). g: (T_pad, D), of one dtype.
+      offsets: (E + 1,) int32. num_experts: E.
+      config: none for this backend.
+
+    Returns:
+      (E, h, D) float32; zeros for an expert without rows.
+
+    Raises:
+      ValueError: the shapes do not fit.
+    """
+    del config
+    gradient_dims(y, g, offsets, num_experts)
+    row = jnp.arange(y.shape[0], dtype=jnp.int32)[:, None]
+
+    def one(_, e):
+        own = (row >= offsets[e]) & (row < offsets[e + 1])
+        # Both are masked: an unused row may hold anything, NaN as well.
+        return None, _product(jnp.where(own, y, 0), jnp.where(own, g, 0), (0, 0))
+
+    return lax.scan(one, None, jnp.arange(num_experts, dtype=jnp.int32))[1]
+
+
+def check_pack_weight24(*args, **kwargs) -> None:
+    """The reference serves every device and shape."""
+
+
+def check_up24(*args, **kwargs) -> None:
+    """The reference serves every device and shape."""
+
+
+def check_down24(*args, **kwargs) -> None:
+    """The reference serves every device and shape."""
+
+
+def check_up24_backward(*args, **kwargs) -> None:
+    """The reference serves every device and shape."""
+
+
+def check_weight_gradient(*args, **kwargs) -> None:
+    """The reference serves every device and shape."""

@@ -1,0 +1,120 @@
+"""The definitions of the grouped products against plain numpy, neuron by neuron."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from kernels import reference, reference_grouped
+from tests.kernels import oracle
+
+pytestmark = pytest.mark.core
+
+M, EXPERTS, LIVE, WIDTH, V = 8, 2, 64, 64, 64
+HIDDEN = EXPERTS * LIVE
+
+
+def layout(counts: list[int], v: int = V) -> tuple[jax.Array, jax.Array, int]:
+    """offsets, block_expert and T_pad of blocks for so many tokens of each expert, one unused."""
+    blocks = [-(-c // v) for c in counts]
+    experts = [e for e, n in enumerate(blocks) for _ in range(n)] + [len(counts) - 1]
+    offsets = np.concatenate([[0], np.cumsum(blocks)]) * v
+    return jnp.asarray(offsets, jnp.int32), jnp.asarray(experts, jnp.int32), len(experts) * v
+
+
+def neuron(e: int, local: int) -> int:
+    """Row of the parameters that holds an expert's neuron."""
+    return local // 4 * M + 4 * e + local % 4
+
+
+def draw(seed: int, *shape: int) -> np.ndarray:
+    return np.random.default_rng(seed).standard_normal(shape).astype(np.float32)
+
+
+@pytest.fixture(scope="module")
+def weight():
+    w = draw(0, HIDDEN, WIDTH)
+    pruned, _ = oracle.prune(w, "soft_threshold")
+    local = np.stack([[1.5 * pruned[neuron(e, n)] for n in range(LIVE)] for e in range(EXPERTS)])
+    packed = reference_grouped.pack_weight24(
+        jnp.asarray(w), num_experts=EXPERTS, m=M, scale=1.5, dtype=jnp.float32
+    )
+    return local, packed
+
+
+def test_pack_weight(weight):
+    local, (values, metadata, dense) = weight
+    np.testing.assert_allclose(dense, local, rtol=1e-6)
+    unpacked = reference.unpack24(values, metadata)
+    np.testing.assert_array_equal(unpacked, np.asarray(dense).reshape(HIDDEN, WIDTH))
+
+
+def test_pack_weight_without_threshold():
+    w = draw(1, HIDDEN, WIDTH)
+    values, metadata, dense = reference_grouped.pack_weight24(
+        jnp.asarray(w), num_experts=EXPERTS, m=M, scale=2.0, threshold=False, dtype=jnp.float32
+    )
+    assert values is None
+    assert metadata is None
+    for e in range(EXPERTS):
+        for n in range(LIVE):
+            np.testing.assert_array_equal(dense[e, n], 2 * w[neuron(e, n)])
+
+
+@pytest.mark.parametrize("counts", [[70, 50], [0, 128], [129, 0]])
+def test_products(weight, counts):
+    local, (values, metadata, dense) = weight
+    offsets, block_expert, rows = layout(counts)
+    used = int(offsets[-1])
+    expert = np.repeat(np.asarray(block_expert), V)
+    x, dy = draw(2, rows, WIDTH), draw(3, rows, WIDTH)
+    x[used:], dy[used:] = np.nan, np.nan
+
+    y2, y2_values, y2_metadata = reference_grouped.up24(
+        values, metadata, jnp.asarray(x), offsets, block_expert
+    )
+    full = np.stack([np.maximum(local[expert[t]] @ x[t], 0) ** 2 for t in range(used)])
+    expected, _ = oracle.prune(full, "value")
+    np.testing.assert_allclose(y2[:used], expected, rtol=2e-4, atol=1e-4)
+    np.testing.assert_array_equal(reference.unpack24(y2_values, y2_metadata), y2)
+
+    y3 = reference_grouped.down24(y2_values, y2_metadata, dense, offsets, block_expert)
+    expected = np.stack([np.asarray(y2[t]) @ local[expert[t]] for t in range(used)])
+    np.testing.assert_allclose(y3[:used], expected, rtol=1e-3, atol=1e-3)
+
+    dy1, dy1_values = reference_grouped.up24_backward(
+        values, metadata, jnp.asarray(dy), y2, y2_metadata, offsets, block_expert
+    )
+    dy2 = np.stack([local[expert[t]] @ dy[t] for t in range(used)])
+    expected = 2 * np.sqrt(np.asarray(y2[:used])) * dy2
+    np.testing.assert_allclose(dy1[:used], expected, rtol=1e-3, atol=1e-3)
+    np.testing.assert_array_equal(reference.unpack24(dy1_values, y2_metadata), dy1)
+
+    dw = reference_grouped.weight_gradient(y2, jnp.asarray(dy), offsets, num_experts=EXPERTS)
+    for e in range(EXPERTS):
+        own = slice(int(offsets[e]), int(offsets[e + 1]))
+        expected = np.asarray(y2)[own].T @ dy[own]
+        np.testing.assert_allclose(dw[e], expected, rtol=1e-3, atol=1e-3)
+
+    for out in (y2, y2_values, y3, dy1, dy1_values):
+        assert not np.asarray(out)[used:].any()
+
+
+def test_bad_arguments(weight):
+    _, (values, metadata, dense) = weight
+    offsets, block_expert, rows = layout([64, 64])
+    x = jnp.zeros((rows, WIDTH), jnp.float32)
+    with pytest.raises(ValueError, match="m=12"):
+        reference_grouped.pack_weight24(jnp.zeros((96, 64)), num_experts=2, m=12, scale=None)
+    with pytest.raises(ValueError, match=r"^x\.shape"):
+        reference_grouped.up24(values, metadata, x[:, :32], offsets, block_expert)
+    with pytest.raises(ValueError, match="rows"):
+        reference_grouped.up24(values, metadata, x[:-1], offsets, block_expert)
+    with pytest.raises(ValueError, match=r"^w\.shape"):
+        reference_grouped.down24(values, metadata, dense[:1], offsets, block_expert[:2])
+    with pytest.raises(ValueError, match=r"^y2\.shape"):
+        reference_grouped.up24_backward(
+            values, metadata, x, x[:, :32], metadata, offsets, block_expert
+        )
+    with pytest.raises(ValueError, match=r"^offsets\.shape"):
+        reference_grouped.weight_gradient(x, x, offsets, num_experts=3)
