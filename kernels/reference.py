@@ -126,13 +126,18 @@ def select24(x: ArrayLike, axis: int = -1, by: Order = "magnitude") -> Array:
       ValueError: size or `by` is not allowed.
     """
     require_one_of("by", by, ORDERS)
-    return _ungrouped(_ranks(_grouped(jnp.asarray(x), axis), by) < 2, axis)
+    return _select24(jnp.asarray(x), axis, by)
+
+
+@functools.partial(jax.jit, static_argnums=(1, 2), inline=True)
+def _select24(x: Array, axis: int, by: Order) -> Array:
+    return _ungrouped(_ranks(_grouped(x, axis), by) < 2, axis)
 
 
 def soft_threshold(w: ArrayLike, axis: int = -1) -> Array:
     """S(w) = sign(w) max(|w| - t, 0), t the second-smallest magnitude of each group of four.
 
-    The result is 2:4 along `axis` and continuous in w (S-STE, arXiv 2409.09099, section 4).
+    The result is 2:4 along `axis` and continuous in w (S-STE, arXiv 2409.09099).
     Computed in float32 and returned in w's dtype.
 
     Args:
@@ -146,7 +151,11 @@ def soft_threshold(w: ArrayLike, axis: int = -1) -> Array:
     Raises:
       ValueError: the size along `axis` is not a multiple of 4.
     """
-    w = jnp.asarray(w)
+    return _soft_threshold(jnp.asarray(w), axis)
+
+
+@functools.partial(jax.jit, static_argnums=1, inline=True)
+def _soft_threshold(w: Array, axis: int) -> Array:
     groups = _grouped(w, axis).astype(jnp.float32)
     return _ungrouped(_soft(groups, _ranks(groups, "magnitude")), axis).astype(w.dtype)
 

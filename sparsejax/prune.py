@@ -26,7 +26,7 @@ __all__ = [
 def soft_threshold_beta(w: ArrayLike, axis: int = -1) -> Array:
     """The scale that makes the soft-thresholded weight closest to the weight: <w, S> / <S, S>.
 
-    It minimises the Frobenius norm of w - beta S(w) (S-STE, arXiv 2409.09099, section 4.3); about
+    It minimises the Frobenius norm of w - beta S(w) (S-STE, arXiv 2409.09099); about
     1.484 for normally distributed weights, 1.496 for a normal truncated at three sigma.
 
     Args:
@@ -36,7 +36,12 @@ def soft_threshold_beta(w: ArrayLike, axis: int = -1) -> Array:
     Returns:
       float32 scalar; 1 where S(w) is zero everywhere.
     """
-    w = jnp.asarray(w).astype(jnp.float32)
+    return _soft_threshold_beta(jnp.asarray(w), axis)
+
+
+@functools.partial(jax.jit, static_argnums=1, inline=True)
+def _soft_threshold_beta(w: Array, axis: int) -> Array:
+    w = w.astype(jnp.float32)
     s = soft_threshold(w, axis)
     norm = jnp.sum(s * s)
     return jnp.where(norm == 0.0, 1.0, jnp.sum(w * s) / jnp.where(norm == 0.0, 1.0, norm))
@@ -57,7 +62,7 @@ def _soft_threshold_ste_jvp(axis: int, primals, tangents):
 def soft_threshold_ste(w: ArrayLike, axis: int = -1, beta: ArrayLike = 1.0) -> Array:
     """beta * S(w) with a straight-through derivative: dw is the cotangent, unchanged.
 
-    Neither the threshold nor beta enters the derivative (S-STE, arXiv 2409.09099, equation 7), and
+    Neither the threshold nor beta enters the derivative (S-STE, arXiv 2409.09099), and
     beta gets none: it is set once, from `soft_threshold_beta`, and then frozen.
 
     Args:
@@ -94,11 +99,10 @@ def mvue24(x: ArrayLike, key: Array, axis: int = -1) -> Array:
 
     Each element of a group of four is kept with probability p_i and divided by p_i. Among unbiased
     estimators with at most two non-zeros the sum of variances, sum_i x_i^2 (1/p_i - 1), is smallest
-    at p_i = min(1, |x_i| / tau) with sum_i p_i = 2 (the optimum that "Minimum Variance Unbiased N:M
-    Sparsity for the Neural Gradients", arXiv 2203.10991, section 3 states for 1:2 and approximates
-    for 2:4). At most one of four p_i can clip at 1 with the others below it. One uniform number per
-    group draws two elements with exactly these probabilities (systematic sampling). Groups with at
-    most two non-zeros come back unchanged.
+    at p_i = min(1, |x_i| / tau) with sum_i p_i = 2 (after "Minimum Variance Unbiased N:M Sparsity
+    for the Neural Gradients", arXiv 2203.10991). At most one of four p_i can clip at 1 with the
+    others below it. One uniform number per group draws two elements with exactly these
+    probabilities (systematic sampling). Groups with at most two non-zeros come back unchanged.
 
     Args:
       x: floating-point array, any rank; size along `axis` a multiple of 4.
@@ -109,7 +113,11 @@ def mvue24(x: ArrayLike, key: Array, axis: int = -1) -> Array:
       Array of x's shape and dtype. Groups whose sum of magnitudes is not finite are pruned by
       `top2_of_4` instead, so that a NaN or an infinity in a gradient stays visible.
     """
-    x = jnp.asarray(x)
+    return _mvue24(jnp.asarray(x), key, axis)
+
+
+@functools.partial(jax.jit, static_argnums=2, inline=True)
+def _mvue24(x: Array, key: Array, axis: int) -> Array:
     moved = jnp.moveaxis(x, axis, -1)
     size = moved.shape[-1]
     if size % GROUP:

@@ -122,7 +122,7 @@ def matmul24(
     | dw = x^T dy    | T         | by `weight_gradient`  | by `weight_gradient`  |
 
     dx is exact: the derivative of the product as computed, with the same rounded W. dw goes
-    straight through to the dense w, without threshold and beta (ibid., equation 7):
+    straight through to the dense w, without threshold and beta:
     "dense" is x^T dy; "mvue24" makes one operand 2:4 along the tokens, without bias
     (`sparsejax.prune.mvue24`), and multiplies it on sparse tensor cores.
 
