@@ -16,9 +16,11 @@ from __future__ import annotations
 
 import importlib
 import warnings
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
+import jax.custom_batching
 import jax.numpy as jnp
 from jax import Array
 from jax.typing import DTypeLike
@@ -68,6 +70,13 @@ def module(kernels: registry.Backend) -> Any:
         raise NotImplementedError(f"backend={kernels!r} has no grouped24 here: {error}") from error
 
 
+def _batchable(function: Callable[..., Any], kernels: registry.Backend) -> Callable[..., Any]:
+    if kernels != "hopper":
+        return function
+    # Mosaic GPU kernels have no batching rule that lowers: `jax.vmap` runs one after the other.
+    return jax.custom_batching.sequential_vmap(function)
+
+
 def _rows(tokens: int, sparsity: Sparsity) -> int:
     return padded_tokens(tokens, sparsity.num_experts, sparsity.v)
 
@@ -84,17 +93,20 @@ def check(kernels: registry.Backend, sparsity: Sparsity, sizes: Sizes, *, gated:
             f"backend={kernels!r} does not run on a device of compute capability "
             f"{registry.target_capability()}"
         )
-    functions = module(kernels)
-    if kernels == "reference":
-        return
     experts, live = sparsity.num_experts, sparsity.live_neurons(sizes.hidden)
     width, dtype = sizes.width, sizes.dtype
+    if width % 64 or live % 64 or sparsity.v % 64:
+        raise NotImplementedError(
+            f"backend={kernels!r} serves multiples of 64, not {width=}, {live=} neurons of an "
+            f"expert and v={sparsity.v}"
+        )
+    functions = module(kernels)
 
     def array(*shape: int, dtype: DTypeLike = dtype) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(shape, dtype)
 
     def metadata(m: int, k: int) -> jax.ShapeDtypeStruct:
-        return array(-(-m // 64), -(-k // 64), 128, dtype=jnp.int32)
+        return array(m // 64, k // 64, 128, dtype=jnp.int32)
 
     # Any number of blocks stands for all while the tokens are not known.
     rows = 4 * sparsity.v * experts if sizes.tokens is None else _rows(sizes.tokens, sparsity)
@@ -183,13 +195,13 @@ def pack_weight(
     kernels: registry.Backend,
 ) -> tuple[Array, Array, Array]:
     """values (H, D / 2), metadata (H / 64, D / 64, 128) and dense (E, h, D) of a matrix (H, D)."""
-    return module(kernels).pack_weight24(
-        w.astype(jnp.float32),
-        num_experts=sparsity.num_experts,
-        m=_m(sparsity),
-        scale=beta,
-        dtype=dtype,
-    )
+
+    def pack(w: Array, scale: Array) -> tuple[Array, Array, Array]:
+        return module(kernels).pack_weight24(
+            w, num_experts=sparsity.num_experts, m=_m(sparsity), scale=scale, dtype=dtype
+        )
+
+    return _batchable(pack, kernels)(w.astype(jnp.float32), beta)
 
 
 def _layout(tokens: int, plan: TokenPlan | None, sparsity: Sparsity) -> _Layout:
@@ -226,12 +238,16 @@ def forward(
 ) -> tuple[Array, Saved]:
     """Y3 (T, D), and what `backward` needs beside the arguments."""
     functions = module(kernels)
-    layout = _layout(x.shape[0], plan, sparsity)
-    y2, values, metadata = functions.up24(
-        packed.w1.values, packed.w1.metadata, _stack(x, plan, sparsity), *layout
-    )
-    y3 = functions.down24(values, metadata, packed.w2.dense, *layout)
-    return _unstack(y3, x.shape[0], plan), Saved(y2, metadata)
+
+    def network(x: Array, packed: PackedFFN, plan: TokenPlan | None) -> tuple[Array, Saved]:
+        layout = _layout(x.shape[0], plan, sparsity)
+        y2, values, metadata = functions.up24(
+            packed.w1.values, packed.w1.metadata, _stack(x, plan, sparsity), *layout
+        )
+        y3 = functions.down24(values, metadata, packed.w2.dense, *layout)
+        return _unstack(y3, x.shape[0], plan), Saved(y2, metadata)
+
+    return _batchable(network, kernels)(x, packed, plan)
 
 
 def backward(
@@ -242,19 +258,24 @@ def backward(
     plan: TokenPlan | None,
     sparsity: Sparsity,
     kernels: registry.Backend,
-) -> tuple[Array, list[Array | None]]:
+) -> tuple[Array, tuple[Array, Array, None]]:
     """dX (T, D) in x's dtype; dw1 and dw2 (E, h, D) in float32, and None for dwg."""
     functions = module(kernels)
-    layout = _layout(x.shape[0], plan, sparsity)
-    dy = _stack(dy, plan, sparsity)
-    dy1, values = functions.up24_backward(
-        packed.w2.values, packed.w2.metadata, dy, saved.y2, saved.metadata, *layout
-    )
-    dx = functions.down24(values, saved.metadata, packed.w1.dense, *layout)
 
-    def weight_gradient(y: Array, g: Array) -> Array:
-        return functions.weight_gradient(y, g, layout.offsets, num_experts=sparsity.num_experts)
+    def network(x, dy, saved, packed, plan):
+        layout = _layout(x.shape[0], plan, sparsity)
 
-    dw2 = weight_gradient(saved.y2, dy)
-    dw1 = weight_gradient(dy1, _stack(x, plan, sparsity))
-    return _unstack(dx, x.shape[0], plan), [dw1, dw2, None]
+        def weight_gradient(y: Array, g: Array) -> Array:
+            return functions.weight_gradient(y, g, layout.offsets, num_experts=sparsity.num_experts)
+
+        dy = _stack(dy, plan, sparsity)
+        dy1, values = functions.up24_backward(
+            packed.w2.values, packed.w2.metadata, dy, saved.y2, saved.metadata, *layout
+        )
+        dx = functions.down24(values, saved.metadata, packed.w1.dense, *layout)
+        dw2 = weight_gradient(saved.y2, dy)
+        dw1 = weight_gradient(dy1, _stack(x, plan, sparsity))
+        return _unstack(dx, x.shape[0], plan), dw1, dw2
+
+    dx, dw1, dw2 = _batchable(network, kernels)(x, dy, saved, packed, plan)
+    return dx, (dw1, dw2, None)
