@@ -1,5 +1,5 @@
 """Runs by name: one module a run, each with a function `config()` that returns a
-`train.config.Config`."""
+`train.config.Config`. Studies, which are many runs, are in `configs/studies/`."""
 
 import importlib
 import pkgutil
@@ -9,7 +9,7 @@ from train.config import Config
 
 def names() -> list[str]:
     """The runs that `get` knows."""
-    return sorted(module.name for module in pkgutil.iter_modules(__path__))
+    return sorted(module.name for module in pkgutil.iter_modules(__path__) if not module.ispkg)
 
 
 def get(name: str) -> Config:

@@ -1,0 +1,123 @@
+"""What the studies share: the run they vary, and ways to vary it."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import configs
+from sparsejax.spec import Sparsity
+from train.config import CheckpointConfig, Config, ScheduleConfig
+from train.study.definition import Factor, Options, Run
+
+EVAL_WINDOWS = 256
+"""Held-out windows of an evaluation; noise of the evaluation itself should not decide anything."""
+
+DENSE = ScheduleConfig(warmup_steps=0, sparse_fraction=0.0)
+
+Variants = dict[str, Config | tuple[Config, Mapping[str, Factor]]]
+"""By label, a configuration or one with its factors."""
+
+
+def base(options: Options, *, default: str = "small", tokens: float | None = None) -> Config:
+    """The run that a study varies, dense, on the data asked for.
+
+    Args:
+      options: of the command line.
+      default: configuration to take where the options name none.
+      tokens: length of the run, rounded to whole steps; None, or another configuration than the
+        default, keeps the configuration's own.
+    """
+    config = configs.get(options.base or default)
+    if tokens is not None and options.base in (None, default):
+        config = of_tokens(config, tokens)
+    return dataclasses.replace(
+        config,
+        data=options.data,
+        schedule=DENSE,
+        # A run of a minute starts over when it is lost.
+        checkpoint=CheckpointConfig(every=0, keep=1),
+        log=dataclasses.replace(
+            config.log,
+            every=max(config.steps // 140, 1),
+            eval_every=-(-config.steps // 4),
+            eval_windows=EVAL_WINDOWS,
+            tensorboard=False,
+        ),
+    )
+
+
+def of_tokens(config: Config, tokens: float) -> Config:
+    """The same run with as many steps as make these tokens; the learning rate's warm-up keeps its
+    share of them."""
+    steps = max(round(tokens / config.tokens_per_step), 1)
+    warmup = round(config.optimizer.warmup_steps * steps / config.steps)
+    return dataclasses.replace(
+        config,
+        steps=steps,
+        optimizer=dataclasses.replace(config.optimizer, warmup_steps=warmup),
+    )
+
+
+def with_batch(config: Config, batch_size: int) -> Config:
+    """As many tokens with another batch: fewer or more steps, the evaluations at the same
+    tokens."""
+    tokens = config.steps * config.tokens_per_step
+    scaled = of_tokens(dataclasses.replace(config, batch_size=batch_size), tokens)
+    warmup = round(config.optimizer.warmup_steps * scaled.steps / config.steps)
+    return dataclasses.replace(
+        scaled,
+        optimizer=dataclasses.replace(config.optimizer, warmup_steps=warmup),
+        log=dataclasses.replace(
+            config.log,
+            every=max(scaled.steps // 140, 1),
+            eval_every=-(-scaled.steps // 4),
+        ),
+    )
+
+
+def changed(config: Config, **sections: Mapping[str, Any]) -> Config:
+    """`config` with fields of its sections replaced: changed(config, model={"ffn": "swiglu"})."""
+    new = {k: dataclasses.replace(getattr(config, k), **v) for k, v in sections.items()}
+    return dataclasses.replace(config, **new)
+
+
+def sparse(
+    config: Config,
+    *,
+    share: float = 0.5,
+    warmup: float = 0.1,
+    ffn: str = "relu2",
+    **sparsity: Any,
+) -> Config:
+    """`config` through all three phases.
+
+    Args:
+      config: a dense run.
+      share: of the steps that are sparse.
+      warmup: share of the steps before them that are dense.
+      ffn: relu2 or relu2_gated.
+      sparsity: fields of `Sparsity` that differ from `config`'s.
+    """
+    spec: Sparsity = dataclasses.replace(config.sparsity, **sparsity)
+    schedule = ScheduleConfig(warmup_steps=round(warmup * config.steps), sparse_fraction=share)
+    config = changed(config, model={"ffn": ffn})
+    return dataclasses.replace(config, schedule=schedule, sparsity=spec)
+
+
+def runs(variants: Variants, seeds: Sequence[int]) -> tuple[Run, ...]:
+    """Every variant with every seed, seed by seed, so that whatever is done when time is up makes
+    pairs.
+
+    Args:
+      variants: what to run.
+      seeds: of initialisation and data order.
+    """
+    found = []
+    no_factors: Mapping[str, Factor] = {}
+    for seed in seeds:
+        for label, variant in variants.items():
+            config, factors = variant if isinstance(variant, tuple) else (variant, no_factors)
+            found.append(Run(label, seed, dataclasses.replace(config, seed=seed), factors))
+    return tuple(found)

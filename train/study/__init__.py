@@ -1,0 +1,2 @@
+"""Studies: many runs that answer one question. `python -m train.study NAME`; definitions are
+modules in configs/studies/."""

@@ -1,0 +1,161 @@
+"""The command line: `python -m train.study NAME`."""
+
+from __future__ import annotations
+
+import sys
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+from rich.console import Console
+from rich.table import Table
+
+from train.data.config import DataConfig
+from train.study import definition
+from train.study.definition import Run, Study
+from train.study.equal_time import Speedups, read_speedups
+from train.study.record import Folders, differences, read
+from train.study.report import make_report, write_header
+from train.study.runner import plan, run_study, select
+from train.version_check import require_jax
+
+
+@dataclass(frozen=True)
+class Arguments:
+    """Runs the configurations of a study, skips what is done, and reports. The same command
+    continues a study that stopped."""
+
+    name: tyro.conf.Positional[str] = ""
+    """Name of the study: a module in configs/studies/."""
+    list: bool = False
+    """Print the studies, or with a name its runs and what is done, and run nothing."""
+    report: bool = False
+    """Print and draw the report from the results that are there, and run nothing."""
+    output: Path | None = None
+    """Folder of results and report; None is runs/studies/NAME."""
+    scratch: Path | None = None
+    """Folder of run folders, logs and compiled programs (large); None is OUTPUT/scratch."""
+    only: tuple[str, ...] = ()
+    """Labels to run, or patterns of them (relu2*); all when empty."""
+    seeds: tuple[int, ...] = ()
+    """Seeds, instead of the study's own."""
+    base: str | None = None
+    """Configuration to vary, instead of the study's own: a module in configs/."""
+    max_minutes: float | None = None
+    """Start no run that would probably end later than this many minutes after the first began."""
+    isolate: bool = False
+    """A process for each run: survives kernels that crash, at the cost of a start-up each."""
+    replace: bool = False
+    """Run again what has a result of another configuration, instead of refusing."""
+    speedup: float | None = None
+    """How many times as fast as a dense step a sparse one is, for the speed of whole runs."""
+    speedup_from: Annotated[Path | None, tyro.conf.arg(metavar="FILE.json")] = None
+    """The same from a measurement: a JSON object with `sparse_step_speedup`, a number or an object
+    from label to number."""
+    data: DataConfig = field(default_factory=DataConfig)
+    """Training and validation text."""
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs the command line; returns the process's exit code: 1 if a run failed, 2 for a refused
+    command line."""
+    console = Console()
+    try:
+        require_jax()
+        arguments = tyro.cli(Arguments, args=argv, prog="python -m train.study")
+        return run(arguments, console)
+    except (ValueError, NotImplementedError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+
+
+def run(arguments: Arguments, console: Console) -> int:
+    """Does what the arguments ask for; returns the exit code."""
+    if not arguments.name:
+        if not arguments.list:
+            known = ", ".join(definition.names())
+            raise ValueError(f"which study? known: {known} (--list describes them)")
+        _list_studies(console)
+        return 0
+    if arguments.max_minutes is not None and not arguments.max_minutes > 0:
+        raise ValueError(f"--max-minutes {arguments.max_minutes:g} must be positive")
+    output = arguments.output or Path("runs") / "studies" / arguments.name
+    speedups = _speedups(arguments)
+    if arguments.report:
+        make_report(output, console, speedups)
+        return 0
+    folders = Folders(output, arguments.scratch or output / "scratch")
+    options = definition.Options(arguments.base, arguments.data, arguments.seeds, speedups)
+    study = definition.get(arguments.name, options)
+    runs = select(study, arguments.only)
+    if arguments.list:
+        _list_runs(study, runs, folders, console)
+        return 0
+    outcome = plan(study, runs, folders, replace=arguments.replace)
+    write_header(output, study, speedups)
+    run_study(
+        study,
+        outcome,
+        folders,
+        console=console,
+        isolate=arguments.isolate,
+        max_minutes=arguments.max_minutes,
+    )
+    if outcome.done or outcome.failed:
+        make_report(output, console)
+    return 1 if outcome.failed else 0
+
+
+def _speedups(arguments: Arguments) -> Speedups:
+    if arguments.speedup_from is None:
+        return Speedups(arguments.speedup)
+    if arguments.speedup is not None:
+        raise ValueError("give --speedup or --speedup-from, not both")
+    return read_speedups(arguments.speedup_from)
+
+
+def _list_studies(console: Console) -> None:
+    table = Table(show_header=False, box=None)
+    for name in definition.names():
+        table.add_row(f"[bold]{name}[/bold]", definition.summary(name))
+    console.print(table)
+
+
+def _list_runs(study: Study, runs: Sequence[Run], folders: Folders, console: Console) -> None:
+    def state(run: Run) -> str:
+        record = read(folders.result(run))
+        if record is None:
+            return "to do"
+        if record["status"] == "failed":
+            return "failed"
+        if differences(record["config"], run.config):
+            return "of another configuration"
+        return "done" if record["status"] == "finished" else "not finite"
+
+    study.validate()
+    table = Table(title=f"{study.name}: {study.question}", title_justify="left")
+    for heading in ("label", "seeds", "steps", "M tokens", "sparse steps", "state"):
+        left = heading in ("label", "state")
+        table.add_column(heading, justify="left" if left else "right", no_wrap=left)
+    for label in dict.fromkeys(run.label for run in runs):
+        group = [run for run in runs if run.label == label]
+        config = group[0].config
+        counts = Counter(map(state, group))
+        table.add_row(
+            label,
+            str(len(group)),
+            str(config.steps),
+            f"{group[0].tokens / 1e6:.3g}",
+            str(config.sparse_steps),
+            ", ".join(f"{count} {name}" for name, count in counts.items()),
+        )
+    console.print(table)
+    tokens = sum(run.tokens for run in runs)
+    console.print(f"{len(runs)} runs, {tokens / 1e6:,.4g} M tokens", highlight=False)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

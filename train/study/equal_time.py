@@ -1,0 +1,162 @@
+"""Runs of equal wall-clock: what a faster sparse step is worth in tokens.
+
+With a share p of sparse steps, each s times as fast as a dense one, a run of N tokens takes the
+time of N (1 - p + p / s) dense tokens, so the whole run is 1 / (1 - p + p / s) times as fast.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from train.config import Config
+
+KEY = "sparse_step_speedup"
+
+
+@dataclass(frozen=True)
+class Speedups:
+    """How many times as fast as a dense step a sparse one is.
+
+    Attributes:
+      default: for every label without its own; None where nothing was measured.
+      by_label: measured for one recipe each.
+
+    Raises:
+      ValueError: a speed-up that is not a positive number.
+    """
+
+    default: float | None = None
+    by_label: Mapping[str, float] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for name, value in (("speedup", self.default), *self.by_label.items()):
+            if value is not None and not (math.isfinite(value) and value > 0):
+                raise ValueError(f"{name}={value} must be a positive number")
+
+    def of(self, label: str) -> float | None:
+        """The sparse step's speed-up in runs of this label, or of the recipe that the label names
+        before a comma ("sparse" of "sparse, equal time"); None where unknown."""
+        recipe = self.by_label.get(label.partition(",")[0], self.default)
+        return self.by_label.get(label, recipe)
+
+    def required(self, label: str) -> float:
+        """As `of`.
+
+        Raises:
+          ValueError: unknown; says how to give it.
+        """
+        value = self.of(label)
+        if value is None:
+            raise ValueError(
+                f"the speed of a sparse step of {label!r} is needed: give --speedup S "
+                "(sparse over dense) or --speedup-from FILE.json"
+            )
+        return value
+
+    @property
+    def known(self) -> bool:
+        """Whether anything was measured."""
+        return self.default is not None or bool(self.by_label)
+
+
+def read_speedups(path: str | os.PathLike[str]) -> Speedups:
+    """Reads measured speed-ups.
+
+    Args:
+      path: a JSON object: `sparse_step_speedup` is either a number for all labels or an object
+        from label to number, in which "default" serves the other labels.
+
+    Raises:
+      OSError: it cannot be read.
+      ValueError: it is not such an object.
+    """
+    try:
+        found = json.loads(Path(path).read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{os.fspath(path)} is not JSON: {error}") from None
+    value = found.get(KEY) if isinstance(found, dict) else None
+    values = value if isinstance(value, dict) else {"default": value}
+    numbers = {label: v for label, v in values.items() if type(v) in (int, float)}
+    if len(numbers) < len(values) or not numbers:
+        raise ValueError(f"{os.fspath(path)} has no number, or object of numbers, under {KEY!r}")
+    by_label = {str(label): float(v) for label, v in numbers.items() if label != "default"}
+    return Speedups(numbers.get("default"), by_label)
+
+
+def whole_run_speedup(sparse_share: float, speedup: float) -> float:
+    """1 / (1 - p + p / s): how many times as fast as a dense run of as many tokens.
+
+    Args:
+      sparse_share: p, share of the steps that are sparse, 0 to 1.
+      speedup: s, a dense step's time over a sparse step's.
+
+    Raises:
+      ValueError: out of range.
+    """
+    if not 0 <= sparse_share <= 1:
+        raise ValueError(f"{sparse_share=} must be in [0, 1]")
+    if not speedup > 0:
+        raise ValueError(f"{speedup=} must be positive")
+    return 1 / (1 - sparse_share + sparse_share / speedup)
+
+
+def dense_tokens(config: Config, speedup: float) -> float:
+    """Tokens that dense steps get through in the time this run takes.
+
+    Args:
+      config: the run; its model's dense step must cost what that of the run compared with costs.
+      speedup: s, a dense step's time over a sparse step's.
+    """
+    share = config.sparse_steps / config.steps
+    return config.steps * config.tokens_per_step / whole_run_speedup(share, speedup)
+
+
+def scale_steps(config: Config, factor: float) -> Config:
+    """The same run, `factor` times as long, with its whole schedule.
+
+    Steps, the learning rate's warm-up and re-warming, the dense warm-up and the cadence of
+    evaluations scale; the cosine decay and the sparse phase follow, since they are shares of the
+    steps. What is counted in steps by nature (clustering refresh, logging) stays.
+
+    Raises:
+      ValueError: a factor that leaves no step.
+    """
+    if not (math.isfinite(factor) and round(factor * config.steps) >= 1):
+        raise ValueError(f"{factor=} of steps={config.steps} must leave at least one step")
+    scaled = lambda steps: round(factor * steps)
+    cadence = lambda steps: max(scaled(steps), 1) if steps else 0
+    return dataclasses.replace(
+        config,
+        steps=scaled(config.steps),
+        schedule=dataclasses.replace(
+            config.schedule, warmup_steps=scaled(config.schedule.warmup_steps)
+        ),
+        optimizer=dataclasses.replace(
+            config.optimizer,
+            warmup_steps=scaled(config.optimizer.warmup_steps),
+            rewarm_steps=scaled(config.optimizer.rewarm_steps),
+        ),
+        log=dataclasses.replace(config.log, eval_every=cadence(config.log.eval_every)),
+    )
+
+
+def equal_time(config: Config, reference: Config, speedup: float) -> Config:
+    """`config` made longer or shorter, until it takes as long as `reference`.
+
+    Both ways round make an equal wall-clock comparison: a sparse run that spends the time it saves
+    on extra tokens, against a dense `reference`; or a dense run cut to what fits into the time of a
+    sparse `reference`.
+
+    Args:
+      config: the run to scale.
+      reference: the run whose time it gets.
+      speedup: s, a dense step's time over a sparse step's, of whichever run is sparse.
+    """
+    factor = dense_tokens(reference, speedup) / dense_tokens(config, speedup)
+    return scale_steps(config, factor)

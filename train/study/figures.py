@@ -1,0 +1,293 @@
+"""Pictures of a study."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+from train.plots import INK, MUTED, new_figure, smoothed
+from train.study.definition import Axis
+from train.study.record import Record
+
+if TYPE_CHECKING:
+    from train.study.report import Row
+
+# Okabe and Ito's palette, which colour-blind readers tell apart; grey-black is the baseline's.
+COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#8c6bb1")
+BASELINE = "#33475b"
+LOSS = "held-out loss, nats a token"
+
+
+def colours(rows: Sequence[Row], baseline: str | None) -> dict[str, str]:
+    """A colour for each label; they repeat after seven."""
+    others = [row.label for row in rows if row.label != baseline]
+    found = {label: COLOURS[i % len(COLOURS)] for i, label in enumerate(others)}
+    return found | ({} if baseline is None else {baseline: BASELINE})
+
+
+def limits(values: Sequence[float]) -> tuple[float, float]:
+    """Bounds of an axis of losses that a few bad ones do not press flat.
+
+    Losses are cut off where they exceed the lowest by more than five times what the median does.
+    """
+    low, middle = float(np.min(values)), float(np.median(values))
+    high = min(float(np.max(values)), low + max(5 * (middle - low), 0.02))
+    room = 0.06 * (high - low) or 0.01
+    return low - room, high + room
+
+
+def curves(png: Path, rows: Sequence[Row], records: Sequence[Record], baseline: str | None) -> bool:
+    """Training loss (smoothed; mean and standard deviation over seeds) and held-out loss (dots)
+    against steps, or tokens where batches differ. Of many labels, the baseline and the best seven.
+
+    Returns:
+      Whether there was anything to draw.
+    """
+    best = sorted(rows, key=lambda row: (row.label != baseline, _mean(row)))[: len(COLOURS) + 1]
+    kept = [row for row in rows if row in best]
+    done = [r for r in records if r["status"] == "finished" and r["curve"]["step"]]
+    groups = {row.label: [r for r in done if r["label"] == row.label] for row in kept}
+    sizes = {_tokens_per_step(r) for group in groups.values() for r in group}
+    if not sizes:
+        return False
+    unit = (lambda r: 1.0) if len(sizes) == 1 else (lambda r: _tokens_per_step(r) / 1e6)
+    figure, axes = new_figure(9, 5)
+    colour = colours(rows, baseline)
+    shown: list[float] = []
+    for label, group in groups.items():
+        if not group:
+            continue
+        steps = np.array(group[0]["curve"]["step"], np.float64)
+        alike = [r for r in group if r["curve"]["step"] == group[0]["curve"]["step"]]
+        lines = np.array([_smooth(r["curve"]) for r in alike])
+        x, mean = steps * unit(group[0]), lines.mean(axis=0)
+        axes.plot(x, mean, color=colour[label], linewidth=1.5, label=label)
+        if len(lines) > 1:
+            sd = lines.std(axis=0, ddof=1)
+            band: dict[str, Any] = {"alpha": 0.18, "linewidth": 0}
+            axes.fill_between(x, mean - sd, mean + sd, color=colour[label], **band)
+        shown += list(mean[(steps >= 0.1 * steps[-1]) & np.isfinite(mean)])
+        held_out = [r["evaluations"] for r in group if r["evaluations"].get("loss_dense")]
+        held_out = [e for e in held_out if e["step"] == held_out[0]["step"]]
+        if held_out:
+            values = np.array([e["loss_dense"] for e in held_out], np.float64).mean(axis=0)
+            at = np.array(held_out[0]["step"]) * unit(group[0])
+            axes.plot(at, values, "o", color=colour[label], markersize=4, clip_on=True)
+            shown += list(values[at >= 0.1 * at[-1]])
+    low, high = min(shown), max(shown)
+    axes.set_ylim(low - 0.04 * (high - low), high + 0.04 * (high - low))
+    axes.set_xlim(left=0)
+    _finish(axes, "step" if len(sizes) == 1 else "tokens, millions", "loss, nats a token")
+    axes.legend(frameon=False, fontsize=8, labelcolor=INK)
+    title = "Training loss (lines) and held-out loss (dots)"
+    if len(kept) < len(rows):
+        title += f", best {len(kept)} of {len(rows)}"
+    _title(axes, title)
+    figure.savefig(png, dpi=150)
+    return True
+
+
+def final_losses(png: Path, rows: Sequence[Row], baseline: str | None) -> bool:
+    """Final held-out losses (seeds, mean, standard deviation) and, beside them, the paired
+    differences to the baseline with their 95% intervals.
+
+    Returns:
+      Whether there was anything to draw.
+    """
+    compared = any(row.paired is not None for row in rows)
+    size = (10 if compared else 7, 1.3 + 0.34 * len(rows))
+    figure = Figure(figsize=size, layout="constrained")
+    FigureCanvasAgg(figure)
+    panels = figure.subplots(1, 2 if compared else 1, sharey=True, squeeze=False)[0]
+    colour = colours(rows, baseline)
+    low, high = limits([loss for row in rows for loss in row.losses.values()])
+    for y, row in enumerate(rows):
+        line: dict[str, Any] = {"color": colour[row.label], "capsize": 3, "markersize": 6}
+        seeds = list(row.losses.values())
+        panels[0].plot(seeds, [y] * len(seeds), "|", color=colour[row.label], markersize=9)
+        panels[0].errorbar(_mean(row), y, xerr=_sd(row), fmt="o", **line)
+        if _mean(row) > high:
+            _beyond(panels[0], y, _mean(row), colour[row.label])
+        if compared and row.paired is not None:
+            reach = 0.0 if math.isnan(row.paired.se) else row.paired.high - row.paired.mean
+            panels[1].errorbar(row.paired.mean, y, xerr=reach, fmt="o", **line)
+    panels[0].set_xlim(low, high)
+    panels[0].set_yticks(range(len(rows)), [row.label for row in rows])
+    panels[0].set_ylim(len(rows) - 0.5, -0.5)
+    _style(panels[0])
+    _finish(panels[0], LOSS, "", grid="x")
+    _title(panels[0], "Final loss: seeds, mean, standard deviation")
+    if compared:
+        means = [row.paired.mean for row in rows if row.paired is not None]
+        left, right = limits([*means, 0.0])
+        ends = [v for r in rows if r.paired for v in (r.paired.low, r.paired.high)]
+        inside = [v for v in ends if left - (right - left) <= v <= right + (right - left)]
+        panels[1].set_xlim(min([left, *inside]), max([right, *inside]))
+        panels[1].axvline(0, color=BASELINE, linewidth=1)
+        _style(panels[1])
+        _finish(panels[1], f"difference to {baseline}, nats", "", grid="x")
+        _title(panels[1], "Paired difference, 95% interval")
+    figure.savefig(png, dpi=150)
+    return True
+
+
+def sweep(png: Path, rows: Sequence[Row], axis: Axis, baseline: str | None) -> bool:
+    """Final loss (mean, standard deviation) against a factor; a line for each setting of the other
+    factors that has two values of this one.
+
+    Returns:
+      Whether there was anything to draw.
+    """
+    lines: dict[tuple[tuple[str, Any], ...], dict[Any, Row]] = {}
+    for row in rows:
+        if axis.factor in row.factors:
+            others = sorted((k, v) for k, v in row.factors.items() if k != axis.factor)
+            lines.setdefault(tuple(others), {})[row.factors[axis.factor]] = row
+    lines = {rest: points for rest, points in lines.items() if len(points) > 1}
+    if not lines:
+        return False
+    figure, axes = new_figure(7.5, 4.5)
+    values = list(dict.fromkeys(x for points in lines.values() for x in points))
+    numeric = all(isinstance(x, int | float) for x in values)
+    position = (lambda x: x) if numeric else values.index
+    varying = {pair for rest in lines for pair in rest}
+    varying = {pair for pair in varying if not all(pair in rest for rest in lines)}
+    shown = []
+    for i, (rest, points) in enumerate(lines.items()):
+        order = sorted(points, key=position)
+        means = [_mean(points[x]) for x in order]
+        name = ", ".join(
+            str(v) if isinstance(v, str) else f"{k} {v:g}" for k, v in rest if (k, v) in varying
+        )
+        style: dict[str, Any] = {"color": COLOURS[i % len(COLOURS)], "capsize": 3, "markersize": 5}
+        spread = [_sd(points[x]) for x in order]
+        axes.errorbar(
+            [position(x) for x in order], means, yerr=spread, fmt="o-", label=name, **style
+        )
+        shown += means
+    base = next((row for row in rows if row.label == baseline), None)
+    if base is not None and axis.factor not in base.factors:
+        axes.axhline(_mean(base), color=BASELINE, linestyle="--", linewidth=1.2, label=base.label)
+        shown.append(_mean(base))
+    axes.set_ylim(*limits(shown))
+    if numeric:
+        if axis.log:
+            axes.set_xscale("log")
+        axes.set_xticks(sorted(values), [f"{x:g}" for x in sorted(values)], minor=False)
+        axes.minorticks_off()
+    else:
+        axes.set_xticks(range(len(values)), [str(x) for x in values])
+    _finish(axes, axis.factor.replace("_", " "), LOSS)
+    if any(text for text in axes.get_legend_handles_labels()[1]):
+        axes.legend(frameon=False, fontsize=8, labelcolor=INK)
+    _title(axes, f"Final loss against {axis.factor.replace('_', ' ')}: mean, standard deviation")
+    figure.savefig(png, dpi=150)
+    return True
+
+
+def pareto(png: Path, rows: Sequence[Row], baseline: str | None) -> bool:
+    """Final loss (mean, standard deviation) against the speed-up of the whole run; runs that no
+    other beats in both are joined.
+
+    Returns:
+      Whether there was anything to draw.
+    """
+    known = [row for row in rows if not math.isnan(row.run_speedup)]
+    if not known:
+        return False
+    figure, axes = new_figure(7.5, 5)
+    colour = colours(rows, baseline)
+    axes.set_ylim(*limits([_mean(row) for row in known]))
+    for row in known:
+        style: dict[str, Any] = {"color": colour[row.label], "capsize": 3, "markersize": 7}
+        axes.errorbar(row.run_speedup, _mean(row), yerr=_sd(row), fmt="o", **style)
+        axes.annotate(
+            row.label,
+            (row.run_speedup, _mean(row)),
+            xytext=(7, 4),
+            textcoords="offset points",
+            fontsize=8,
+            color=INK,
+            annotation_clip=True,
+        )
+    front = [
+        row
+        for row in known
+        if not any(
+            other.run_speedup >= row.run_speedup and _mean(other) < _mean(row) for other in known
+        )
+    ]
+    front.sort(key=lambda row: row.run_speedup)
+    points = [(row.run_speedup, _mean(row)) for row in front]
+    axes.plot(*zip(*points, strict=True), color=MUTED, linewidth=1, zorder=0)
+    base = next((row for row in known if row.label == baseline), None)
+    if base is not None:
+        axes.axhline(_mean(base), color=BASELINE, linestyle="--", linewidth=1, zorder=0)
+    axes.margins(x=0.15)
+    _finish(axes, "speed-up of the whole run", LOSS)
+    _title(axes, "Final loss against speed: mean, standard deviation")
+    figure.savefig(png, dpi=150)
+    return True
+
+
+def _mean(row: Row) -> float:
+    return math.inf if row.dense is None else row.dense.mean
+
+
+def _sd(row: Row) -> float:
+    return 0.0 if row.dense is None or math.isnan(row.dense.sd) else row.dense.sd
+
+
+def _tokens_per_step(record: Record) -> int:
+    return record["config"]["batch_size"] * record["config"]["sequence_length"]
+
+
+def _smooth(curve: dict[str, Any]) -> np.ndarray:
+    """The training loss, averaged over about a fortieth of the run, within each phase."""
+    losses = np.array([math.nan if v is None else v for v in curve["loss"]], np.float64)
+    phases = np.array(curve["phase"])
+    result = np.full(len(losses), math.nan)
+    for part in np.split(np.arange(len(phases)), np.flatnonzero(phases[1:] != phases[:-1]) + 1):
+        result[part] = smoothed(losses[part], width=max(len(losses) / 80, 1.0))
+    return result
+
+
+def _beyond(axes: Axes, y: float, loss: float, colour: str) -> None:
+    """Says what lies beyond the right end."""
+    axes.annotate(
+        f"{loss:.3f} →",
+        (1.0, y),
+        xycoords=("axes fraction", "data"),
+        xytext=(-3, 0),
+        textcoords="offset points",
+        ha="right",
+        va="center",
+        fontsize=8,
+        color=colour,
+    )
+
+
+def _style(axes: Axes) -> None:
+    for side in ("top", "right"):
+        axes.spines[side].set_visible(False)
+    for side in ("bottom", "left"):
+        axes.spines[side].set_color(MUTED)
+    axes.tick_params(colors=MUTED, labelcolor=INK, labelsize=9)
+
+
+def _finish(axes: Axes, x: str, y: str, *, grid: Any = "y") -> None:
+    axes.set_xlabel(x, color=INK)
+    axes.set_ylabel(y, color=INK)
+    axes.grid(axis=grid, color="#e6e9ec", linewidth=0.8)
+    axes.set_axisbelow(True)
+
+
+def _title(axes: Axes, text: str) -> None:
+    axes.set_title(text, loc="left", color=INK, fontsize=11)
