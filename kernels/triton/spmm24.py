@@ -36,7 +36,7 @@ class Spmm24Config:
     frags_m: int = 4
     frags_n: int = 8
     block_k: int = 64
-    stages: int = 4
+    stages: int = 5
     group_m: int = 8
 
     @property
@@ -128,8 +128,8 @@ def default_config(m: int, n: int, k: int, b_layout: str, out_layout: str) -> Sp
         return Spmm24Config(**tuned)
     # Large tiles read least from L2; with few of them, small ones keep every multiprocessor busy.
     if math.ceil(m / 256) * math.ceil(n / 128) < 96:
-        return Spmm24Config(warps_m=2, warps_n=2, frags_n=4)
-    return Spmm24Config(stages=3 if device.small_shared_memory() else 4)
+        return Spmm24Config(warps_m=2, warps_n=2, frags_n=4, stages=4)
+    return Spmm24Config(stages=3 if device.small_shared_memory() else 5)
 
 
 @functools.partial(

@@ -37,10 +37,12 @@ def lowered(f, *shapes) -> str:
 
 def sparse_operand(rng, m: int, k: int, dtype=ml_dtypes.bfloat16):
     """Packed values, metadata, and the dense float32 matrix they stand for."""
-    a = rng.standard_normal((m, k)).astype(dtype).astype(np.float32)
-    dense, indices = oracle.prune(a, "magnitude")
-    values = np.take_along_axis(dense.reshape(m, k // 4, 4), indices, axis=-1)
-    return values.reshape(m, k // 2).astype(dtype), oracle.metadata(indices), dense
+    groups = rng.standard_normal((m, k // 4, 4)).astype(dtype).astype(np.float32)
+    order = np.argsort(-np.abs(groups), axis=-1, kind="stable")
+    np.put_along_axis(groups, order[..., 2:], 0, axis=-1)
+    indices = np.sort(order[..., :2], axis=-1)
+    values = np.take_along_axis(groups, indices, axis=-1).reshape(m, k // 2)
+    return values.astype(dtype), oracle.metadata(indices), groups.reshape(m, k)
 
 
 @pytest.mark.core
