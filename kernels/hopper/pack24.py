@@ -59,13 +59,7 @@ def pack_group(x: list[jax.Array], mode: str, scale: jax.Array | None):
     magnitude ("magnitude", "soft_threshold") or by value ("value"), ties to the lower index and
     NaN above all; "soft_threshold" shrinks them by the third-largest magnitude.
     """
-    bits = [lax.bitcast_convert_type(v, jnp.int32) for v in x]
-    keys = [jnp.minimum(b & _MAGNITUDE_BITS, _NAN_KEY) for b in bits]
-    if mode == "value":
-        keys = [
-            jnp.where((b < 0) & (key != _NAN_KEY), -key, key)
-            for b, key in zip(bits, keys, strict=True)
-        ]
+    keys = [_rank_key(v, mode) for v in x]
     second, fourth = keys[1] > keys[0], keys[3] > keys[2]  # the larger of each pair of neighbours
     high_a, low_a = jnp.maximum(keys[0], keys[1]), jnp.minimum(keys[0], keys[1])
     high_b, low_b = jnp.maximum(keys[2], keys[3]), jnp.minimum(keys[2], keys[3])
@@ -82,6 +76,15 @@ def pack_group(x: list[jax.Array], mode: str, scale: jax.Array | None):
     if scale is not None:
         low, high = low * scale, high * scale
     return low, high, nibble
+
+
+def _rank_key(x: jax.Array, mode: str) -> jax.Array:
+    """int32 keys that order float32 values, so that subnormals are never flushed."""
+    bits = lax.bitcast_convert_type(x, jnp.int32)
+    key = jnp.minimum(bits & _MAGNITUDE_BITS, _NAN_KEY)
+    if mode == "value":
+        key = jnp.where((bits < 0) & (key != _NAN_KEY), -key, key)
+    return key
 
 
 def _shrink(x: jax.Array, threshold: jax.Array) -> jax.Array:

@@ -1,0 +1,220 @@
+"""Packed weights times tokens: the layout of a part, and what both such kernels do with it.
+
+The sparse operand is the weight, so accumulators are (neurons, tokens). A warpgroup's part is 128
+neurons by 128 tokens, of which the thread of warp w and lane 4 q + c holds rows 16 w + q + 8 b of
+both halves a of 64, and tokens 8 i + 2 c + j. `row_order` puts the four neurons of group 8 w + q
+there, so that choosing two of four and packing stay in the thread. Only the nibbles of metadata
+cross lanes: four groups, of lanes q = 4 p .. 4 p + 3, make a half-word; tokens t and t + 8 its low
+and high half.
+
+Results are staged in shared memory, 32 tokens at a time, and leave by TMA.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax.experimental.pallas.mosaic_gpu as plgpu
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.experimental.mosaic.gpu import utils
+from jaxlib.mlir import ir
+from jaxlib.mlir.dialects import arith, llvm, vector
+
+from kernels.hopper import device, ptx
+from kernels.hopper import grouped_common as common
+
+PART = 128  # neurons of a warpgroup's part
+CHUNK = 32  # tokens staged at a time
+CHUNKS = common.TOKENS // CHUNK
+ROW = 128  # bytes of a staged row: 64 elements
+PANEL = CHUNK * ROW
+META_BYTES = 2048  # of a part: 128 tokens by 32 groups, a nibble each
+FOUR = common.strided(4)
+
+
+def row_order(h: int) -> np.ndarray:
+    """(h,) int: the expert-local neuron in each row of an expert's packed weight.
+
+    Row 64 a + 16 w + 8 b + q of every 128 is neuron 4 (8 w + q) + 2 a + b of them.
+    """
+    p = np.arange(h)
+    a, w, b, q = p // 64 % 2, p // 16 % 4, p // 8 % 2, p % 8
+    return p // PART * PART + 4 * (8 * w + q) + 2 * a + b
+
+
+class Place:
+    """Where a thread's results go in its warpgroup's staging buffers, in bytes."""
+
+    def __init__(self):
+        warp, lane = common.warp_and_lane()
+        self.q = arith.shrui(lane, ptx.const32(2))
+        self.warp = warp
+        self.c2 = common.mul(arith.andi(lane, ptx.const32(3)), 2)
+        self.odd = arith.andi(warp, ptx.const32(1))
+        self.panel = arith.shrui(warp, ptx.const32(1))
+
+    def dense(self, j: int, panel_bytes: int) -> ir.Value:
+        """Of 8 bytes of token 2 c + j: two panels of 64 neurons, swizzled."""
+        half = arith.shrui(self.q, ptx.const32(1))
+        chunk = common.add(common.mul(self.odd, 4), half)
+        within = common.mul(arith.andi(self.q, ptx.const32(1)), 8)
+        start = common.add(common.mul(self.panel, panel_bytes), within)
+        return common.swizzled(start, common.add(self.c2, j), chunk)
+
+    def packed(self, j: int) -> ir.Value:
+        """Of 4 bytes of token 2 c + j."""
+        chunk = common.add(common.mul(self.warp, 2), arith.shrui(self.q, ptx.const32(2)))
+        within = common.mul(arith.andi(self.q, ptx.const32(3)), 4)
+        return common.swizzled(within, common.add(self.c2, j), chunk)
+
+    def metadata(self, j: int) -> ir.Value:
+        """Of the word of tokens 2 c + j and 2 c + j + 8: (token tile, neuron tile, word)."""
+        word = common.add(common.mul(self.odd, 2), arith.shrui(self.q, ptx.const32(2)))
+        word = common.add(word, common.mul(common.add(self.c2, j), 4))
+        return common.add(common.mul(self.panel, 512), common.mul(word, 4))
+
+    @property
+    def nibble(self) -> ir.Value:
+        """Bits that the thread's nibble lies above its half-word's first."""
+        return common.mul(arith.andi(self.q, ptx.const32(3)), 4)
+
+
+def metadata_offset(i: int) -> int:
+    """Bytes before the words of tokens 16 i .. 16 i + 15 of a part."""
+    return i // 4 * 1024 + i % 4 * 128
+
+
+def permute(words: ir.Value, zero: ir.Value, selector: ir.Value) -> ir.Value:
+    asm = "prmt.b32 $0, $1, $2, $3;"
+    return llvm.inline_asm(ptx.i32_type(), [words, zero, selector], asm, "=r,r,r,r", asm_dialect=0)
+
+
+def split_groups(i: int):
+    """The groups of tokens 16 i + 2 c + {0, 1, 8, 9}: four arrays (elements) of four (groups)."""
+    array = common.strided_type(4, jnp.float32)
+
+    @plgpu.inline_mgpu(arg_types=(common.ACC,), return_type=[array] * 4)
+    def split(ctx, acc):
+        del ctx
+        regs = common.accumulators(acc)
+        places = [4 * (2 * i + n) + j for n in range(2) for j in range(2)]
+        elements = [[regs[r // 2][p + 2 * (r % 2)] for p in places] for r in range(4)]
+        scalars = [[vector.extract(v, [], [0]) for v in row] for row in elements]
+        return [common.to_array(row, signed=None) for row in scalars]
+
+    return split
+
+
+def store_pair(place: Place, n, j, pair, code, zero, staged, packed_at, dense_panel) -> None:
+    """Stores a pair, packed and spread to its four neurons, for token 8 n + 2 c + j of `staged`."""
+    words = [
+        permute(pair, zero, code),
+        permute(pair, zero, arith.shrui(code, ptx.const32(16))),
+    ]
+    address = common.add(staged, place.dense(j, dense_panel))
+    asm = f"st.shared.v2.b32 [$0+{n * 8 * ROW}], {{$1, $2}};"
+    ptx.asm(None, [address, *words], asm, "r,r,r,~{memory}")
+    address = common.add(packed_at, place.packed(j))
+    asm = f"st.shared.b32 [$0+{n * 8 * ROW}], $1;"
+    ptx.asm(None, [address, pair], asm, "r,r,~{memory}")
+
+
+def await_slot(outstanding: int):
+    """Waits until all but so many of the warpgroup's bulk stores have read their source."""
+
+    @plgpu.inline_mgpu()
+    def wait(ctx):
+        del ctx
+        ptx.bulk_wait_read(outstanding)
+        utils.warpgroup_barrier()
+
+    return wait
+
+
+def store_chunk(ctx, panels, packed, dense_g, packed_g, token, neuron0) -> None:
+    """Starts the bulk stores of 32 tokens of a part: two dense panels and the packed one."""
+    copy = functools.partial(ctx.async_copy, swizzle=ROW, predicate=common.is_leader())
+    rows = common.window(token, CHUNK)
+    for i, panel in enumerate(panels):
+        place = (rows, common.window(common.add(neuron0, 64 * i), 64))
+        copy(src_ref=panel, dst_ref=dense_g, gmem_slice=place, arrive=False)
+    place = (rows, common.window(arith.shrui(neuron0, ptx.const32(1)), 64))
+    copy(src_ref=packed, dst_ref=packed_g, gmem_slice=place, arrive=True)
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """The tiles of a product of weights (E h, D) and tokens, inside a kernel.
+
+    offsets_g, expert_g: the layout of tokens, in global memory; per_expert: token tiles in a block.
+    """
+
+    tile: common.SparseTile
+    live: int
+    blocks: int
+    width: int
+    offsets_g: Any
+    expert_g: Any
+    per_expert: int
+
+    @property
+    def used(self):
+        """Token tiles in use."""
+        rows = self.offsets_g[self.offsets_g.shape[0] - 1]
+        return lax.div(rows, jnp.int32(common.TOKENS))
+
+    @property
+    def own_tiles(self):
+        return common.own_tiles(self.used * (self.live // self.tile.block_m), self.blocks)
+
+    def part(self, i):
+        """First token and first neuron of the block's i-th tile."""
+        tile = lax.axis_index("block") + i * self.blocks
+        minor = self.live // self.tile.block_m
+        block, m_tile = common.tile_order(tile, self.used, minor, self.width)
+        return block * common.TOKENS, m_tile * self.tile.block_m
+
+    def origin(self, i):
+        """Of the operands of the i-th tile, for `Loop.produce`."""
+        token0, neuron0 = self.part(i)
+        expert = self.expert_g[lax.div(token0, jnp.int32(common.TOKENS * self.per_expert))]
+        return expert * self.live + neuron0, token0, jnp.int32(0)
+
+
+def neuron_tile(
+    live: int,
+    dtype: Any,
+    other_bytes: int,
+    config: common.GroupedConfig,
+    *,
+    barriers: bool = False,
+) -> common.SparseTile:
+    """The tile for h live neurons, with `other_bytes` of shared memory for each warpgroup.
+
+    barriers: whether each warpgroup also has a barrier of its own.
+    """
+    warpgroups = 2 if live % (2 * PART) == 0 else 1
+    t = common.SparseTile(
+        warpgroups=warpgroups,
+        wg_m=PART // 64,
+        tile_n=common.TOKENS,
+        b_layout="nk",
+        stages=0,
+        dtype=jnp.dtype(dtype).name,
+        spare=warpgroups if barriers else 0,
+    )
+    stages = common.fitting_stages(t.stage_bytes, warpgroups * other_bytes, config)
+    return dataclasses.replace(t, stages=stages)
+
+
+def check_shapes(v: int, live: int, width: int, dtype: Any) -> None:
+    if v % common.TOKENS or live % PART or width % common.TILE_K:
+        raise NotImplementedError(
+            f"{v=} and {live=} must be multiples of {common.TOKENS}, {width=} of {common.TILE_K}"
+        )
+    common.require_16bit("values.dtype", dtype)
+    device.require_hopper()

@@ -1,0 +1,149 @@
+"""The epilogue of the `hopper` spmm24: scale, function, rounding, and stores by TMA."""
+
+from __future__ import annotations
+
+import jax.experimental.pallas.mosaic_gpu as plgpu
+import jax.numpy as jnp
+from jax.experimental.mosaic.gpu import utils
+from jaxlib.mlir import ir
+from jaxlib.mlir.dialects import arith, vector
+
+from kernels.hopper import ptx
+from kernels.hopper.spmm24_problem import (
+    ACC,
+    DTYPES,
+    SCALAR,
+    Problem,
+    add_const,
+    as_index,
+    scalar_value,
+    to_lists,
+)
+
+
+def write_tile(p: Problem):
+    """Applies scale and epilogue, and stores the warpgroup's part, 64 x 64 elements at a time."""
+    c = p.config
+    args = (ACC, plgpu.RefType(), plgpu.RefType(), *(SCALAR,) * 3)
+
+    @plgpu.inline_mgpu(arg_types=args)
+    def write(ctx, acc, out_s, out_g, m0, n0, scale):
+        m0, n0, scale = map(scalar_value, (m0, n0, scale))
+        regs = to_lists(acc)
+        thread = ptx.thread_in_warpgroup()
+        warp = arith.divui(thread, ptx.const32(32))
+        lane = arith.remui(thread, ptx.const32(32))
+        leader = arith.cmpi(arith.CmpIPredicate.eq, thread, ptx.const32(0))
+        per_slot = c.epi_n // 64
+        count = 0
+        for i in range(c.wg_m):
+            for first in range(0, c.tile_n // 64, per_slot):
+                slot = utils.memref_slice(out_s, count % c.out_slots)
+                count += 1
+                ptx.bulk_wait_read(c.out_slots - 1)
+                utils.warpgroup_barrier()
+                panels = [
+                    utils.memref_slice(slot, utils.ds(j * p.out_panels, p.out_panels))
+                    for j in range(per_slot)
+                ]
+                for j, panel in enumerate(panels):
+                    col = 32 * (first + j)
+                    chunk = [_epilogue(p, r, scale) for r in regs[i][col : col + 32]]
+                    _store_chunk(p, chunk, ptx.shared_address(panel), warp, lane)
+                ptx.fence_async_shared()
+                utils.warpgroup_barrier()
+                for j, panel in enumerate(panels):
+                    col = add_const(n0, 64 * (first + j))
+                    commit = j == per_slot - 1
+                    _copy_out(p, ctx, panel, out_g, add_const(m0, 64 * i), col, leader, commit)
+
+    return write
+
+
+def _epilogue(p: Problem, register: ir.Value, scale: ir.Value) -> ir.Value:
+    value = vector.extract(register, [], [0])
+    if p.scaled:
+        value = arith.mulf(value, scale)
+    if p.relu2:
+        zero = arith.constant(ir.F32Type.get(), ir.FloatAttr.get(ir.F32Type.get(), 0.0))
+        value = arith.maximumf(value, zero)
+        value = arith.mulf(value, value)
+    return value
+
+
+def _swizzled(base: ir.Value, row: ir.Value, chunk: ir.Value) -> ir.Value:
+    """Address of the 16-byte chunk of a row of 128 bytes in TMA's 128-byte swizzle."""
+    mixed = arith.xori(chunk, arith.andi(row, ptx.const32(7)))
+    offset = arith.addi(arith.muli(row, ptx.const32(128)), arith.muli(mixed, ptx.const32(16)))
+    return arith.addi(base, offset)
+
+
+def _store_chunk(p: Problem, values, base, warp, lane) -> None:
+    if p.out_itemsize == 4:
+        _store_32bit(p, values, base, warp, lane)
+        return
+    name = DTYPES[jnp.dtype(p.out_dtype).name]
+    pairs = zip(values[::2], values[1::2], strict=True)
+    words = [ptx.pack_pair(low, high, name) for low, high in pairs]
+    _store_16bit(p, words, base, warp, lane)
+
+
+def _store_16bit(p: Problem, words, base, warp, lane) -> None:
+    """Stores a 64 x 64 chunk; word 2j+h of a thread holds columns 8j.. of rows 8h + lane/4."""
+    in_matrix = arith.remui(lane, ptx.const32(8))
+    matrix = arith.divui(lane, ptx.const32(8))
+    half = arith.andi(matrix, ptx.const32(1))
+    pair = arith.shrui(matrix, ptx.const32(1))
+    rows16 = arith.addi(arith.muli(warp, ptx.const32(2)), half)  # in eights of m
+    for j in range(0, 8, 2):
+        col8 = arith.addi(pair, ptx.const32(j))  # in eights of n
+        if p.out_layout == "mn":
+            row = arith.addi(arith.muli(rows16, ptx.const32(8)), in_matrix)
+            address = _swizzled(base, row, col8)
+        else:
+            row = arith.addi(arith.muli(col8, ptx.const32(8)), in_matrix)
+            address = _swizzled(base, row, rows16)
+        quad = [words[2 * j], words[2 * j + 1], words[2 * j + 2], words[2 * j + 3]]
+        ptx.stmatrix_x4(address, quad, transpose=p.out_layout == "nm")
+
+
+def _store_32bit(p: Problem, values, base, warp, lane) -> None:
+    """Stores a 64 x 64 float32 chunk as two panels of 32 columns (128 bytes)."""
+    quad_row = arith.divui(lane, ptx.const32(4))
+    quad_col = arith.muli(arith.remui(lane, ptx.const32(4)), ptx.const32(2))
+
+    def address(row, col):
+        panel = arith.muli(arith.divui(col, ptx.const32(32)), ptx.const32(64 * 128))
+        within = arith.remui(col, ptx.const32(32))
+        chunk = arith.divui(within, ptx.const32(4))
+        byte = arith.muli(arith.remui(within, ptx.const32(4)), ptx.const32(4))
+        return arith.addi(arith.addi(_swizzled(base, row, chunk), byte), panel)
+
+    for j in range(8):
+        for half in range(2):
+            m = arith.addi(add_const(quad_row, 8 * half), arith.muli(warp, ptx.const32(16)))
+            n = add_const(quad_col, 8 * j)
+            pair = values[4 * j + 2 * half : 4 * j + 2 * half + 2]
+            if p.out_layout == "mn":
+                ptx.store_shared_f32(address(m, n), pair)
+            else:
+                ptx.store_shared_f32(address(n, m), pair[:1])
+                ptx.store_shared_f32(address(add_const(n, 1), m), pair[1:])
+
+
+def _copy_out(p: Problem, ctx, slot, out_g, m0, n0, leader, commit: bool) -> None:
+    """Starts the bulk stores of one chunk; parts beyond the output's edges are dropped by TMA."""
+    width = p.out_swizzle_elems
+    row, col = (m0, n0) if p.out_layout == "mn" else (n0, m0)
+    for i in range(p.out_panels):
+        ctx.async_copy(
+            src_ref=utils.memref_slice(slot, i),
+            dst_ref=out_g,
+            gmem_slice=(
+                utils.DynamicSlice(as_index(row), 64),
+                utils.DynamicSlice(as_index(add_const(col, i * width)), width),
+            ),
+            swizzle=128,
+            predicate=leader,
+            arrive=commit and i == p.out_panels - 1,
+        )
