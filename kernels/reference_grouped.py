@@ -2,8 +2,8 @@
 
 H neurons in E experts of h = H / E. Parameters are (H, D), a row for each neuron, interleaved:
 expert e owns rows n = b M + 4 e + r with M = 4 E, b a block of M neurons, r in 0..3; its l-th
-neuron is n = (l // 4) M + 4 e + l % 4. Tokens are permuted so that those of one expert lie together:
-(T_pad, D) in blocks of V rows, block i of expert `block_expert[i]`; expert e has rows
+neuron is n = (l // 4) M + 4 e + l % 4. Tokens are permuted so that those of one expert lie
+together: (T_pad, D) in blocks of V rows, block i of expert `block_expert[i]`; expert e has rows
 offsets[e]..offsets[e+1], and the rows from offsets[E] on are unused. Every function gives zeros in
 unused rows and never reads them.
 

@@ -15,7 +15,6 @@ import math
 from collections.abc import Callable
 from typing import Any
 
-import jax
 import jax.experimental.pallas as pl
 import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
@@ -26,10 +25,11 @@ from jax.experimental.mosaic.gpu import fragmented_array, utils
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, gpu, llvm, memref, vector
 
-from kernels.hopper import ptx
+from kernels.hopper import device, ptx
 
 TILE_K = 64  # contracted elements in a stage
 TOKENS = 128  # rows of a token tile
+PART = 128  # an expert's neurons come in multiples
 ACC = plgpu.Layout._WGMMA_ACC_32BIT
 SCALAR = plgpu.Layout.WG_SPLAT(())
 REF = plgpu.RefType()
@@ -102,14 +102,25 @@ def fitting_stages(stage_bytes: int, other_bytes: int, config: GroupedConfig) ->
     return config.stages
 
 
+def with_stages(t: SparseTile, other_bytes: int, config: GroupedConfig) -> SparseTile:
+    """The tile with its number of stages, beside `other_bytes` of shared memory."""
+    stages = fitting_stages(t.stage_bytes, other_bytes, config)
+    return dataclasses.replace(t, stages=stages)
+
+
+def check_shapes(v: int, live: int, width: int, dtype: Any) -> None:
+    """Raises NotImplementedError for what no grouped kernel serves."""
+    if v % TOKENS or live % PART or width % TILE_K:
+        raise NotImplementedError(
+            f"{v=} and {live=} must be multiples of {TOKENS}, {width=} of {TILE_K}"
+        )
+    if jnp.dtype(dtype).name not in ("bfloat16", "float16"):
+        raise NotImplementedError(f"dtype={jnp.dtype(dtype).name} is not bfloat16 or float16")
+    device.require_hopper()
+
+
 def ptx_name(dtype: Any) -> str:
     return {"bfloat16": "bf16", "float16": "f16"}[jnp.dtype(dtype).name]
-
-
-def require_16bit(name: str, dtype: Any) -> None:
-    """Raises NotImplementedError unless the MMA takes the dtype."""
-    if jnp.dtype(dtype).name not in ("bfloat16", "float16"):
-        raise NotImplementedError(f"{name}={jnp.dtype(dtype).name} is not bfloat16 or float16")
 
 
 def index(value: ir.Value) -> ir.Value:
@@ -308,7 +319,7 @@ def _step(t: SparseTile, *, first: bool):
         ptx.mbarrier_wait(barrier_address(bars, slot), parity)
         metas = [memref.load(meta_s, [index(add(meta_row, i)), zero, lane]) for i in range(t.wg_m)]
         ptx.wgmma_fence()
-        new = []
+        new: list[list[ir.Value]] = []
         for i in range(t.wg_m):
             acc = None if regs is None else list(regs[i])
             for k32 in range(TILE_K // 32):
@@ -322,6 +333,7 @@ def _step(t: SparseTile, *, first: bool):
                     dtype=ptx_name(t.dtype),
                     b_transposed=t.b_layout == "kn",
                 )
+            assert acc is not None
             new.append(acc)
         ptx.wgmma_commit()
         ptx.wgmma_wait(1)

@@ -24,10 +24,10 @@ from jax.experimental.mosaic.gpu import utils
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, llvm, vector
 
-from kernels.hopper import device, ptx
 from kernels.hopper import grouped_common as common
+from kernels.hopper import ptx
 
-PART = 128  # neurons of a warpgroup's part
+PART = common.PART  # neurons of a warpgroup's part
 CHUNK = 32  # tokens staged at a time
 CHUNKS = common.TOKENS // CHUNK
 ROW = 128  # bytes of a staged row: 64 elements
@@ -93,6 +93,31 @@ def permute(words: ir.Value, zero: ir.Value, selector: ir.Value) -> ir.Value:
     return llvm.inline_asm(ptx.i32_type(), [words, zero, selector], asm, "=r,r,r,r", asm_dialect=0)
 
 
+def spread_code(nibble: ir.Value) -> ir.Value:
+    """`prmt` selectors that spread a pair to four: of elements 0 and 1 low, 2 and 3 high half."""
+    # A byte for each element: zeros (0x44), the pair's low (0x10) or its high (0x32) half.
+    code = ptx.const32(0x4444_4444)
+    lower = arith.andi(arith.shli(nibble, ptx.const32(3)), ptx.const32(24))
+    higher = arith.andi(arith.shli(nibble, ptx.const32(1)), ptx.const32(24))
+    for half, bit in ((0x10, lower), (0x32, higher)):
+        code = arith.xori(code, arith.shli(ptx.const32(half ^ 0x44), bit))
+    return code
+
+
+def spread(pair: ir.Value, code: ir.Value, zero: ir.Value) -> list[ir.Value]:
+    """The two words of four elements that a pair and its selectors make."""
+    upper = arith.shrui(code, ptx.const32(16))
+    return [permute(pair, zero, selector) for selector in (code, upper)]
+
+
+def join_lanes(word: ir.Value, masks: tuple[int, ...]) -> ir.Value:
+    """Bitwise or of the words of lanes that differ in the bits of `masks`."""
+    for mask in masks:
+        asm = f"shfl.sync.bfly.b32 $0, $1, {mask}, 31, 0xffffffff;"
+        word = arith.ori(word, ptx.asm(ptx.i32_type(), [word], asm, "=r,r"))
+    return word
+
+
 def split_groups(i: int):
     """The groups of tokens 16 i + 2 c + {0, 1, 8, 9}: four arrays (elements) of four (groups)."""
     array = common.strided_type(4, jnp.float32)
@@ -111,10 +136,7 @@ def split_groups(i: int):
 
 def store_pair(place: Place, n, j, pair, code, zero, staged, packed_at, dense_panel) -> None:
     """Stores a pair, packed and spread to its four neurons, for token 8 n + 2 c + j of `staged`."""
-    words = [
-        permute(pair, zero, code),
-        permute(pair, zero, arith.shrui(code, ptx.const32(16))),
-    ]
+    words = spread(pair, code, zero)
     address = common.add(staged, place.dense(j, dense_panel))
     asm = f"st.shared.v2.b32 [$0+{n * 8 * ROW}], {{$1, $2}};"
     ptx.asm(None, [address, *words], asm, "r,r,r,~{memory}")
@@ -207,14 +229,4 @@ def neuron_tile(
         dtype=jnp.dtype(dtype).name,
         spare=warpgroups if barriers else 0,
     )
-    stages = common.fitting_stages(t.stage_bytes, warpgroups * other_bytes, config)
-    return dataclasses.replace(t, stages=stages)
-
-
-def check_shapes(v: int, live: int, width: int, dtype: Any) -> None:
-    if v % common.TOKENS or live % PART or width % common.TILE_K:
-        raise NotImplementedError(
-            f"{v=} and {live=} must be multiples of {common.TOKENS}, {width=} of {common.TILE_K}"
-        )
-    common.require_16bit("values.dtype", dtype)
-    device.require_hopper()
+    return common.with_stages(t, warpgroups * other_bytes, config)

@@ -83,15 +83,7 @@ def _put(i: int, dtype: str):
                 )
                 nibbles.append(arith.ori(_or_bits(code, 3, 0), _or_bits(code, 12, 26)))
             word = arith.ori(nibbles[0], arith.shli(nibbles[1], ptx.const32(16)))
-            word = arith.shli(word, place.nibble)
-            for lanes in (4, 8):
-                other = ptx.asm(
-                    ptx.i32_type(),
-                    [word],
-                    f"shfl.sync.bfly.b32 $0, $1, {lanes}, 31, 0xffffffff;",
-                    "=r,r",
-                )
-                word = arith.ori(word, other)
+            word = neurons.join_lanes(arith.shli(word, place.nibble), (4, 8))
             # The four lanes that made the word all store it, to one address.
             address = common.add(ptx.shared_address(meta_s), place.metadata(j))
             asm = f"st.shared.b32 [$0+{neurons.metadata_offset(i)}], $1;"
@@ -168,7 +160,7 @@ def up24(
 
             def write(i, acc):
                 token0, neuron0 = plan.part(i)
-                neuron0 = neuron0 + wg * neurons.PART
+                neuron0 = neuron0 + wg * common.PART
                 stage, stage_meta = out_s.at[wg], y_meta_s.at[wg]
                 for chunk in range(neurons.CHUNKS):
                     neurons.await_slot(0 if chunk == 0 else _SLOTS - 1)()
@@ -229,5 +221,5 @@ def check_up24(
     Arguments that contradict one another raise ValueError.
     """
     _, v, live = reference_grouped.up_dims(values, metadata, x_p, offsets, block_expert)
-    neurons.check_shapes(v, live, x_p.shape[1], values.dtype)
+    common.check_shapes(v, live, x_p.shape[1], values.dtype)
     _tile(live, values.dtype, config or common.GroupedConfig())

@@ -1,0 +1,165 @@
+"""2:4 activations times the weights of each block's expert, on sparse tensor cores.
+
+A block's tile is 128 tokens by 256 columns; each of two warpgroups takes 64 tokens.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import jax
+import jax.experimental.pallas as pl
+import jax.experimental.pallas.mosaic_gpu as plgpu
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental.mosaic.gpu import utils
+from jaxlib.mlir import ir
+from jaxlib.mlir.dialects import arith, vector
+
+from kernels import reference_grouped
+from kernels.hopper import device, ptx
+from kernels.hopper import grouped_common as common
+
+_SLOTS = 2  # staging buffers, of 64 x 64 elements, of a warpgroup
+_SLOT_BYTES = 64 * 64 * 2
+_COLUMNS = 256  # of a tile
+
+
+def _write(dtype: str):
+    """Stores a warpgroup's 64 rows, 64 columns at a time; columns beyond the edge are dropped."""
+
+    @plgpu.inline_mgpu(arg_types=(common.ACC, common.REF, common.REF, *(common.SCALAR,) * 2))
+    def write(ctx, acc, out_s, out_g, row0, col0):
+        row0, col0 = map(common.scalar, (row0, col0))
+        (regs,) = common.accumulators(acc)
+        warp, lane = common.warp_and_lane()
+        in_matrix = arith.remui(lane, ptx.const32(8))
+        matrix = arith.divui(lane, ptx.const32(8))
+        row = common.add(common.mul(warp, 16), common.mul(arith.andi(matrix, ptx.const32(1)), 8))
+        row = common.add(row, in_matrix)
+        for chunk in range(_COLUMNS // 64):
+            slot = utils.memref_slice(out_s, chunk % _SLOTS)
+            ptx.bulk_wait_read(_SLOTS - 1)
+            utils.warpgroup_barrier()
+            values = [vector.extract(r, [], [0]) for r in regs[32 * chunk : 32 * chunk + 32]]
+            words = _words(values, dtype)
+            for j in range(0, 8, 2):
+                col8 = common.add(arith.shrui(matrix, ptx.const32(1)), j)
+                address = common.swizzled(ptx.shared_address(slot), row, col8)
+                ptx.stmatrix_x4(address, words[2 * j : 2 * j + 4], transpose=False)
+            ptx.fence_async_shared()
+            utils.warpgroup_barrier()
+            place = (common.window(row0, 64), common.window(common.add(col0, 64 * chunk), 64))
+            ctx.async_copy(
+                src_ref=slot,
+                dst_ref=out_g,
+                gmem_slice=place,
+                swizzle=128,
+                predicate=common.is_leader(),
+                arrive=True,
+            )
+
+    return write
+
+
+def _words(values: list[ir.Value], dtype: str) -> list[ir.Value]:
+    pairs = zip(values[::2], values[1::2], strict=True)
+    return [ptx.pack_pair(low, high, dtype) for low, high in pairs]
+
+
+def _tile(dtype: Any, config: common.GroupedConfig) -> common.SparseTile:
+    t = common.SparseTile(
+        warpgroups=2,
+        wg_m=1,
+        tile_n=_COLUMNS,
+        b_layout="kn",
+        stages=0,
+        dtype=jnp.dtype(dtype).name,
+    )
+    return common.with_stages(t, 2 * _SLOTS * _SLOT_BYTES, config)
+
+
+def down24(
+    y_values: jax.Array,
+    y_metadata: jax.Array,
+    w: jax.Array,
+    offsets: jax.Array,
+    block_expert: jax.Array,
+    *,
+    config: common.GroupedConfig | None = None,
+) -> jax.Array:
+    """`kernels.reference_grouped.down24`.
+
+    Raises ValueError for shapes that do not fit and NotImplementedError where `check_down24` does.
+    """
+    check_down24(y_values, y_metadata, w, offsets, block_expert, config=config)
+    config = config or common.GroupedConfig()
+    _, v = reference_grouped.down_dims(y_values, y_metadata, w, offsets, block_expert)
+    rows = y_values.shape[0]
+    experts, live, width = w.shape
+    t = _tile(w.dtype, config)
+    column_tiles = pl.cdiv(width, _COLUMNS)
+    blocks = min(device.num_cores(), rows // common.TOKENS * column_tiles)
+
+    def body(values_g, metadata_g, w_g, offsets_g, expert_g, out_g):
+        @functools.partial(
+            pl.run_scoped,
+            **t.scratch(),
+            out_s=plgpu.SMEM((2, _SLOTS, 64, 64), w.dtype),
+            collective_axes="wg",
+        )
+        def _scope(out_s, **ring):
+            wg = lax.axis_index("wg")
+            loop = common.Loop(t, live // common.TILE_K, (values_g, metadata_g, w_g), ring)
+            common.init_barriers(t.stages, t.warpgroups)(ring["bars"])
+            used = lax.div(offsets_g[experts], jnp.int32(common.TOKENS))
+            tiles = common.own_tiles(used * column_tiles, blocks)
+
+            def part(i):
+                tile = lax.axis_index("block") + i * blocks
+                return common.tile_order(tile, used, column_tiles, config.width)
+
+            def origin(i):
+                block, column = part(i)
+                expert = expert_g[lax.div(block, jnp.int32(v // common.TOKENS))]
+                return block * common.TOKENS, column * _COLUMNS, expert * live
+
+            def write(i, acc):
+                block, column = part(i)
+                row0 = block * common.TOKENS + wg * 64
+                _write(common.ptx_name(w.dtype))(acc, out_s.at[wg], out_g, row0, column * _COLUMNS)
+
+            @pl.when(wg == t.warpgroups)
+            def _producer():
+                plgpu.set_max_registers(40, action="decrease")
+                loop.produce(tiles, origin)
+
+            @pl.when(wg < t.warpgroups)
+            def _consumer():
+                plgpu.set_max_registers(common.REGISTERS, action="increase")
+                loop.consume(tiles, write)
+                common.fill_unused([(out_g, 0, 1)], used * common.TOKENS, blocks, t.warpgroups)
+                plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+
+    out_type = jax.ShapeDtypeStruct((rows, width), w.dtype)
+    call = common.kernel(body, out_type, blocks, t.warpgroups, "down24_hopper")
+    return call(y_values, y_metadata, w.reshape(experts * live, width), offsets, block_expert)
+
+
+def check_down24(
+    y_values: jax.Array,
+    y_metadata: jax.Array,
+    w: jax.Array,
+    offsets: jax.Array,
+    block_expert: jax.Array,
+    *,
+    config: common.GroupedConfig | None = None,
+) -> None:
+    """Raises NotImplementedError if this device, shape or dtype is not served, else returns None.
+
+    Arguments that contradict one another raise ValueError.
+    """
+    _, v = reference_grouped.down_dims(y_values, y_metadata, w, offsets, block_expert)
+    common.check_shapes(v, w.shape[1], w.shape[2], w.dtype)
+    _tile(w.dtype, config or common.GroupedConfig())

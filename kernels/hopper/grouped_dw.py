@@ -1,0 +1,273 @@
+"""Weight gradients of each expert: a dense product over the expert's tokens (``wgmma``).
+
+Both operands are read as they lie, tokens along rows, so both are transposed by the MMA. A block's
+tile is 128 neurons by 256 columns; each of two warpgroups takes 64 neurons. The number of steps of
+a tile is its expert's number of tokens, read from the offsets.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+
+import jax
+import jax.experimental.pallas as pl
+import jax.experimental.pallas.mosaic_gpu as plgpu
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental.mosaic.gpu import utils
+from jaxlib.mlir import ir
+from jaxlib.mlir.dialects import arith, llvm, vector
+
+from kernels import reference_grouped
+from kernels.hopper import device, ptx
+from kernels.hopper import grouped_common as common
+
+_NEURONS = 128  # of a tile
+_COLUMNS = 256
+_STEP = 64  # tokens in a stage
+_PANEL_BYTES = _STEP * 128  # 64 tokens of 64 elements
+_STAGE_BYTES = (_NEURONS + _COLUMNS) // 64 * _PANEL_BYTES
+_SLOTS = 2  # staging buffers, of 64 x 32 float32, of a warpgroup
+_SLOT_BYTES = 64 * 128
+_SHAPE = (64, _COLUMNS)
+
+
+def _wgmma(acc: Sequence[ir.Value], a: ir.Value, b: ir.Value, dtype: str) -> list[ir.Value]:
+    """One m64 n256 k16 ``wgmma.mma_async`` that adds to acc, both operands transposed."""
+    vec = ir.VectorType.get((1,), ir.F32Type.get())
+    num = len(acc)
+    outputs = "{" + ", ".join(f"${i}" for i in range(num)) + "}"
+    text = (
+        f"wgmma.mma_async.sync.aligned.m64n{_COLUMNS}k16.f32.{dtype}.{dtype} {outputs}, "
+        f"${2 * num}, ${2 * num + 1}, 1, 1, 1, 1, 1;"
+    )
+    constraints = ",".join(["=f"] * num + [str(i) for i in range(num)] + ["l", "l"])
+    struct = llvm.StructType.get_literal([vec] * num)
+    out = ptx.asm(struct, [*acc, a, b], text, constraints)
+    return [llvm.extractvalue(vec, out, [i]) for i in range(num)]
+
+
+def _fill(stages: int):
+    """Fills one stage with 64 tokens of Y and G, once it is empty (one thread)."""
+
+    @plgpu.inline_mgpu(arg_types=(*(common.REF,) * 5, *(common.SCALAR,) * 5))
+    def fill(ctx, y_g, g_g, y_s, g_s, bars, slot, parity, token, neuron0, column0):
+        slot, parity, token, *starts = map(common.scalar, (slot, parity, token, neuron0, column0))
+        with utils.when(common.is_leader()):
+            full = common.begin_fill(stages, _STAGE_BYTES, bars, slot, parity)
+            for source, target, start, size in zip(
+                (y_g, g_g), (y_s, g_s), starts, (_NEURONS, _COLUMNS), strict=True
+            ):
+                for i in range(size // 64):
+                    columns = common.window(common.add(start, 64 * i), 64)
+                    ctx.async_copy(
+                        src_ref=source,
+                        dst_ref=utils.memref_slice(target, i),
+                        gmem_slice=(common.window(token, _STEP), columns),
+                        swizzle=128,
+                        barrier=full,
+                        arrive=False,
+                        predicate=None,
+                    )
+
+    return fill
+
+
+def _acc_type():
+    return plgpu.ShapeDtypeStruct(_SHAPE, jnp.float32, layout=common.ACC)
+
+
+def _step(stages: int, dtype: str):
+    """Adds a stage's products, then releases the stage before, if there is one (it is >= 0)."""
+
+    @plgpu.inline_mgpu(
+        arg_types=(common.ACC, *(common.REF,) * 3, *(common.SCALAR,) * 3), return_type=_acc_type()
+    )
+    def step(ctx, acc, y_s, g_s, bars, slot, parity, previous):
+        del ctx
+        slot, parity, previous = map(common.scalar, (slot, parity, previous))
+        (regs,) = common.accumulators(acc)
+        warpgroup = arith.divui(utils.thread_idx(), ptx.const32(ptx.WARPGROUP))
+        panel = common.mul(common.uniform(warpgroup), _PANEL_BYTES)
+        a_desc, b_desc = (
+            ptx.smem_descriptor(address, leading_bytes=_PANEL_BYTES, stride_bytes=1024, swizzle=128)
+            for address in (common.add(ptx.shared_address(y_s), panel), ptx.shared_address(g_s))
+        )
+        ptx.mbarrier_wait(common.barrier_address(bars, slot), parity)
+        ptx.wgmma_fence()
+        for k16 in range(_STEP // 16):
+            a, b = (ptx.advance(d, k16 * 16 * 128) for d in (a_desc, b_desc))
+            regs = _wgmma(regs, a, b, dtype)
+        ptx.wgmma_commit()
+        ptx.wgmma_wait(1)
+        with utils.when(arith.cmpi(arith.CmpIPredicate.sge, previous, ptx.const32(0))):
+            common.release(stages, bars, previous)
+        return common.from_accumulators([regs], _SHAPE)
+
+    return step
+
+
+def _finish(stages: int):
+    """Waits for the last MMA of a tile and releases its stage, if there was one."""
+
+    @plgpu.inline_mgpu(arg_types=(common.ACC, common.REF, common.SCALAR), return_type=_acc_type())
+    def finish(ctx, acc, bars, previous):
+        del ctx
+        previous = common.scalar(previous)
+        ptx.wgmma_wait(0)
+        regs = [ptx.pin(row) for row in common.accumulators(acc)]
+        with utils.when(arith.cmpi(arith.CmpIPredicate.sge, previous, ptx.const32(0))):
+            common.release(stages, bars, previous)
+        return common.from_accumulators(regs, _SHAPE)
+
+    return finish
+
+
+@plgpu.inline_mgpu(arg_types=(common.ACC, common.REF, common.REF, *(common.SCALAR,) * 2))
+def _write(ctx, acc, out_s, out_g, row0, col0):
+    """Stores a warpgroup's 64 rows, 32 columns at a time; columns beyond the edge are dropped."""
+    row0, col0 = map(common.scalar, (row0, col0))
+    (regs,) = common.accumulators(acc)
+    warp, lane = common.warp_and_lane()
+    row = common.add(common.mul(warp, 16), arith.shrui(lane, ptx.const32(2)))
+    quad = arith.andi(lane, ptx.const32(3))
+    within = common.mul(arith.andi(quad, ptx.const32(1)), 8)
+    for chunk in range(_COLUMNS // 32):
+        slot = utils.memref_slice(out_s, chunk % _SLOTS)
+        base = common.add(ptx.shared_address(slot), within)
+        ptx.bulk_wait_read(_SLOTS - 1)
+        utils.warpgroup_barrier()
+        for j in range(4):
+            sixteen = common.add(arith.shrui(quad, ptx.const32(1)), 2 * j)
+            for half in range(2):
+                first = 16 * chunk + 4 * j + 2 * half
+                pair = [vector.extract(r, [], [0]) for r in regs[first : first + 2]]
+                address = common.swizzled(base, common.add(row, 8 * half), sixteen)
+                ptx.store_shared_f32(address, pair)
+        ptx.fence_async_shared()
+        utils.warpgroup_barrier()
+        columns = common.window(common.add(col0, 32 * chunk), 32)
+        ctx.async_copy(
+            src_ref=slot,
+            dst_ref=out_g,
+            gmem_slice=(common.window(row0, 64), columns),
+            swizzle=128,
+            predicate=common.is_leader(),
+            arrive=True,
+        )
+
+
+def weight_gradient(
+    y: jax.Array,
+    g: jax.Array,
+    offsets: jax.Array,
+    *,
+    num_experts: int,
+    config: common.GroupedConfig | None = None,
+) -> jax.Array:
+    """`kernels.reference_grouped.weight_gradient`.
+
+    `offsets` must be multiples of 128, as V is. Raises ValueError for shapes that do not fit and
+    NotImplementedError where `check_weight_gradient` does.
+    """
+    check_weight_gradient(y, g, offsets, num_experts=num_experts, config=config)
+    config = config or common.GroupedConfig()
+    live, width = reference_grouped.gradient_dims(y, g, offsets, num_experts)
+    dtype = common.ptx_name(y.dtype)
+    stages = _stages(config)
+    rows, columns = live // _NEURONS, pl.cdiv(width, _COLUMNS)
+    tiles = num_experts * rows * columns
+    blocks = min(device.num_cores(), tiles)
+
+    def body(y_g, g_g, offsets_g, out_g):
+        @functools.partial(
+            pl.run_scoped,
+            y_s=plgpu.SMEM((stages, _NEURONS // 64, _STEP, 64), y.dtype),
+            g_s=plgpu.SMEM((stages, _COLUMNS // 64, _STEP, 64), y.dtype),
+            out_s=plgpu.SMEM((2, _SLOTS, 64, 32), jnp.float32),
+            bars=plgpu.SMEM((2 * stages, 2), jnp.int32),
+            collective_axes="wg",
+        )
+        def _scope(y_s, g_s, out_s, bars):
+            wg = lax.axis_index("wg")
+            own = common.own_tiles(jnp.int32(tiles), blocks)
+            common.init_barriers(stages, 2)(bars)
+            fill, step, finish = _fill(stages), _step(stages, dtype), _finish(stages)
+
+            def part(i):
+                """Expert, first neuron, first column, first token and steps of a tile."""
+                tile = lax.axis_index("block") + i * blocks
+                e = lax.div(tile, jnp.int32(rows * columns))
+                rest = lax.rem(tile, jnp.int32(rows * columns))
+                row, column = common.tile_order(rest, jnp.int32(rows), columns, config.width)
+                token0, end = offsets_g[e], offsets_g[e + 1]
+                steps = lax.div(end - token0, jnp.int32(_STEP))
+                return e, row * _NEURONS, column * _COLUMNS, token0, steps
+
+            @pl.when(wg == 2)
+            def _producer():
+                plgpu.set_max_registers(40, action="decrease")
+
+                def tile(i, state):
+                    _, neuron0, column0, token0, steps = part(i)
+
+                    def one(k, state):
+                        slot, parity = state
+                        stage = (y_s.at[slot], g_s.at[slot], bars)
+                        token = token0 + k * _STEP
+                        fill(y_g, g_g, *stage, slot, parity, token, neuron0, column0)
+                        return common.next_stage(stages, slot, parity)
+
+                    return lax.fori_loop(0, steps, one, state)
+
+                lax.fori_loop(0, own, tile, (jnp.int32(0), jnp.int32(1)))
+
+            @pl.when(wg < 2)
+            def _consumer():
+                plgpu.set_max_registers(common.REGISTERS, action="increase")
+
+                def tile(i, state):
+                    e, neuron0, column0, _, steps = part(i)
+                    zeros = plgpu.layout_cast(jnp.zeros(_SHAPE, jnp.float32), common.ACC)
+
+                    def one(_, carry):
+                        acc, slot, parity, previous = carry
+                        stage = (y_s.at[slot], g_s.at[slot], bars)
+                        acc = step(acc, *stage, slot, parity, previous)
+                        return acc, *common.next_stage(stages, slot, parity), slot
+
+                    carry = (zeros, *state, jnp.int32(-1))
+                    acc, slot, parity, previous = lax.fori_loop(0, steps, one, carry)
+                    acc = finish(acc, bars, previous)
+                    row0 = e * live + neuron0 + wg * 64
+                    _write(acc, out_s.at[wg], out_g, row0, column0)
+                    return slot, parity
+
+                lax.fori_loop(0, own, tile, (jnp.int32(0), jnp.int32(0)))
+                plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+
+    out_type = jax.ShapeDtypeStruct((num_experts * live, width), jnp.float32)
+    call = common.kernel(body, out_type, blocks, 2, "weight_gradient_hopper")
+    return call(y, g, offsets).reshape(num_experts, live, width)
+
+
+def _stages(config: common.GroupedConfig) -> int:
+    return common.fitting_stages(_STAGE_BYTES, 2 * _SLOTS * _SLOT_BYTES, config)
+
+
+def check_weight_gradient(
+    y: jax.Array,
+    g: jax.Array,
+    offsets: jax.Array,
+    *,
+    num_experts: int,
+    config: common.GroupedConfig | None = None,
+) -> None:
+    """Raises NotImplementedError if this device, shape or dtype is not served, else returns None.
+
+    Arguments that contradict one another raise ValueError.
+    """
+    live, width = reference_grouped.gradient_dims(y, g, offsets, num_experts)
+    common.check_shapes(common.TOKENS, live, width, y.dtype)
+    _stages(config or common.GroupedConfig())

@@ -1,0 +1,293 @@
+"""dY1 on sparse tensor cores: gradients times packed weights, times 2 sqrt(Y2), packed like Y2.
+
+While a tile is multiplied, its part of Y2 and of the metadata arrive in shared memory; the epilogue
+replaces Y2 there by dY1, thread by thread, from where it leaves.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import jax
+import jax.experimental.pallas as pl
+import jax.experimental.pallas.mosaic_gpu as plgpu
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental.mosaic.gpu import utils
+from jaxlib.mlir import ir
+from jaxlib.mlir.dialects import arith, llvm
+
+from kernels import reference_grouped
+from kernels.hopper import device, ptx
+from kernels.hopper import grouped_common as common
+from kernels.hopper import grouped_neurons as neurons
+
+_SLOTS = 2  # staging buffers for packed results, of 32 tokens, of a warpgroup
+_PANEL = common.TOKENS * neurons.ROW  # of a part's dense staging: 64 neurons
+_BYTES = 2 * _PANEL + neurons.META_BYTES  # of a part's Y2 and metadata
+
+
+def _prefetch(t: common.SparseTile):
+    """Starts loading the part's Y2 and metadata, once all it last staged has left."""
+
+    @plgpu.inline_mgpu(arg_types=(*(common.REF,) * 5, *(common.SCALAR,) * 2))
+    def prefetch(ctx, y2_g, meta_g, dense_s, meta_s, bars, token0, neuron0):
+        token0, neuron0 = map(common.scalar, (token0, neuron0))
+        with utils.when(common.is_leader()):
+            number = common.add(_warpgroup(), 2 * t.stages)
+            ptx.bulk_wait_read(0)
+            ptx.mbarrier_expect(common.barrier_address(bars, number), _BYTES)
+            copy = functools.partial(
+                ctx.async_copy,
+                barrier=common.barrier_ref(bars, number),
+                arrive=False,
+                predicate=None,
+            )
+            rows = common.window(token0, common.TOKENS)
+            for i in range(2):
+                copy(
+                    src_ref=y2_g,
+                    dst_ref=utils.memref_slice(dense_s, i),
+                    gmem_slice=(rows, common.window(common.add(neuron0, 64 * i), 64)),
+                    swizzle=neurons.ROW,
+                )
+            tiles = [arith.shrui(v, ptx.const32(6)) for v in (token0, neuron0)]
+            copy(
+                src_ref=meta_g,
+                dst_ref=meta_s,
+                gmem_slice=(*(common.window(v, 2) for v in tiles), slice(None)),
+            )
+
+    return prefetch
+
+
+def _warpgroup() -> ir.Value:
+    return arith.divui(utils.thread_idx(), ptx.const32(ptx.WARPGROUP))
+
+
+def _await(t: common.SparseTile):
+    """Waits for what `_prefetch` started."""
+
+    @plgpu.inline_mgpu(arg_types=(common.REF, common.SCALAR))
+    def wait(ctx, bars, parity):
+        del ctx
+        number = common.add(_warpgroup(), 2 * t.stages)
+        ptx.mbarrier_wait(common.barrier_address(bars, number), common.scalar(parity))
+
+    return wait
+
+
+def _select(indices: tuple[int, int], index: ir.Value, x: list[ir.Value], rest: int) -> ir.Value:
+    """x[index] for an index that is one of two, or else `rest`."""
+    out = x[rest]
+    for i in indices:
+        equal = arith.cmpi(arith.CmpIPredicate.eq, index, ptx.const32(i))
+        out = arith.select(equal, x[i], out)
+    return out
+
+
+def _twice_root(bits: ir.Value) -> ir.Value:
+    """2 sqrt(y) of float32 bits, to a few units in the last place."""
+    f32 = ir.F32Type.get()
+    root = llvm.inline_asm(f32, [bits], "sqrt.approx.ftz.f32 $0, $1;", "=f,r", asm_dialect=0)
+    return arith.addf(root, root)
+
+
+def _halves(word: ir.Value, dtype: str) -> list[ir.Value]:
+    """The float32 bits of both 16-bit elements of a word."""
+    if dtype == "bf16":
+        return [
+            arith.shli(word, ptx.const32(16)),
+            arith.andi(word, ptx.const32(-0x10000)),
+        ]
+    i32 = ptx.i32_type()
+    asm = (
+        "{ .reg .b16 low, high; mov.b32 {low, high}, $2;\n"
+        "cvt.f32.f16 $0, low; cvt.f32.f16 $1, high; }"
+    )
+    out = llvm.inline_asm(
+        llvm.StructType.get_literal([i32, i32]), [word], asm, "=r,=r,r", asm_dialect=0
+    )
+    return [llvm.extractvalue(i32, out, [i]) for i in range(2)]
+
+
+def _pair(nibble: ir.Value, dense: list[ir.Value], x: list[ir.Value], dtype: str):
+    """The packed gradient of a group and the `prmt` selectors that spread it to four neurons.
+
+    nibble: the kept indices i0 | i1 << 2. dense: the group's four Y2 in two words. x: its dY2.
+    """
+    lower = arith.andi(nibble, ptx.const32(3))
+    higher = arith.shrui(nibble, ptx.const32(2))
+    # Bytes 2 i0, 2 i0 + 1, 2 i1, 2 i1 + 1 of the eight.
+    selector = common.add(common.add(common.mul(lower, 0x22), common.mul(higher, 0x2200)), 0x1010)
+    roots = [_twice_root(v) for v in _halves(neurons.permute(dense[0], dense[1], selector), dtype)]
+    low = arith.mulf(_select((0, 1), lower, x, 2), roots[0])
+    high = arith.mulf(_select((2, 3), higher, x, 1), roots[1])
+    return ptx.pack_pair(low, high, dtype), neurons.spread_code(nibble)
+
+
+def _put(sixteen: int, dtype: str):
+    """Turns the staged Y2 of 16 tokens into dY1, and stages it packed as well."""
+    groups = (neurons.FOUR,) * 4
+
+    @plgpu.inline_mgpu(arg_types=(*(common.REF,) * 3, *groups))
+    def put(ctx, dense_s, packed_s, meta_s, *groups):
+        del ctx
+        place = neurons.Place()
+        elements = [common.to_scalars(g) for g in groups]
+        i32, zero = ptx.i32_type(), ptx.const32(0)
+        staged = common.add(ptx.shared_address(dense_s), sixteen * 16 * neurons.ROW)
+        slot = sixteen // 2 % _SLOTS * neurons.PANEL + sixteen % 2 * 16 * neurons.ROW
+        packed = common.add(ptx.shared_address(packed_s), slot)
+        for j in range(2):
+            address = common.add(ptx.shared_address(meta_s), place.metadata(j))
+            asm = f"ld.shared.b32 $0, [$1+{neurons.metadata_offset(sixteen)}];"
+            word = ptx.asm(i32, [address], asm, "=r,r,~{memory}")
+            word = arith.shrui(word, place.nibble)
+            for n in range(2):
+                nibble = arith.shrui(word, ptx.const32(16 * n))
+                nibble = arith.andi(nibble, ptx.const32(15))
+                address = common.add(staged, place.dense(j, _PANEL))
+                asm = f"ld.shared.v2.b32 {{$0, $1}}, [$2+{n * 8 * neurons.ROW}];"
+                two = llvm.StructType.get_literal([i32, i32])
+                loaded = ptx.asm(two, [address], asm, "=r,=r,r,~{memory}")
+                dense = [llvm.extractvalue(i32, loaded, [i]) for i in range(2)]
+                x = [element[2 * n + j] for element in elements]
+                pair, code = _pair(nibble, dense, x, dtype)
+                neurons.store_pair(place, n, j, pair, code, zero, staged, packed, _PANEL)
+
+    return put
+
+
+def _send(chunk: int):
+    """Stores a staged chunk to global memory."""
+
+    @plgpu.inline_mgpu(arg_types=(*(common.REF,) * 4, *(common.SCALAR,) * 2))
+    def send(ctx, dense_s, packed_s, dy_g, values_g, token0, neuron0):
+        token0, neuron0 = map(common.scalar, (token0, neuron0))
+        ptx.fence_async_shared()
+        utils.warpgroup_barrier()
+        rows = utils.ds(chunk * neurons.CHUNK, neurons.CHUNK)
+        panels = [utils.memref_slice(dense_s, (i, rows)) for i in range(2)]
+        packed = utils.memref_slice(packed_s, chunk % _SLOTS)
+        token = common.add(token0, chunk * neurons.CHUNK)
+        neurons.store_chunk(ctx, panels, packed, dy_g, values_g, token, neuron0)
+
+    return send
+
+
+def up24_backward(
+    values: jax.Array,
+    metadata: jax.Array,
+    dy_p: jax.Array,
+    y2: jax.Array,
+    y2_metadata: jax.Array,
+    offsets: jax.Array,
+    block_expert: jax.Array,
+    *,
+    config: common.GroupedConfig | None = None,
+) -> tuple[jax.Array, jax.Array]:
+    """`kernels.reference_grouped.up24_backward` for this backend's `pack_weight24`.
+
+    Raises ValueError for shapes that do not fit and NotImplementedError where
+    `check_up24_backward` does.
+    """
+    arguments = (values, metadata, dy_p, y2, y2_metadata, offsets, block_expert)
+    check_up24_backward(*arguments, config=config)
+    config = config or common.GroupedConfig()
+    _, v, live = reference_grouped.backward_dims(*arguments)
+    rows, width = dy_p.shape
+    t = _tile(live, values.dtype, config)
+    blocks = min(device.num_cores(), rows // common.TOKENS * (live // t.block_m))
+
+    def body(values_g, metadata_g, dy_g, y2_g, y2_meta_g, offsets_g, expert_g, out_g, out_values_g):
+        @functools.partial(
+            pl.run_scoped,
+            **t.scratch(),
+            dense_s=plgpu.SMEM((t.warpgroups, 2, common.TOKENS, 64), dy_p.dtype),
+            packed_s=plgpu.SMEM((t.warpgroups, _SLOTS, neurons.CHUNK, 64), dy_p.dtype),
+            y2_meta_s=plgpu.SMEM((t.warpgroups, 2, 2, 128), jnp.int32),
+            collective_axes="wg",
+        )
+        def _scope(dense_s, packed_s, y2_meta_s, **ring):
+            wg = lax.axis_index("wg")
+            plan = neurons.Plan(
+                t, live, blocks, config.width, offsets_g, expert_g, v // common.TOKENS
+            )
+            loop = common.Loop(t, width // common.TILE_K, (values_g, metadata_g, dy_g), ring)
+            bars = ring["bars"]
+            common.init_barriers(t.stages, t.warpgroups, t.spare)(bars)
+            staged = lambda: (dense_s.at[wg], packed_s.at[wg])
+
+            def part(i):
+                token0, neuron0 = plan.part(i)
+                return token0, neuron0 + wg * common.PART
+
+            def prefetch(i):
+                _prefetch(t)(y2_g, y2_meta_g, dense_s.at[wg], y2_meta_s.at[wg], bars, *part(i))
+
+            def write(i, acc):
+                place = part(i)
+                _await(t)(bars, i & 1)
+                for chunk in range(neurons.CHUNKS):
+                    if chunk >= _SLOTS:
+                        neurons.await_slot(_SLOTS - 1)()
+                    for half in range(2):
+                        sixteen = 2 * chunk + half
+                        groups = neurons.split_groups(sixteen)(acc)
+                        put = _put(sixteen, common.ptx_name(dy_p.dtype))
+                        put(*staged(), y2_meta_s.at[wg], *groups)
+                    _send(chunk)(*staged(), out_g, out_values_g, *place)
+
+            @pl.when(wg == t.warpgroups)
+            def _producer():
+                plgpu.set_max_registers(40, action="decrease")
+                loop.produce(plan.own_tiles, plan.origin)
+
+            @pl.when(wg < t.warpgroups)
+            def _consumer():
+                plgpu.set_max_registers(common.REGISTERS, action="increase")
+                loop.consume(plan.own_tiles, write, prefetch)
+                outs = [(out_g, 0, 1), (out_values_g, 0, 1)]
+                common.fill_unused(outs, plan.used * common.TOKENS, blocks, t.warpgroups)
+                plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+
+    call = common.kernel(
+        body,
+        (
+            jax.ShapeDtypeStruct((rows, live), dy_p.dtype),
+            jax.ShapeDtypeStruct((rows, live // 2), dy_p.dtype),
+        ),
+        blocks,
+        t.warpgroups,
+        "up24_backward_hopper",
+    )
+    dy1, dy1_values = call(*arguments)
+    return dy1, dy1_values
+
+
+def _tile(live: int, dtype: Any, config: common.GroupedConfig) -> common.SparseTile:
+    return neurons.neuron_tile(live, dtype, _BYTES + _SLOTS * neurons.PANEL, config, barriers=True)
+
+
+def check_up24_backward(
+    values: jax.Array,
+    metadata: jax.Array,
+    dy_p: jax.Array,
+    y2: jax.Array,
+    y2_metadata: jax.Array,
+    offsets: jax.Array,
+    block_expert: jax.Array,
+    *,
+    config: common.GroupedConfig | None = None,
+) -> None:
+    """Raises NotImplementedError if this device, shape or dtype is not served, else returns None.
+
+    Arguments that contradict one another raise ValueError.
+    """
+    _, v, live = reference_grouped.backward_dims(
+        values, metadata, dy_p, y2, y2_metadata, offsets, block_expert
+    )
+    common.check_shapes(v, live, dy_p.shape[1], values.dtype)
+    _tile(live, values.dtype, config or common.GroupedConfig())
