@@ -275,7 +275,8 @@ def _rank_key(x: jax.Array, mode: str, dtype) -> jax.Array:
 
 
 def _shrink(x: jax.Array, threshold: jax.Array) -> jax.Array:
-    reduced = jnp.maximum(jnp.abs(x) - threshold, 0.0)
+    reduced = jnp.abs(x) - threshold
+    reduced = jnp.where(reduced <= 0.0, 0.0, reduced)  # Not jnp.maximum: Triton's drops NaN.
     bits = lax.bitcast_convert_type(reduced, jnp.uint32)
     sign = lax.bitcast_convert_type(x, jnp.uint32) & jnp.uint32(0x80000000)
     return lax.bitcast_convert_type(bits | sign, jnp.float32)

@@ -140,6 +140,22 @@ def test_spmm24_interpreted_matches_float32(b_layout, out_layout, epilogue, dtyp
     assert error < 3e-3
 
 
+def test_spmm24_interpreted_single_tile():
+    rng = np.random.default_rng(3)
+    values, metadata, dense = sparse_operand(rng, 64, 64)
+    b = rng.standard_normal((16, 64)).astype(ml_dtypes.bfloat16)
+    out = spmm24(
+        jnp.asarray(values),
+        jnp.asarray(metadata),
+        jnp.asarray(b),
+        b_layout="nk",
+        config=SMALL,
+        interpret=True,
+    )
+    expected = dense @ b.astype(np.float32).T
+    np.testing.assert_allclose(np.asarray(out, np.float32), expected, rtol=1e-2, atol=1e-2)
+
+
 def expected_pack(x: np.ndarray, axis: int, mode: str, scale: float):
     """Values (float32, unrounded) and metadata of the padded operand."""
     a = x.astype(np.float32)

@@ -82,7 +82,7 @@ class Machine:
             self.step(opcode.split("."), operands, guard)
 
     def step(self, opcode: list[str], operands: list[str], guard: np.ndarray) -> None:
-        simple: dict[str, Callable[..., np.ndarray]] = {
+        simple: dict[str, Callable] = {
             "mov": lambda a: a,
             "add": np.add,
             "sub": np.subtract,
@@ -179,9 +179,9 @@ class Machine:
         dense = np.zeros((*nibbles.shape, 4), np.float32)
         for i, position in enumerate((nibbles & 3, nibbles >> 2)):
             np.put_along_axis(dense, position[..., None], kept[..., i : i + 1], axis=-1)
-        dense = dense.reshape(-1, 16, 32)
+        rows = dense.reshape(-1, 16, 32)
         columns = self.fragment(b).transpose(0, 3, 2, 4, 1).reshape(-1, 32, 8)
-        products = (dense @ columns).reshape(-1, 2, 8, 4, 2)
+        products = (rows @ columns).reshape(-1, 2, 8, 4, 2)
         out = products.transpose(0, 2, 3, 1, 4).reshape(self.threads, 4)
         for i, name in enumerate(acc.strip("{}").split(", ")):
             self.registers[name] = self.registers[name] + out[:, i]
