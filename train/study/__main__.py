@@ -62,7 +62,8 @@ class Arguments:
 def main(argv: list[str] | None = None) -> int:
     """Runs the command line; returns the process's exit code: 1 if a run failed, 2 for a refused
     command line."""
-    console = Console()
+    # A file has no width: tables need not fold there.
+    console = Console() if sys.stdout.isatty() else Console(width=140)
     try:
         require_jax()
         arguments = tyro.cli(Arguments, args=argv, prog="python -m train.study")

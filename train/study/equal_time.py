@@ -82,11 +82,13 @@ def read_speedups(path: str | os.PathLike[str]) -> Speedups:
         raise ValueError(f"{os.fspath(path)} is not JSON: {error}") from None
     value = found.get(KEY) if isinstance(found, dict) else None
     values = value if isinstance(value, dict) else {"default": value}
-    numbers = {label: v for label, v in values.items() if type(v) in (int, float)}
+    numbers: dict[str, float] = {}
+    for label, number in values.items():
+        if isinstance(number, int | float) and not isinstance(number, bool):
+            numbers[str(label)] = float(number)
     if len(numbers) < len(values) or not numbers:
         raise ValueError(f"{os.fspath(path)} has no number, or object of numbers, under {KEY!r}")
-    by_label = {str(label): float(v) for label, v in numbers.items() if label != "default"}
-    return Speedups(numbers.get("default"), by_label)
+    return Speedups(numbers.pop("default", None), numbers)
 
 
 def whole_run_speedup(sparse_share: float, speedup: float) -> float:

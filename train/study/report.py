@@ -314,8 +314,10 @@ def _filled(rows: Sequence[Row], everything: bool) -> list[_Column]:
 def _console_table(header: Header, rows: Sequence[Row]) -> Table:
     table = Table(title=f"{header.name}: {header.question}", title_justify="left")
     columns = _filled(rows, everything=False)
+    if len({row.tokens for row in rows}) == 1:
+        columns = [column for column in columns if column[0] != "M tokens"]
     for heading, _, _ in columns:
-        table.add_column(heading, justify="left" if heading == "label" else "right", no_wrap=True)
+        table.add_column(heading, justify="left" if heading == "label" else "right")
     for row in rows:
         style = "bold" if row.label == header.baseline else None
         table.add_row(*(text(row) for _, text, _ in columns), style=style)

@@ -1,0 +1,130 @@
+"""The studies that come with the repository, and what a study refuses."""
+
+import dataclasses
+
+import pytest
+
+import configs
+from configs.studies import _base
+from train.config import Config, validate
+from train.data.config import DataConfig
+from train.study import definition
+from train.study.definition import Axis, Options, Run, Study
+from train.study.equal_time import Speedups
+
+SPEEDUPS = Speedups(1.3)
+
+
+def run(label="a", seed=0, **factors):
+    return Run(label, seed, Config(seed=seed), factors)
+
+
+@pytest.mark.parametrize("name", definition.names())
+def test_every_study_can_run_on_the_data_asked_for(name):
+    data = DataConfig(source="tokens/train-*.bin", validation="tokens/val.bin")
+    study = definition.get(name, Options(data=data, speedups=SPEEDUPS))
+    study.validate()
+    assert definition.summary(name).endswith((".", "?"))
+    # A minute of an H100, and no more than one pass over the text the budget was made for.
+    assert all(run.tokens <= 47e6 for run in study.runs)
+    for run in study.runs:
+        assert run.config.data == dataclasses.replace(data, shuffle=run.config.data.shuffle)
+        assert run.config.checkpoint.every == 0
+    # Every label has the same seeds: everything is paired.
+    seeds = {label: [r.seed for r in study.runs if r.label == label] for label in study.labels}
+    assert len(set(map(tuple, seeds.values()))) == 1
+
+
+@pytest.mark.parametrize("name", [n for n in definition.names() if n != "smoke"])
+def test_studies_vary_another_configuration_too(name):
+    study = definition.get(name, Options(base="tiny", seeds=(7,), speedups=SPEEDUPS))
+    study.validate()
+    assert {run.seed for run in study.runs} == {7}
+    assert {run.config.model.width for run in study.runs} == {configs.get("tiny").model.width}
+
+
+def test_configurations_of_one_study_differ():
+    for name in definition.names():
+        study = definition.get(name, Options(speedups=SPEEDUPS))
+        assert len({repr(run.config) for run in study.runs}) == len(study.runs), name
+
+
+def test_studies_are_no_configurations():
+    assert "studies" not in configs.names()
+    assert not any(name.startswith("_") for name in definition.names())
+
+
+def test_dense_sweep_is_a_star():
+    study = definition.get("dense_sweep", Options())
+    relu2 = [run for run in study.runs if run.factors["ffn"] == "relu2"]
+    centre = relu2[0].factors
+    moved = [[k for k, v in run.factors.items() if v != centre[k]] for run in relu2]
+    assert sorted(map(len, moved)) == [0] + 8 * [1]
+    tokens = {run.tokens for run in study.runs}
+    assert max(tokens) - min(tokens) < 0.003 * max(tokens)
+    batches = {run.config.batch_size: run.config for run in relu2}
+    warmup = {b: c.optimizer.warmup_steps / c.steps for b, c in batches.items()}
+    assert max(warmup.values()) - min(warmup.values()) < 0.005
+
+
+def test_sparse_runs_leave_a_dense_end():
+    for name in ("sparse_share", "block_size", "flip"):
+        for run in definition.get(name, Options()).runs:
+            config = run.config
+            end = config.steps - config.schedule.warmup_steps - config.sparse_steps
+            assert end >= 0.049 * config.steps
+
+
+def test_equal_time_needs_a_speed_and_spends_it():
+    with pytest.raises(ValueError, match="--speedup"):
+        definition.get("equal_time", Options())
+    study = definition.get(
+        "equal_time", Options(speedups=Speedups(None, {"sparse": 1.2, "sparse gated": 1.4}))
+    )
+    tokens = {run.label: run.tokens for run in study.runs}
+    share = 0.5
+    for label, s in (("sparse", 1.2), ("sparse gated", 1.4)):
+        saved = tokens["relu2"] / (1 - share + share / s)
+        assert tokens[f"{label}, equal time"] == pytest.approx(saved, rel=2e-3)
+        assert tokens[label] == tokens["relu2"]
+
+
+def test_seed_by_seed():
+    study = definition.get("sparse_share", Options(seeds=(3, 5)))
+    assert [run.seed for run in study.runs] == sorted(run.seed for run in study.runs)
+    assert all(run.config.seed == run.seed for run in study.runs)
+
+
+def test_batch_of_another_size():
+    config = _base.base(Options())
+    half = _base.with_batch(config, config.batch_size // 2)
+    assert half.steps == 2 * config.steps
+    assert half.optimizer.warmup_steps == 2 * config.optimizer.warmup_steps
+    assert half.log.eval_every == 2 * config.log.eval_every
+    validate(half)
+
+
+def test_unknown_study():
+    with pytest.raises(ValueError, match=r"study 'no' is unknown; known: .*smoke"):
+        definition.get("no")
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"runs": ()}, "no runs"),
+        ({"runs": (run("a b"), run("a/b"))}, "several runs named a_b-seed0"),
+        ({"runs": (run(),), "baseline": "b"}, "baseline='b'.*: a"),
+        ({"runs": (run(),), "axes": (Axis("m"),)}, "factor 'm'"),
+        ({"runs": (Run("a", 1, Config(seed=2)),)}, "config.seed=2"),
+    ],
+)
+def test_refused(fields, message):
+    with pytest.raises(ValueError, match=message):
+        Study(**{"name": "x", "question": "?", **fields})
+
+
+def test_refused_before_the_first_run():
+    bad = Run("bad", 0, Config(steps=0))
+    with pytest.raises(ValueError, match="run bad-seed0: steps=0"):
+        Study("x", "?", (run(), bad)).validate()

@@ -1,0 +1,73 @@
+"""What makes two runs the same, and what a result file holds."""
+
+import dataclasses
+import json
+import math
+
+import pytest
+
+from train.config import CheckpointConfig, Config, LogConfig, OptimizerConfig
+from train.data.config import DataConfig
+from train.study import record
+from train.study.record import config_hash, differences
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"name": "other"},
+        {"output": "elsewhere"},
+        {"checkpoint": CheckpointConfig(every=7)},
+        {"log": LogConfig(tensorboard=True)},
+        {"data": DataConfig(threads=5, cache="/tmp")},
+    ],
+)
+def test_convenience_makes_no_other_run(change):
+    config = dataclasses.replace(Config(), **change)
+    assert config_hash(config) == config_hash(Config())
+    assert differences(dataclasses.asdict(Config()), config) == []
+
+
+@pytest.mark.parametrize(
+    ("change", "line"),
+    [
+        ({"steps": 7}, "steps: 1000, now 7"),
+        ({"seed": 3}, "seed: 0, now 3"),
+        ({"log": LogConfig(eval_windows=5)}, "log.eval_windows: 64, now 5"),
+        ({"data": DataConfig(source="x.bin")}, "data.source: embedded, now x.bin"),
+        (
+            {"optimizer": OptimizerConfig(learning_rate=1.0)},
+            "optimizer.learning_rate: 0.003, now 1.0",
+        ),
+    ],
+)
+def test_what_decides_the_result_makes_another_run(change, line):
+    config = dataclasses.replace(Config(), **change)
+    assert config_hash(config) != config_hash(Config())
+    stored = json.loads(json.dumps(dataclasses.asdict(Config())))
+    assert differences(stored, config) == [line]
+
+
+def test_a_new_switch_counts_as_its_default():
+    stored = dataclasses.asdict(Config())
+    del stored["optimizer"]["rewarm_steps"]
+    assert differences(stored, Config()) == []
+    config = dataclasses.replace(Config(), optimizer=OptimizerConfig(rewarm_steps=4))
+    assert differences(stored, config) == ["optimizer.rewarm_steps: 0, now 4"]
+    assert differences({**stored, "gone": 1}, Config()) == ["gone: 1, now None"]
+
+
+def test_files_are_strict_json_and_whole(tmp_path):
+    path = tmp_path / "results" / "a.json"
+    record.write(path, {"format": record.FORMAT, "x": [math.nan, 1.0, {"y": math.inf}]})
+    assert record.read(path)["x"] == [None, 1.0, {"y": None}]
+    assert [p.name for p in path.parent.iterdir()] == ["a.json"]
+    assert record.read(tmp_path / "none.json") is None
+
+
+@pytest.mark.parametrize("text", ["{", "[]", '{"format": 99}'])
+def test_foreign_files_are_refused(tmp_path, text):
+    path = tmp_path / "a.json"
+    path.write_text(text)
+    with pytest.raises(ValueError, match=r"a\.json is not"):
+        record.read(path)

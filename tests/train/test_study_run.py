@@ -1,0 +1,293 @@
+"""Studies that run: the smoke study end to end, and what the runner does when things go wrong."""
+
+import dataclasses
+import json
+import os
+import signal
+
+import pytest
+from rich.console import Console
+
+from train.study import definition, runner
+from train.study.__main__ import main
+from train.study.definition import Options, Run
+from train.study.execute import execute
+from train.study.record import FORMAT, Folders, read, write
+from train.study.runner import expected_seconds, plan, run_study, select
+
+SILENT = Console(quiet=True)
+
+
+@pytest.fixture(name="done", scope="module")
+def _done(tmp_path_factory):
+    """The smoke study without SwiGLU, run once."""
+    output = tmp_path_factory.mktemp("smoke")
+    argv = ["smoke", "--only", "relu2", "sparse", "--output", str(output), "--speedup", "1.3"]
+    assert main(argv) == 0
+    return output
+
+
+def results(output):
+    return {p.stem: json.loads(p.read_text()) for p in (output / "results").glob("*.json")}
+
+
+def test_a_file_a_run_with_everything_in_it(done):
+    found = results(done)
+    assert sorted(found) == ["relu2-seed0", "sparse-seed0"]
+    for record in found.values():
+        assert record["status"] == "finished"
+        assert record["tokens"] == 24 * 4 * 64
+        assert record["curve"]["step"] == sorted({*range(3, 25, 3), 12})
+        assert record["evaluations"]["step"] == [12, 24]
+        assert record["final"]["loss_dense"] == record["evaluations"]["loss_dense"][-1]
+        assert record["best"]["loss_dense"]["loss"] == min(record["evaluations"]["loss_dense"])
+        assert record["data"]["evaluated_tokens"] == 16 * 64
+        assert record["phases"]["dense"]["tokens_per_second"] > 0
+        assert record["wall_seconds"] > record["loop_seconds"] > 0
+        assert {"python", "jax", "flax"} <= record["versions"].keys()
+        assert record["device"]["platform"]
+    sparse = found["sparse-seed0"]
+    assert {"dense", "sparse"} == sparse["phases"].keys() == set(sparse["curve"]["phase"])
+    assert sparse["final"].keys() == {"loss_dense", "loss_sparse"}
+    assert sparse["expert_load"] >= 1
+    assert found["relu2-seed0"]["expert_load"] is None
+    # D 32, H 128, 2 layers: attention, FFN and norms.
+    assert (
+        found["relu2-seed0"]["model"]["body_parameters"] == 2 * (4 * 32**2 + 2 * 32 * 128 + 64) + 32
+    )
+
+
+def test_the_report_stands_beside_the_results(done):
+    assert {p.name for p in done.iterdir()} >= {
+        "report.md",
+        "study.json",
+        "curves.png",
+        "final_loss.png",
+        "pareto.png",
+    }
+    assert not list(done.rglob("checkpoints"))
+
+
+def test_what_is_done_is_not_done_again(done, capsys):
+    before = {p: p.stat().st_mtime_ns for p in (done / "results").iterdir()}
+    argv = ["smoke", "--output", str(done), "--only", "relu2", "sparse"]
+    assert main(argv) == 0
+    assert {p: p.stat().st_mtime_ns for p in (done / "results").iterdir()} == before
+    assert "0 runs to do, 2 done before" in capsys.readouterr().out
+    assert main(["smoke", "--output", str(done), "--list"]) == 0
+    assert "3 runs" in (out := capsys.readouterr().out)
+    assert out.count("1 done") == 2
+    assert main(["smoke", "--output", str(done), "--report"]) == 0
+
+
+def test_another_configuration_is_refused_until_replaced(done, capsys):
+    argv = ["smoke", "--output", str(done), "--only", "relu2", "--data.validation-fraction", "0.1"]
+    assert main(argv) == 2
+    error = capsys.readouterr().err
+    assert "data.validation_fraction: 0.05, now 0.1" in error
+    assert error.count("\n") == 1
+    assert main([*argv, "--list"]) == 0
+    assert "of another configuration" in capsys.readouterr().out
+    study = definition.get("smoke", Options())
+    changed = dataclasses.replace(study.runs[0], seed=0)
+    config = dataclasses.replace(changed.config, steps=25)
+    changed = dataclasses.replace(changed, config=config)
+    folders = Folders(done, done / "scratch")
+    assert plan(study, [changed], folders, replace=True).left == [changed]
+
+
+def test_a_run_in_its_own_process(done, tmp_path):
+    """Isolated runs give the same losses; programs come from the shared cache."""
+    study = definition.get("smoke", Options())
+    run = study.runs[0]
+    folders = Folders(tmp_path, done / "scratch")
+    outcome = plan(study, [run], folders)
+    run_study(study, outcome, folders, console=SILENT, isolate=True)
+    assert outcome.failed == []
+    (record,) = outcome.done
+    assert record["final"] == pytest.approx(results(done)["relu2-seed0"]["final"], abs=1e-4)
+
+
+def die(run: Run, study: str, folders: Folders) -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_a_process_that_dies_is_a_failed_run(tmp_path, monkeypatch):
+    monkeypatch.setattr(runner, "execute", die)
+    study = definition.get("smoke", Options())
+    folders = Folders(tmp_path, tmp_path)
+    outcome = plan(study, study.runs[:1], folders)
+    run_study(study, outcome, folders, console=SILENT, isolate=True)
+    assert [r["error"] for r in outcome.failed] == ["its process died: SIGKILL"]
+    assert plan(study, study.runs[:1], folders).left == [study.runs[0]]
+
+
+def test_a_run_that_diverges_is_a_result(tmp_path):
+    study = definition.get("smoke", Options())
+    config = study.runs[0].config
+    config = dataclasses.replace(
+        config,
+        model=dataclasses.replace(config.model, num_layers=1),
+        optimizer=dataclasses.replace(config.optimizer, learning_rate=1e30, warmup_steps=0),
+    )
+    run = dataclasses.replace(study.runs[0], config=config)
+    folders = Folders(tmp_path, tmp_path / "scratch")
+    record = execute(run, "smoke", folders)
+    assert record["status"] == "non_finite"
+    assert "of 24" in record["error"]
+    assert record["final"] == {}
+    assert read(folders.result(run)) == record
+    assert plan(study, [run], folders).done == [record]
+    assert "lr" not in record["curve"]
+
+
+def test_a_run_that_fails_is_reported_and_tried_again(tmp_path):
+    study = definition.get("smoke", Options())
+    data = dataclasses.replace(study.runs[0].config.data, source="/nowhere/x.bin")
+    config = dataclasses.replace(study.runs[0].config, data=data)
+    run = dataclasses.replace(study.runs[0], config=config)
+    folders = Folders(tmp_path, tmp_path / "scratch")
+    record = execute(run, "smoke", folders)
+    assert record["status"] == "failed"
+    assert record["error"].startswith("FileNotFoundError: data.source='/nowhere/x.bin'")
+    assert "Traceback" in folders.log(run).read_text()
+    assert plan(study, [run], folders).left == [run]
+
+
+def fake(run: Run, study: str, status: str = "finished", seconds: float = 1.0):
+    return {
+        "format": FORMAT,
+        "label": run.label,
+        "seed": run.seed,
+        "status": status,
+        "error": None if status == "finished" else "boom",
+        "config": dataclasses.asdict(run.config),
+        "tokens": run.tokens,
+        "final": {"loss_dense": 1.0},
+        "wall_seconds": seconds,
+    }
+
+
+@pytest.fixture(name="acted")
+def _acted(monkeypatch, tmp_path):
+    """The runner with runs that only pretend; returns what was run and how runs end."""
+    study = definition.get("smoke", Options(seeds=(0, 1)))
+    folders = Folders(tmp_path, tmp_path)
+    ran, ends = [], {}
+
+    def act(run, name, folders, line=None):
+        ran.append(run.key)
+        end = ends.get(run.key, "finished")
+        if isinstance(end, BaseException):
+            raise end
+        if end is None:
+            return None
+        record = fake(run, name, end)
+        write(folders.result(run), record)
+        return record
+
+    monkeypatch.setattr(runner, "execute", act)
+
+    def go(**options):
+        outcome = plan(study, study.runs, folders)
+        run_study(study, outcome, folders, console=SILENT, **options)
+        return outcome
+
+    return ran, ends, go
+
+
+def test_one_failure_does_not_stop_the_others(acted):
+    ran, ends, go = acted
+    ends["sparse-seed0"] = "failed"
+    outcome = go()
+    assert len(ran) == 6
+    assert [r["label"] for r in outcome.failed] == ["sparse"]
+    assert (len(outcome.done), outcome.left, outcome.stopped) == (5, [], None)
+    ends.clear()
+    assert len(go().done) == 6
+    assert ran[6:] == ["sparse-seed0"]
+
+
+@pytest.mark.parametrize("end", [None, KeyboardInterrupt()])
+def test_an_interrupted_run_starts_over(acted, end):
+    ran, ends, go = acted
+    ends["sparse-seed0"] = end
+    outcome = go()
+    assert ran == ["relu2-seed0", "sparse-seed0"]
+    assert "interrupted" in outcome.stopped
+    assert len(outcome.left) == 5
+    ends.clear()
+    assert len(go().done) == 6
+    assert ran[2] == "sparse-seed0"
+
+
+def test_time_is_up_between_runs(acted, monkeypatch):
+    ran, _, go = acted
+    clock = iter(range(0, 10_000, 50))
+    monkeypatch.setattr(runner.time, "monotonic", lambda: float(next(clock)))
+    # A run is thought to take 1 s; the clock says 50 s at each look at it.
+    outcome = go(max_minutes=2.0)
+    assert ran == ["relu2-seed0", "sparse-seed0"]
+    assert "--max-minutes 2" in outcome.stopped
+    go(max_minutes=1e-6)
+    assert len(ran) == 3  # the first one always runs, or nothing ever would
+
+
+def test_a_dead_device_stops_the_study(acted, monkeypatch):
+    ran, ends, go = acted
+    ends["relu2-seed0"] = "failed"
+    monkeypatch.setattr(runner, "device_answers", lambda: False)
+    assert "no longer answers" in go().stopped
+    assert len(ran) == 1
+
+
+def test_expected_time():
+    study = definition.get("smoke", Options())
+    relu2, sparse, _ = study.runs
+    assert expected_seconds(relu2, []) is None
+    records = [fake(relu2, "x", seconds=4.0), fake(sparse, "x", "non_finite", 1.0)]
+    assert expected_seconds(relu2, records) == 4.0
+    longer = dataclasses.replace(sparse.config, steps=2 * sparse.config.steps)
+    assert expected_seconds(dataclasses.replace(sparse, config=longer), records) == 8.0
+    records.append(fake(sparse, "x", seconds=6.0))
+    assert expected_seconds(sparse, records) == 6.0
+
+
+def test_only_takes_labels_and_patterns():
+    study = definition.get("dense_sweep", Options())
+    assert {run.factors["ffn"] for run in select(study, ["swiglu*"])} == {"swiglu"}
+    assert len(select(study, [])) == len(study.runs)
+    smoke = definition.get("smoke", Options())
+    assert [run.label for run in select(smoke, ["sparse", "relu2"])] == ["relu2", "sparse"]
+    with pytest.raises(ValueError, match=r"--only 'x\*' matches no label.*relu2, sparse, swiglu"):
+        select(smoke, ["x*"])
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        ([], "which study? known: block_size"),
+        (["nope"], "study 'nope' is unknown; known: block_size"),
+        (["smoke", "--base", "nope"], "config 'nope' is unknown"),
+        (["smoke", "--only", "x"], "--only 'x' matches no label"),
+        (["smoke", "--max-minutes", "0"], "--max-minutes 0 must be positive"),
+        (["smoke", "--speedup", "-1"], "speedup=-1.0 must be a positive number"),
+        (["smoke", "--speedup", "1", "--speedup-from", "x"], "not both"),
+        (["smoke", "--speedup-from", "/nowhere.json"], "/nowhere.json"),
+        (["equal_time"], "give --speedup S"),
+        (["smoke", "--report"], "holds no results"),
+    ],
+)
+def test_refused_in_one_line(capsys, tmp_path, argv, message):
+    assert main([*argv, "--output", str(tmp_path / "out")]) == 2
+    out, error = capsys.readouterr()
+    assert message in error
+    assert error.count("\n") == 1
+    assert out == ""
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_studies_are_listed(capsys):
+    assert main(["--list"]) == 0
+    out = capsys.readouterr().out
+    assert all(name in out and definition.summary(name)[:40] in out for name in definition.names())
