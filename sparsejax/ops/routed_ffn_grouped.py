@@ -212,7 +212,7 @@ def _layout(tokens: int, plan: TokenPlan | None, sparsity: Sparsity) -> _Layout:
     return _Layout(offsets, jnp.zeros((rows // sparsity.v,), jnp.int32))
 
 
-def _stack(x: Array, plan: TokenPlan | None, sparsity: Sparsity) -> Array:
+def stack(x: Array, plan: TokenPlan | None, sparsity: Sparsity) -> Array:
     """Tokens (T, D) in the order of the plan, padding as zeros: (T_pad, D)."""
     if plan is None:
         rows = _rows(x.shape[0], sparsity)
@@ -221,7 +221,7 @@ def _stack(x: Array, plan: TokenPlan | None, sparsity: Sparsity) -> Array:
     return x.at[plan.permutation].get(mode="fill", fill_value=0, wrap_negative_indices=False)
 
 
-def _unstack(y: Array, tokens: int, plan: TokenPlan | None) -> Array:
+def unstack(y: Array, tokens: int, plan: TokenPlan | None) -> Array:
     if plan is None:
         return y[:tokens]
     return y.at[plan.inverse].get(
@@ -242,10 +242,10 @@ def forward(
     def network(x: Array, packed: PackedFFN, plan: TokenPlan | None) -> tuple[Array, Saved]:
         layout = _layout(x.shape[0], plan, sparsity)
         y2, values, metadata = functions.up24(
-            packed.w1.values, packed.w1.metadata, _stack(x, plan, sparsity), *layout
+            packed.w1.values, packed.w1.metadata, stack(x, plan, sparsity), *layout
         )
         y3 = functions.down24(values, metadata, packed.w2.dense, *layout)
-        return _unstack(y3, x.shape[0], plan), Saved(y2, metadata)
+        return unstack(y3, x.shape[0], plan), Saved(y2, metadata)
 
     return _batchable(network, kernels)(x, packed, plan)
 
@@ -268,14 +268,14 @@ def backward(
         def weight_gradient(y: Array, g: Array) -> Array:
             return functions.weight_gradient(y, g, layout.offsets, num_experts=sparsity.num_experts)
 
-        dy = _stack(dy, plan, sparsity)
+        dy = stack(dy, plan, sparsity)
         dy1, values = functions.up24_backward(
             packed.w2.values, packed.w2.metadata, dy, saved.y2, saved.metadata, *layout
         )
         dx = functions.down24(values, saved.metadata, packed.w1.dense, *layout)
         dw2 = weight_gradient(saved.y2, dy)
-        dw1 = weight_gradient(dy1, _stack(x, plan, sparsity))
-        return _unstack(dx, x.shape[0], plan), dw1, dw2
+        dw1 = weight_gradient(dy1, stack(x, plan, sparsity))
+        return unstack(dx, x.shape[0], plan), dw1, dw2
 
     dx, dw1, dw2 = _batchable(network, kernels)(x, dy, saved, packed, plan)
     return dx, (dw1, dw2, None)

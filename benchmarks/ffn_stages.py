@@ -1,0 +1,148 @@
+"""The routed network taken apart: each kernel and each XLA pass between them, timed alone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from benchmarks.ffn_problem import Operands
+from benchmarks.timing import Sampling, interleaved, jax_timed
+from kernels import registry
+from sparsejax.ops import routed_ffn_grouped as grouped
+from sparsejax.routing import assign_tokens, from_expert_major, plan_tokens
+from sparsejax.spec import Sparsity
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One call in a step.
+
+    Attributes:
+      name: what it makes.
+      function: its name in `Stages`.
+      backward: whether it belongs to the backward pass.
+      product: whether it is one of the six matrix products.
+    """
+
+    name: str
+    function: str
+    backward: bool = False
+    product: bool = False
+
+
+STEP = (
+    Stage("pack W1", "pack"),
+    Stage("pack W2", "pack"),
+    Stage("route tokens", "route"),
+    Stage("permute X", "stack"),
+    Stage("Y2 = top2(relu(X W1)^2)", "up", product=True),
+    Stage("Y3 = Y2 W2", "down", product=True),
+    Stage("permute Y3 back", "unstack"),
+    Stage("permute dY3", "stack", backward=True),
+    Stage("dY1 = 2 sqrt(Y2) (dY3 W2^T)", "up_backward", backward=True, product=True),
+    Stage("dX = dY1 W1^T", "down", backward=True, product=True),
+    Stage("permute dX back", "unstack", backward=True),
+    Stage("permute X again", "stack", backward=True),
+    Stage("dW2 = Y2^T dY3", "weight_gradient", backward=True, product=True),
+    Stage("dW1 = dY1^T X", "weight_gradient", backward=True, product=True),
+    Stage("gradients to H x D", "ungroup", backward=True),
+)
+
+
+class Stages:
+    """The functions of one backend and sparsity, jitted one by one."""
+
+    def __init__(self, sparsity: Sparsity, backend: registry.Backend) -> None:
+        experts, v = sparsity.num_experts, sparsity.v
+        module = grouped.module(backend)
+
+        def route(x, centers, bias):
+            return plan_tokens(assign_tokens(x, centers, bias, sparsity.metric), experts, v)
+
+        def pack(w, beta):
+            return grouped.pack_weight(w, beta, sparsity, dtype=jnp.bfloat16, kernels=backend)
+
+        functions: dict[str, Callable[..., Any]] = {
+            "pack": pack,
+            "route": route,
+            "stack": lambda x, plan: grouped.stack(x, plan, sparsity),
+            "up": module.up24,
+            "down": module.down24,
+            "unstack": lambda y, plan: grouped.unstack(y, plan.inverse.shape[0], plan),
+            "up_backward": module.up24_backward,
+            "weight_gradient": lambda y, g, offsets: module.weight_gradient(
+                y, g, offsets, num_experts=experts
+            ),
+            "ungroup": lambda a, b: (from_expert_major(a, 0), from_expert_major(b, 0)),
+        }
+        self.functions = {name: jax.jit(f) for name, f in functions.items()}
+
+    def arguments(self, o: Operands) -> dict[str, tuple]:
+        """Arguments of each function, by running those before it; shapes of them for shapes."""
+        abstract = isinstance(o.x, jax.ShapeDtypeStruct)
+
+        def call(name: str, *args: Any) -> Any:
+            f = self.functions[name]
+            return jax.eval_shape(f, *args) if abstract else f(*args)
+
+        beta1, beta2 = (
+            (jax.ShapeDtypeStruct((), jnp.float32),) * 2 if abstract else (o.betas[0], o.betas[1])
+        )
+        pack, route = (o.w1, beta1), (o.x, o.centers, o.bias)
+        values1, metadata1, dense1 = call("pack", *pack)
+        values2, metadata2, _ = call("pack", o.w2, beta2)
+        plan = call("route", *route)
+        layout = plan.offsets, plan.block_expert
+        x, dy = call("stack", o.x, plan), call("stack", o.dy, plan)
+        up = (values1, metadata1, x, *layout)
+        y2, y2_values, y2_metadata = call("up", *up)
+        up_backward = (values2, metadata2, dy, y2, y2_metadata, *layout)
+        gradient = (y2, dy, plan.offsets)
+        dw = call("weight_gradient", *gradient)
+        down = (y2_values, y2_metadata, dense1, *layout)
+        return {
+            "pack": pack,
+            "route": route,
+            "stack": (o.x, plan),
+            "up": up,
+            "down": down,
+            "unstack": (call("down", *down), plan),
+            "up_backward": up_backward,
+            "weight_gradient": gradient,
+            "ungroup": (dw, dw),
+        }
+
+    def compile(self, shapes: Operands) -> dict[str, Any]:
+        """Every function for operands of these shapes."""
+        arguments = self.arguments(shapes)
+        return {
+            name: f.lower(*arguments[name]).compile() for name, f in self.functions.items()
+        }  # fmt: skip
+
+
+def measure(
+    stages: Stages, compiled: dict[str, Any], o: Operands, sampling: Sampling, flops: float
+) -> list[dict[str, Any]]:
+    """A row for each stage of a step.
+
+    Args:
+      stages, compiled: of one backend.
+      o: operands.
+      sampling: how long.
+      flops: of one of the six products, with routing but without 2:4.
+    """
+    arguments = stages.arguments(o)
+    calls = {name: jax_timed(f, *arguments[name]) for name, f in compiled.items()}
+    samples = interleaved(calls, sampling)
+    rows = []
+    for stage in STEP:
+        seconds = samples[stage.function].median
+        row = {"stage": stage.name, "backward": stage.backward, "ms": 1e3 * seconds}
+        if stage.product:
+            row["tflops"] = flops / seconds / 1e12
+        rows.append(row)
+    return rows
