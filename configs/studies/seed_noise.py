@@ -1,9 +1,9 @@
 """Where does the spread between seeds come from, and what brings it down?
 
 Read the standard deviation and its interval, not the mean: with five seeds the interval spans a
-factor of five, so only large differences count. `fixed order` keeps the order of the data, so that
-seeds differ in their initialisation alone; `64 windows` evaluates on a quarter of the held-out
-text.
+factor of five, so only large differences count. `fixed order` reads the data as they lie, so that
+seeds differ in their initialisation alone (its mean says nothing unless the documents were shuffled
+beforehand); `64 windows` evaluates on a quarter of the held-out text.
 """
 
 import dataclasses

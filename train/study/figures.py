@@ -35,10 +35,16 @@ def colours(rows: Sequence[Row], baseline: str | None) -> dict[str, str]:
 def limits(values: Sequence[float]) -> tuple[float, float]:
     """Bounds of an axis of losses that a few bad ones do not press flat.
 
-    Losses are cut off where they exceed the lowest by more than five times what the median does.
+    Losses further from the median than five times its distance to the 16th percentile are cut off:
+    that is beyond five standard deviations of normal ones.
     """
-    low, middle = float(np.min(values)), float(np.median(values))
-    high = min(float(np.max(values)), low + max(5 * (middle - low), 0.02))
+    middle = float(np.median(values))
+    # The 16th percentile, so that one bad run cannot stretch the lower end either.
+    reach = max(5 * (middle - float(np.quantile(values, 0.16))), 0.02)
+    low, high = (
+        max(float(np.min(values)), middle - reach),
+        min(float(np.max(values)), middle + reach),
+    )
     room = 0.06 * (high - low) or 0.01
     return low - room, high + room
 
@@ -81,8 +87,7 @@ def curves(png: Path, rows: Sequence[Row], records: Sequence[Record], baseline: 
             at = np.array(held_out[0]["step"]) * unit(group[0])
             axes.plot(at, values, "o", color=colour[label], markersize=4, clip_on=True)
             shown += list(values[at >= 0.1 * at[-1]])
-    low, high = min(shown), max(shown)
-    axes.set_ylim(low - 0.04 * (high - low), high + 0.04 * (high - low))
+    axes.set_ylim(*limits(shown))
     axes.set_xlim(left=0)
     _finish(axes, "step" if len(sizes) == 1 else "tokens, millions", "loss, nats a token")
     axes.legend(frameon=False, fontsize=8, labelcolor=INK)
@@ -129,7 +134,8 @@ def final_losses(png: Path, rows: Sequence[Row], baseline: str | None) -> bool:
         left, right = limits([*means, 0.0])
         ends = [v for r in rows if r.paired for v in (r.paired.low, r.paired.high)]
         inside = [v for v in ends if left - (right - left) <= v <= right + (right - left)]
-        panels[1].set_xlim(min([left, *inside]), max([right, *inside]))
+        left, right = min([left, *inside]), max([right, *inside])
+        panels[1].set_xlim(left - 0.03 * (right - left), right + 0.03 * (right - left))
         panels[1].axvline(0, color=BASELINE, linewidth=1)
         _style(panels[1])
         _finish(panels[1], f"difference to {baseline}, nats", "", grid="x")
@@ -171,7 +177,8 @@ def sweep(png: Path, rows: Sequence[Row], axis: Axis, baseline: str | None) -> b
         axes.errorbar(
             [position(x) for x in order], means, yerr=spread, fmt="o-", label=name, **style
         )
-        shown += means
+        # Both ends of the bars, but a bad run's long bar should not set the scale either.
+        shown += [m + side * s for m, s in zip(means, spread, strict=True) for side in (-1, 0, 1)]
     base = next((row for row in rows if row.label == baseline), None)
     if base is not None and axis.factor not in base.factors:
         axes.axhline(_mean(base), color=BASELINE, linestyle="--", linewidth=1.2, label=base.label)
@@ -204,7 +211,8 @@ def pareto(png: Path, rows: Sequence[Row], baseline: str | None) -> bool:
         return False
     figure, axes = new_figure(7.5, 5)
     colour = colours(rows, baseline)
-    axes.set_ylim(*limits([_mean(row) for row in known]))
+    ends = [_mean(row) + side * _sd(row) for row in known for side in (-1, 0, 1)]
+    axes.set_ylim(*limits(ends))
     for row in known:
         style: dict[str, Any] = {"color": colour[row.label], "capsize": 3, "markersize": 7}
         axes.errorbar(row.run_speedup, _mean(row), yerr=_sd(row), fmt="o", **style)

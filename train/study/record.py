@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import importlib.metadata
 import json
@@ -185,6 +186,7 @@ def trained(folder: Path) -> dict[str, Any]:
     }
 
 
+@functools.cache  # the code that runs is what was imported at the start
 def versions() -> dict[str, str]:
     """Python, the packages that decide a result, and the commit where the code is a clone."""
     found = {"python": platform.python_version()}

@@ -235,7 +235,8 @@ def remarks(header: Header, records: Sequence[Record]) -> list[str]:
     ):
         seen = sorted({value(r) for r in good})
         if len(seen) > 1:
-            notes.append(f"results come from different {name}: {', '.join(seen)}")
+            few = ", ".join(seen[:4]) + (f" and {len(seen) - 4} more" if len(seen) > 4 else "")
+            notes.append(f"results come from different {name}: {few}")
     if repeated := sorted({r["label"] for r in good if r["data"]["epochs"] > 1}):
         most = max(r["data"]["epochs"] for r in good)
         notes.append(f"training data repeat up to {most:.1f} times in: {', '.join(repeated)}")
