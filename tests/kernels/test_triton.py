@@ -229,7 +229,7 @@ def operands(m=64, n=64, k=64, dtype=jnp.bfloat16):
         ({"b": jnp.zeros((64, 64), jnp.float16)}, "b.dtype"),
         ({"metadata": jnp.zeros((1, 2, 128), jnp.int32)}, "metadata.shape"),
         ({"values": jnp.zeros((32, 32), jnp.bfloat16)}, "m=32"),
-        ({"values": jnp.zeros((4, 2, 32, 8), jnp.bfloat16)}, "two-dimensional"),
+        ({"values": jnp.zeros(32, jnp.bfloat16)}, "two-dimensional"),
         ({"config": Spmm24Config(stages=2)}, "stages"),
         ({"config": Spmm24Config(frags_m=3)}, "frags_m"),
         ({"config": Spmm24Config(stages=9)}, "ring_bytes"),
@@ -274,6 +274,9 @@ def test_checks_name_what_is_not_served():
     with an_h100():
         check_spmm24(*operands(), b_layout="nk")
         check_pack24(jnp.zeros((64, 64)), axis=1, mode="value")
+        with pytest.raises(NotImplementedError, match="fragments"):
+            fragments = jnp.zeros((4, 2, 32, 8), jnp.bfloat16)
+            check_spmm24(fragments, *operands()[1:], b_layout="nk")
         with pytest.raises(NotImplementedError, match="n=12"):
             check_spmm24(*operands(n=12), b_layout="nk")
         with pytest.raises(NotImplementedError, match=r"values\.dtype"):
