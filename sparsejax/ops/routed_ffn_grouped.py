@@ -115,9 +115,9 @@ def check(kernels: registry.Backend, sparsity: Sparsity, sizes: Sizes, *, gated:
     x, y2 = array(rows, width), array(rows, live)
     half, kept = array(rows, live // 2), metadata(rows, live)
     dense = array(experts, live, width)
-    master, scale = (array(*shape, dtype=jnp.float32) for shape in ((sizes.hidden, width), ()))
+    master = array(sizes.hidden, width, dtype=jnp.float32)
     functions.check_pack_weight24(
-        master, num_experts=experts, m=_m(sparsity), scale=scale, dtype=dtype
+        master, num_experts=experts, m=_m(sparsity), scale=1.0, dtype=dtype
     )
     functions.check_up24(*weight, x, *layout)
     functions.check_down24(half, kept, dense, *layout)
