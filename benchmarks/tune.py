@@ -214,23 +214,25 @@ def main() -> None:
     kind = jax.devices()[0].device_kind
     ops = args.op or ["spmm24", "pack24"]
     if "spmm24" in ops:
-        tuned, speedups = {}, []
+        speedups = []
         for problem in problems():
             if args.only not in problem.key:
                 continue
             best = tune_product(problem, sampling)
             if best is not None:
-                tuned[problem.key], speedup = best
+                fields, speedup = best
                 speedups.append(speedup)
+                if args.write:
+                    tables.save("hopper", kind, "spmm24", {problem.key: fields})
         if speedups:
             mean = geometric_mean(speedups)
             print(f"geometric mean {mean:.3f}x, least {min(speedups):.3f}x of XLA dense")
-        if args.write:
-            print(tables.save("hopper", kind, "spmm24", tuned))
     if "pack24" in ops:
         tuned = tune_packing(sampling)
         if args.write:
-            print(tables.save("hopper", kind, "pack24", tuned))
+            tables.save("hopper", kind, "pack24", tuned)
+    if args.write:
+        print(tables.path("hopper", kind))
 
 
 if __name__ == "__main__":

@@ -79,12 +79,16 @@ def pack_group(x: list[jax.Array], mode: str, scale: jax.Array | None):
 
 
 def _rank_key(x: jax.Array, mode: str) -> jax.Array:
-    """int32 keys that order float32 values, so that subnormals are never flushed."""
+    """int32 keys that order float32 values; integers, so that subnormals are never flushed."""
     bits = lax.bitcast_convert_type(x, jnp.int32)
-    key = jnp.minimum(bits & _MAGNITUDE_BITS, _NAN_KEY)
-    if mode == "value":
-        key = jnp.where((bits < 0) & (key != _NAN_KEY), -key, key)
-    return key
+    if mode != "value":
+        return jnp.minimum(bits & _MAGNITUDE_BITS, _NAN_KEY)
+    # The magnitude with its sign (so that both zeros are equal), less 2^31 - infinity's bits: -inf
+    # becomes the least integer, a NaN below it wraps around to the top, and one clamp then gives
+    # NaNs of either sign the same key, above +inf's.
+    sign = bits >> 31
+    signed = (bits ^ (sign & _MAGNITUDE_BITS)) - sign
+    return jnp.minimum(signed - 0x800000, 0x7F000001)
 
 
 def _shrink(x: jax.Array, threshold: jax.Array) -> jax.Array:
