@@ -176,9 +176,14 @@ def assert_packed(packed, x, axis, mode, scale, dtype=ml_dtypes.bfloat16):
     np.testing.assert_array_equal(np.asarray(packed[1]), metadata)
 
 
-@pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize(
-    ("axis", "dtype"), [(0, np.float32), (1, np.float32), (0, np.float16), (1, ml_dtypes.bfloat16)]
+    ("axis", "dtype", "mode"),
+    [
+        *((0, np.float32, mode) for mode in MODES),
+        *((1, ml_dtypes.bfloat16, mode) for mode in MODES),
+        (0, np.float16, "soft_threshold"),
+        (1, np.float32, "value"),
+    ],
 )
 def test_pack24_interpreted_is_exact(axis, dtype, mode):
     rng = np.random.default_rng(1)
@@ -274,8 +279,8 @@ def test_checks_name_what_is_not_served():
     with an_h100():
         check_spmm24(*operands(), b_layout="nk")
         check_pack24(jnp.zeros((64, 64)), axis=1, mode="value")
+        fragments = jnp.zeros((4, 2, 32, 8), jnp.bfloat16)
         with pytest.raises(NotImplementedError, match="fragments"):
-            fragments = jnp.zeros((4, 2, 32, 8), jnp.bfloat16)
             check_spmm24(fragments, *operands()[1:], b_layout="nk")
         with pytest.raises(NotImplementedError, match="n=12"):
             check_spmm24(*operands(n=12), b_layout="nk")
