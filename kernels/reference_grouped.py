@@ -150,6 +150,7 @@ def pack_weight24(
     Raises:
       ValueError: an argument is not allowed.
     """
+    w = jnp.asarray(w)
     live, width = weight_dims(w, num_experts, m, scale)
     w = expert_major(w.astype(jnp.float32), num_experts)
     if not threshold:
@@ -273,6 +274,7 @@ def down24(
     """
     del config
     down_dims(y_values, y_metadata, w, offsets, block_expert)
+    w = jnp.asarray(w)
     y = reference.unpack24(y_values, y_metadata)
 
     def block(expert, y):
@@ -337,6 +339,7 @@ def weight_gradient(
     """
     del config
     gradient_dims(y, g, offsets, num_experts)
+    offsets = jnp.asarray(offsets)
     row = jnp.arange(y.shape[0], dtype=jnp.int32)[:, None]
 
     def one(_, e):

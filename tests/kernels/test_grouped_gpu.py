@@ -1,0 +1,192 @@
+"""The grouped kernels of Hopper against the definitions, on the same 16-bit inputs."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from kernels import reference, reference_grouped
+from kernels.hopper import grouped24
+
+pytestmark = pytest.mark.gpu
+
+V = 128
+TIE = 1e-5  # relative; closer magnitudes may be ranked either way
+FROBENIUS = 5e-3
+CASES = [
+    # tokens of each expert, D, h
+    ([300, 0, 129, 700], 192, 256),
+    ([128, 1], 64, 128),
+    ([0, 0, 1000], 512, 384),
+    ([2000, 2100], 1024, 512),
+]
+
+
+def draw(seed: int, *shape: int) -> jax.Array:
+    return jax.random.normal(jax.random.key(seed), shape, jnp.float32)
+
+
+def layout(counts: list[int], unused: int = 2) -> tuple[jax.Array, jax.Array, int]:
+    """offsets, block_expert and T_pad for so many tokens of each expert, and unused blocks."""
+    blocks = [-(-c // V) for c in counts]
+    experts = [e for e, n in enumerate(blocks) for _ in range(n)] + [len(counts) - 1] * unused
+    offsets = np.concatenate([[0], np.cumsum(blocks)]) * V
+    return jnp.asarray(offsets, jnp.int32), jnp.asarray(experts, jnp.int32), len(experts) * V
+
+
+def distance(actual: jax.Array, expected: jax.Array) -> float:
+    actual, expected = (np.asarray(x, np.float64) for x in (actual, expected))
+    return float(np.linalg.norm(actual - expected) / max(np.linalg.norm(expected), 1e-30))
+
+
+def same(a: jax.Array, b: jax.Array) -> bool:
+    return np.array_equal(np.asarray(a, np.float32), np.asarray(b, np.float32))
+
+
+class Problem:
+    """Inputs of a case, in both orders of the weights' rows."""
+
+    def __init__(self, counts: list[int], width: int, live: int):
+        self.experts, self.live, self.width = len(counts), live, width
+        self.offsets, self.block_expert, self.rows = layout(counts)
+        self.used = int(self.offsets[-1])
+        self.layout = (self.offsets, self.block_expert)
+        self.w = draw(0, self.experts * live, width) * width**-0.5
+        options = {"num_experts": self.experts, "m": 4 * self.experts, "scale": 1.5}
+        self.reference = reference_grouped.pack_weight24(self.w, **options)
+        self.packed = grouped24.pack_weight24(self.w, **options)
+        unused = jnp.arange(self.rows)[:, None] >= self.used
+        # What lies in unused rows must not matter.
+        self.x, self.dy = (
+            jnp.where(unused, jnp.nan, draw(seed, self.rows, width)).astype(jnp.bfloat16)
+            for seed in (1, 2)
+        )
+
+    def by_expert(self, x: jax.Array, contract: str) -> np.ndarray:
+        """Used rows of x (T_pad, k) times their expert's dense weight, in float32."""
+        dense = self.reference[2].astype(jnp.float32)
+        out = []
+        for e in range(self.experts):
+            own = x[int(self.offsets[e]) : int(self.offsets[e + 1])].astype(jnp.float32)
+            product = jnp.einsum(contract, own, dense[e], precision="highest")
+            out.append(np.asarray(product))
+        return np.concatenate(out)
+
+
+@pytest.fixture(scope="module", params=CASES, ids=lambda c: f"D{c[1]}-h{c[2]}-E{len(c[0])}")
+def problem(request):
+    return Problem(*request.param)
+
+
+def test_pack(problem):
+    values, metadata, dense = problem.packed
+    assert same(dense, problem.reference[2])
+    unpacked = reference.unpack24(values, metadata).reshape(dense.shape)
+    assert same(unpacked, dense[:, grouped24.row_order(problem.live)])
+
+
+def test_up(problem):
+    y2, values, metadata = grouped24.up24(*problem.packed[:2], problem.x, *problem.layout)
+    assert same(reference.unpack24(values, metadata), y2)
+    assert not np.asarray(y2[problem.used :], np.float32).any()
+
+    full = np.maximum(problem.by_expert(problem.x, "td,hd->th"), 0) ** 2
+    positions = np.stack(reference._unpack_metadata(metadata), axis=-1)[: problem.used]
+    kept = np.zeros((problem.used, problem.live // 4, 4), bool)
+    np.put_along_axis(kept, positions, True, axis=-1)
+    groups = full.reshape(kept.shape)
+    smallest = np.where(kept, groups, np.inf).min(-1)
+    largest = np.where(kept, -np.inf, groups).max(-1)
+    scale = TIE * np.sqrt(np.mean(full**2))
+    assert (largest <= smallest * (1 + TIE) + scale).all()
+    assert distance(y2[: problem.used], np.where(kept, groups, 0).reshape(full.shape)) < FROBENIUS
+
+
+def test_ties_keep_the_lower_index(problem):
+    # Equal weights make the four neurons of a group equal.
+    w = jnp.repeat(problem.w[::4], 4, axis=0)
+    packed = grouped24.pack_weight24(
+        w, num_experts=problem.experts, m=4 * problem.experts, scale=None
+    )
+    _, _, metadata = grouped24.up24(*packed[:2], problem.x, *problem.layout)
+    assert (np.asarray(metadata) == 0x44444444).all()
+
+
+def test_down(problem):
+    _, values, metadata = grouped24.up24(*problem.packed[:2], problem.x, *problem.layout)
+    dense = problem.packed[2]
+    out = grouped24.down24(values, metadata, dense, *problem.layout)
+    y = reference.unpack24(values, metadata)
+    assert distance(out[: problem.used], problem.by_expert(y, "th,hd->td")) < FROBENIUS
+    assert not np.asarray(out[problem.used :], np.float32).any()
+
+
+def test_up_backward(problem):
+    y2, _, metadata = grouped24.up24(*problem.packed[:2], problem.x, *problem.layout)
+    dy1, values = grouped24.up24_backward(
+        *problem.packed[:2], problem.dy, y2, metadata, *problem.layout
+    )
+    assert same(reference.unpack24(values, metadata), dy1)
+    assert not np.asarray(dy1[problem.used :], np.float32).any()
+    root = np.sqrt(np.asarray(y2, np.float32)[: problem.used])
+    expected = 2 * root * problem.by_expert(problem.dy, "td,hd->th")
+    assert distance(dy1[: problem.used], expected) < FROBENIUS
+
+
+def test_weight_gradient(problem):
+    y2, _, _ = grouped24.up24(*problem.packed[:2], problem.x, *problem.layout)
+    out = grouped24.weight_gradient(y2, problem.dy, problem.offsets, num_experts=problem.experts)
+    expected = reference_grouped.weight_gradient(
+        y2, problem.dy, problem.offsets, num_experts=problem.experts
+    )
+    assert distance(out, expected) < 1e-4
+    for e in range(problem.experts):
+        if int(problem.offsets[e]) == int(problem.offsets[e + 1]):
+            assert not np.asarray(out[e]).any()
+
+
+def everything(problem, x, dy):
+    packed = grouped24.pack_weight24(
+        problem.w, num_experts=problem.experts, m=4 * problem.experts, scale=1.5
+    )
+    y2, values, metadata = grouped24.up24(*packed[:2], x, *problem.layout)
+    y3 = grouped24.down24(values, metadata, packed[2], *problem.layout)
+    dy1, dy1_values = grouped24.up24_backward(*packed[:2], dy, y2, metadata, *problem.layout)
+    dx = grouped24.down24(dy1_values, metadata, packed[2], *problem.layout)
+    gradients = [
+        grouped24.weight_gradient(*pair, problem.offsets, num_experts=problem.experts)
+        for pair in ((y2, dy), (dy1, x))
+    ]
+    return *packed, y2, values, metadata, y3, dy1, dy1_values, dx, *gradients
+
+
+def test_repeatable(problem):
+    run = jax.jit(lambda x, dy: everything(problem, x, dy))
+    first = run(problem.x, problem.dy)
+    # Memory that results are written to next holds garbage meanwhile.
+    for _ in range(5):
+        poison = [jnp.full(a.shape, 77, a.dtype) for a in first]
+        jax.block_until_ready(poison)
+        del poison
+        for a, b in zip(first, run(problem.x, problem.dy), strict=True):
+            assert same(a, b)
+
+
+def test_float16():
+    p = Problem([300, 129], 128, 256)
+    options = {"num_experts": 2, "m": 8, "scale": 1.5, "dtype": jnp.float16}
+    values, metadata, dense = grouped24.pack_weight24(p.w, **options)
+    x = p.x.astype(jnp.float16)
+    y2, y2_values, y2_metadata = grouped24.up24(values, metadata, x, *p.layout)
+    assert same(reference.unpack24(y2_values, y2_metadata), y2)
+    y3 = grouped24.down24(y2_values, y2_metadata, dense, *p.layout)
+    expected = reference_grouped.down24(y2_values, y2_metadata, dense, *p.layout)
+    assert distance(y3, expected) < FROBENIUS
+    dy1, _ = grouped24.up24_backward(
+        values, metadata, p.dy.astype(jnp.float16), y2, y2_metadata, *p.layout
+    )
+    w = reference_grouped.pack_weight24(p.w, **options)
+    expected, _ = reference_grouped.up24_backward(
+        *w[:2], p.dy.astype(jnp.float16), y2, y2_metadata, *p.layout
+    )
+    assert distance(dy1, expected) < FROBENIUS
