@@ -26,7 +26,7 @@ def study(options: Options) -> Study:
     )
     variants: Variants = {
         "relu2": config,
-        "sparse": sparse(config, warmup=0.25, m=8, v=32, refresh_every=6),
+        "sparse": sparse(config, warmup=0.25, m=8, v=32, refresh_every=0),
         "swiglu": changed(config, model={"ffn": "swiglu"}),
     }
     return Study(

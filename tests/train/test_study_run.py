@@ -4,6 +4,8 @@ import dataclasses
 import json
 import os
 import signal
+import threading
+import time
 
 import pytest
 from rich.console import Console
@@ -122,23 +124,19 @@ def test_a_process_that_dies_is_a_failed_run(tmp_path, monkeypatch):
     assert plan(study, study.runs[:1], folders).left == [study.runs[0]]
 
 
-def test_a_run_that_diverges_is_a_result(tmp_path):
+def test_a_run_that_diverges_is_a_result(done, tmp_path):
     study = definition.get("smoke", Options())
     config = study.runs[0].config
-    config = dataclasses.replace(
-        config,
-        model=dataclasses.replace(config.model, num_layers=1),
-        optimizer=dataclasses.replace(config.optimizer, learning_rate=1e30, warmup_steps=0),
-    )
+    optimizer = dataclasses.replace(config.optimizer, learning_rate=1e30, warmup_steps=0)
+    config = dataclasses.replace(config, optimizer=optimizer)
     run = dataclasses.replace(study.runs[0], config=config)
-    folders = Folders(tmp_path, tmp_path / "scratch")
+    folders = Folders(tmp_path, done / "scratch")
     record = execute(run, "smoke", folders)
     assert record["status"] == "non_finite"
     assert "of 24" in record["error"]
     assert record["final"] == {}
     assert read(folders.result(run)) == record
     assert plan(study, [run], folders).done == [record]
-    assert "lr" not in record["curve"]
 
 
 def test_a_run_that_fails_is_reported_and_tried_again(tmp_path):
@@ -291,3 +289,28 @@ def test_the_studies_are_listed(capsys):
     assert main(["--list"]) == 0
     out = capsys.readouterr().out
     assert all(name in out and definition.summary(name)[:40] in out for name in definition.names())
+
+
+def wait(run: Run, study: str, folders: Folders) -> None:
+    folders.scratch.joinpath("started").touch()
+    time.sleep(60)
+
+
+def test_a_signal_ends_the_run_in_the_other_process_too(tmp_path, monkeypatch):
+    monkeypatch.setattr(runner, "execute", wait)
+    study = definition.get("smoke", Options())
+    folders = Folders(tmp_path, tmp_path)
+    outcome = plan(study, study.runs, folders)
+
+    def interrupt():
+        while not (tmp_path / "started").exists():
+            time.sleep(0.05)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    thread = threading.Thread(target=interrupt)
+    thread.start()
+    run_study(study, outcome, folders, console=SILENT, isolate=True)
+    thread.join()
+    assert "interrupted" in outcome.stopped
+    assert outcome.failed == []
+    assert len(outcome.left) == 3

@@ -23,6 +23,7 @@ from rich.console import Console
 
 from train.determinism import make_deterministic
 from train.metrics import duration
+from train.signals import StopRequest
 from train.study.definition import Run, Study
 from train.study.execute import device_answers, execute
 from train.study.record import FORMAT, Folders, Record, config_hash, differences, read, write
@@ -180,13 +181,14 @@ def _isolated(run: Run, study: str, folders: Folders) -> Record | None:
     context = multiprocessing.get_context("spawn")
     process = context.Process(target=execute, args=(run, study, folders))
     process.start()
-    try:
-        process.join()
-    except KeyboardInterrupt:
-        process.join()  # the same signal reached it; its own handler ends it
-        raise
+    with StopRequest() as stop:
+        while process.is_alive():
+            process.join(0.2)
+            if stop.requested:
+                process.terminate()  # its own handler ends it after the step at hand
+                process.join()
     record = read(folders.result(run))
-    if record is None and process.exitcode:
+    if record is None and process.exitcode and not stop.requested:
         code = process.exitcode
         cause = signal.Signals(-code).name if code < 0 else f"exit code {code}"
         record = _died(run, study, cause, time.monotonic() - began)
