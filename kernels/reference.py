@@ -92,7 +92,9 @@ def _soft(groups: Array, ranks: Array) -> Array:
     # A masked sum would turn a NaN elsewhere in the group into a NaN threshold; `max` over a fill
     # of zeros only sees the selected element.
     t = jnp.max(jnp.where(ranks == 2, magnitude, 0.0), axis=-1, keepdims=True)
-    shrunk = jnp.sign(groups) * jnp.maximum(magnitude - t, 0.0)
+    # Not `maximum`: XLA's CPU backend lets it swallow a NaN.
+    above = magnitude - t
+    shrunk = jnp.sign(groups) * jnp.where(above <= 0.0, 0.0, above)
     return jnp.where(ranks < 2, shrunk, 0.0)
 
 

@@ -79,6 +79,16 @@ def test_selection_ranks_rounded_inputs_as_float32():
     assert np.asarray(reference.select24(x)).tolist() == [False, False, True, True]
 
 
+def test_an_infinite_threshold_is_not_silent():
+    x = np.zeros((64, 64), np.float32)
+    x[0, :4] = [np.inf, np.inf, -np.inf, 1]
+    dense = reference.soft_threshold(x)
+    assert np.isnan(dense[0, :2]).all()
+    assert np.isfinite(dense[1:]).all()
+    values, _ = reference.pack24(x, axis=1, mode="soft_threshold")
+    assert np.isnan(np.asarray(values[0, :2], np.float32)).all()
+
+
 def test_nan_and_infinity_survive_packing():
     groups = np.asarray(
         [[1, np.nan, 3, np.inf], [np.nan, 1, np.nan, 2], [-np.inf, 5, 4, 1], [np.nan, 1, 2, 3]]
