@@ -228,3 +228,28 @@ def test_lowers_for_hopper_on_any_machine():
     # Two packings; up and down, and up again for the backward pass, whose down is not needed;
     # backward: up, down, two weight gradients.
     assert len(re.findall(r"custom_call @mosaic_gpu", text)) >= 2 + 2 + 1 + 4
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("backend", ["hopper", "triton"])
+@pytest.mark.parametrize("distribution", ["even", "skewed", "all_to_last"])
+@pytest.mark.parametrize("m", [4, 8, 16, 32])
+def test_backends_on_a_gpu(backend, m, distribution):
+    """Named kernels against the path in jax.numpy, T no multiple of V; and bit for bit twice."""
+    hidden, width, tokens = 2048, 256, 1000
+    sparsity = Sparsity(m=m, v=128, backend=backend)
+    sizes = routed_ffn_grouped.Sizes(width, hidden, jnp.dtype(jnp.bfloat16), tokens)
+    try:
+        routed_ffn_grouped.check(backend, sparsity, sizes, gated=False)
+    except NotImplementedError as error:
+        pytest.skip(str(error))
+    rng = np.random.default_rng(m)
+    shapes = (tokens, width), (tokens, width), (hidden, width), (hidden, width)
+    data = [jnp.array(rng.normal(size=s), jnp.float32) for s in shapes]
+    plan = make_plan(experts_of(distribution, m // 4, tokens), sparsity)
+    run = partial(value_and_gradients, *data, plan, sparsity=sparsity, dtype=jnp.bfloat16)
+    got, again, remat = run(kernels=backend), run(kernels=backend), run(kernels=backend, remat=True)
+    assert_close(got, [np.asarray(a, np.float64) for a in run(kernels=None)[:4]] + [None], 5e-3)
+    for a, b, c in zip(got[:4], again[:4], remat[:4], strict=True):
+        np.testing.assert_array_equal(a, b)
+        np.testing.assert_array_equal(a, c)
