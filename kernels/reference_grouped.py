@@ -56,7 +56,7 @@ def block_rows(rows: int, offsets: Array, block_expert: Array) -> tuple[int, int
 def packed_dims(values: Array, metadata: Array) -> tuple[int, int]:
     """(m, k) of a packed matrix. ValueError unless values and metadata fit."""
     reference.require_packed(values, metadata)
-    return reference.packed_shape(values)
+    return values.shape[0], 2 * values.shape[1]
 
 
 def up_dims(
