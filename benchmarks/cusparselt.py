@@ -51,7 +51,8 @@ class CuSparseLt:
             key = (product.shape, transposed)
             try:
                 if key not in self._algorithms:
-                    search = torch._C._cusparselt.mm_search
+                    # CPU builds of torch lack it, and type checkers read whichever is installed.
+                    search = getattr(torch._C._cusparselt, "mm_search")  # noqa: B009
                     choice = search(compressed, b, None, None, None, transposed)
                     self._algorithms[key] = tuple(int(v) for v in choice[:3])  # type: ignore
                 algorithm, split_k, split_k_mode = self._algorithms[key]

@@ -3,9 +3,7 @@
 A matrix A (m, k) is 2:4 along k when every group of four consecutive elements of a row has at most
 two non-zeros. Packed it is
 
-* `values` (m, k/2): the two kept elements of each group, in the order of their index; in layout
-  "rows" a plain row-major matrix, in layout "fragments" the same elements in the register order of
-  `mma.sp.m16n8k32`, shape (m/16, k/32, 32, 8): tile row, tile column, lane, element;
+* `values` (m, k/2): the two kept elements of each group, in the order of their index;
 * `metadata` (m/64, k/64, 128) int32: the kept indices in the order in which the 128 threads of a
   warpgroup hand them to the sparse MMA (PTX ISA, "Sparse matrix storage", 16-bit types). A group's
   nibble is `i0 | i1 << 2` with i0 < i1; four nibbles make the half-word of 16 elements; the word of
@@ -33,11 +31,9 @@ TILE = 64
 
 Order = Literal["magnitude", "value"]
 Mode = Literal["magnitude", "value", "soft_threshold"]
-ValuesLayout = Literal["rows", "fragments"]
 
 ORDERS = ("magnitude", "value")
 MODES = ("magnitude", "value", "soft_threshold")
-LAYOUTS = ("rows", "fragments")
 B_LAYOUTS = ("nk", "kn")
 OUT_LAYOUTS = ("mn", "nm")
 EPILOGUES = (None, "relu2")
@@ -187,40 +183,11 @@ def _unpack_metadata(metadata: Array) -> tuple[Array, Array]:
     return nibbles & 3, nibbles >> 2
 
 
-def rows_to_fragments(values: Array) -> Array:
-    """Values (m, k/2) in the register order of mma.sp.m16n8k32: (m/16, k/32, 32, 8).
-
-    Lane 4q + t holds, as four registers of two elements, rows q and q + 8 at stored columns
-    2t, 2t + 1 (registers 0 and 1) and 2t + 8, 2t + 9 (registers 2 and 3) of a 16 x 16 tile.
-    """
-    m, half_k = values.shape
-    x = values.reshape(m // 16, 2, 8, half_k // 16, 2, 4, 2)  # m16, r8, q, k32, h8, t, pair
-    return x.transpose(0, 3, 2, 5, 4, 1, 6).reshape(m // 16, half_k // 16, 32, 8)
-
-
-def fragments_to_rows(values: Array) -> Array:
-    """Inverse of `rows_to_fragments`."""
-    tiles_m, tiles_k, _, _ = values.shape
-    x = values.reshape(tiles_m, tiles_k, 8, 4, 2, 2, 2)  # m16, k32, q, t, h8, r8, pair
-    return x.transpose(0, 5, 2, 1, 4, 3, 6).reshape(tiles_m * 16, tiles_k * 16)
-
-
-def packed_shape(values: Array, layout: ValuesLayout = "rows") -> tuple[int, int]:
-    """(m, k) of the packed matrix, from the shape of its values."""
-    if layout == "rows":
-        m, half_k = values.shape
-        return m, 2 * half_k
-    tiles_m, tiles_k, _, _ = values.shape
-    return 16 * tiles_m, 32 * tiles_k
-
-
-def require_packed(values: Array, metadata: Array, layout: ValuesLayout = "rows") -> None:
-    """Raises ValueError unless the arrays are a packed matrix in `layout`."""
-    require_one_of("layout", layout, LAYOUTS)
-    rank = 2 if layout == "rows" else 4
-    if values.ndim != rank or (rank == 4 and values.shape[2:] != (32, 8)):
-        raise ValueError(f"{values.shape=} is not that of values in {layout=}")
-    m, k = packed_shape(values, layout)
+def require_packed(values: Array, metadata: Array) -> None:
+    """Raises ValueError unless the arrays are a packed matrix."""
+    if values.ndim != 2:
+        raise ValueError(f"{values.shape=} must have two axes")
+    m, k = values.shape[0], 2 * values.shape[1]
     if m % TILE or k % TILE:
         raise ValueError(f"packed {m=} and {k=} must be multiples of {TILE}")
     expected = (m // TILE, k // TILE, 128)
@@ -236,7 +203,6 @@ def pack24(
     mode: Mode,
     scale: ArrayLike | None = None,
     dtype: DTypeLike = jnp.bfloat16,
-    layout: ValuesLayout = "rows",
     config: None = None,
 ) -> tuple[Array, Array]:
     """Thresholds or selects two of four along `axis` and packs them.
@@ -247,7 +213,6 @@ def pack24(
       mode: "magnitude" or "value" (keep the two largest by that order), or "soft_threshold".
       scale: None or a float32 scalar, multiplied in before the values are rounded to `dtype`.
       dtype: of the packed values: bfloat16 or float16 (float32 only here, for exact tests).
-      layout: "rows" or "fragments".
       config: none for this backend.
 
     Returns:
@@ -262,14 +227,13 @@ def pack24(
         raise ValueError(f"{x.shape=} must have two axes")
     require_one_of("axis", axis, (0, 1))
     require_one_of("mode", mode, MODES)
-    require_one_of("layout", layout, LAYOUTS)
     require_float("dtype", dtype)
     require_float("x.dtype", x.dtype)
 
-    return _pack24(x, scale, axis=axis, mode=mode, dtype=jnp.dtype(dtype), layout=layout)
+    return _pack24(x, scale, axis=axis, mode=mode, dtype=jnp.dtype(dtype))
 
 
-@functools.partial(jax.jit, static_argnames=("axis", "mode", "dtype", "layout"))
+@functools.partial(jax.jit, static_argnames=("axis", "mode", "dtype"))
 def _pack24(
     x: Array,
     scale: ArrayLike | None,
@@ -277,7 +241,6 @@ def _pack24(
     axis: int,
     mode: Mode,
     dtype: DTypeLike,
-    layout: ValuesLayout,
 ) -> tuple[Array, Array]:
     a = (x.T if axis == 0 else x).astype(jnp.float32)
     m, k = a.shape
@@ -296,8 +259,6 @@ def _pack24(
     i1 = (GROUP - 1 - jnp.argmax(kept[..., ::-1], axis=-1)).astype(jnp.int32)
     values = jnp.take_along_axis(groups, jnp.stack([i0, i1], axis=-1), axis=-1)
     values = values.reshape(m, k // 2).astype(dtype)
-    if layout == "fragments":
-        values = rows_to_fragments(values)
     return values, _pack_metadata(i0, i1)
 
 
@@ -305,20 +266,18 @@ def check_pack24(*args, **kwargs) -> None:
     """The reference serves every device and shape."""
 
 
-def unpack24(values: Array, metadata: Array, *, layout: ValuesLayout = "rows") -> Array:
+def unpack24(values: Array, metadata: Array) -> Array:
     """The dense (m, k) matrix of a packed one, in the dtype of `values`.
 
     Raises:
       ValueError: the arrays do not belong together.
     """
-    require_packed(values, metadata, layout)
-    return _unpack24(values, metadata, layout=layout)
+    require_packed(values, metadata)
+    return _unpack24(values, metadata)
 
 
-@functools.partial(jax.jit, static_argnames=("layout",))
-def _unpack24(values: Array, metadata: Array, *, layout: ValuesLayout) -> Array:
-    if layout == "fragments":
-        values = fragments_to_rows(values)
+@jax.jit
+def _unpack24(values: Array, metadata: Array) -> Array:
     m, half_k = values.shape
     i0, i1 = _unpack_metadata(metadata)
     pairs = values.reshape(m, half_k // 2, 2)
@@ -344,7 +303,7 @@ def spmm24(
     """epilogue(scale * A @ B) for a packed 2:4 matrix A (m, k), accumulated in float32.
 
     Args:
-      values: of A, in either layout (four axes mean "fragments").
+      values: of A.
       metadata: of A.
       b: (n, k) for b_layout "nk" (contraction contiguous), (k, n) for "kn"; dtype of `values`.
       b_layout: "nk" or "kn".
@@ -362,8 +321,7 @@ def spmm24(
     """
     del config
     b = jnp.asarray(b)
-    layout: ValuesLayout = "fragments" if values.ndim == 4 else "rows"
-    require_packed(values, metadata, layout)
+    require_packed(values, metadata)
     require_one_of("b_layout", b_layout, B_LAYOUTS)
     require_one_of("out_layout", out_layout, OUT_LAYOUTS)
     require_one_of("epilogue", epilogue, EPILOGUES)
@@ -372,12 +330,12 @@ def spmm24(
         raise ValueError(f"{b.shape=} must have two axes")
     if b.dtype != values.dtype:
         raise ValueError(f"{b.dtype=} must be {values.dtype=}")
-    _, k = packed_shape(values, layout)
+    k = 2 * values.shape[1]
     b_contraction = 1 if b_layout == "nk" else 0
     if b.shape[b_contraction] != k:
         raise ValueError(f"{b.shape=} in {b_layout=} must have {k=} along the contraction")
 
-    a = unpack24(values, metadata, layout=layout)
+    a = unpack24(values, metadata)
     operands = (a, b) if out_layout == "mn" else (b, a)
     contraction = (1, b_contraction) if out_layout == "mn" else (b_contraction, 1)
     out = lax.dot_general(

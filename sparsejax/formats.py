@@ -9,7 +9,7 @@ from jax import Array
 from jax.typing import ArrayLike, DTypeLike
 
 from kernels import reference, registry
-from kernels.reference import Mode, ValuesLayout
+from kernels.reference import Mode
 
 
 @jax.tree_util.register_dataclass
@@ -24,7 +24,7 @@ class Sparse24:
     """
 
     values: Array
-    """The kept elements: (m, k/2) in layout "rows", (m/16, k/32, 32, 8) in "fragments"."""
+    """The kept elements: (m, k/2)."""
 
     metadata: Array
     """Their positions: (m/64, k/64, 128) int32; see `kernels.reference` for the bits."""
@@ -34,9 +34,6 @@ class Sparse24:
 
     axis: Literal[0, 1] = dataclasses.field(metadata={"static": True})
     """The axis that groups of four run along."""
-
-    layout: ValuesLayout = dataclasses.field(default="rows", metadata={"static": True})
-    """Order of `values`."""
 
     @property
     def dtype(self) -> jnp.dtype:
@@ -69,27 +66,18 @@ class Sparse24:
             self, shape=(self.shape[1], self.shape[0]), axis=0 if self.axis == 1 else 1
         )
 
-    def with_layout(self, layout: ValuesLayout) -> "Sparse24":
-        """The same matrix with its values in another layout."""
-        reference.require_one_of("layout", layout, reference.LAYOUTS)
-        if layout == self.layout:
-            return self
-        to_rows = layout == "rows"
-        convert = reference.fragments_to_rows if to_rows else reference.rows_to_fragments
-        return dataclasses.replace(self, values=convert(self.values), layout=layout)
-
     def unpack(self) -> Array:
         """The dense matrix, of this shape and dtype; exact.
 
         Raises:
           ValueError: the arrays do not fit the shape.
         """
-        reference.require_packed(self.values, self.metadata, self.layout)
-        found = reference.packed_shape(self.values, self.layout)
+        reference.require_packed(self.values, self.metadata)
+        found = (self.values.shape[0], 2 * self.values.shape[1])
         expected = (reference.padded(self.m), reference.padded(self.k))
         if found != expected:
             raise ValueError(f"packed (m, k)={found} must be {expected} for shape={self.shape}")
-        a = reference.unpack24(self.values, self.metadata, layout=self.layout)
+        a = reference.unpack24(self.values, self.metadata)
         a = a[: self.m, : self.k]
         return a.T if self.axis == 0 else a
 
@@ -101,7 +89,6 @@ def pack(
     mode: Mode,
     scale: ArrayLike | None = None,
     dtype: DTypeLike = jnp.bfloat16,
-    layout: ValuesLayout = "rows",
     backend: registry.Backend | None = None,
 ) -> Sparse24:
     """Makes a matrix 2:4 along `axis` and packs it, in one pass over memory on a GPU.
@@ -120,7 +107,6 @@ def pack(
         subtracts the third-largest magnitude (`sparsejax.prune.soft_threshold`).
       scale: None or float32 scalar, multiplied in before the values are rounded.
       dtype: of the packed values, bfloat16 or float16 (float32 on the reference backend only).
-      layout: order of the values; products of every backend read "rows".
       backend: a kernel backend (strict), or None for the fastest.
 
     Raises:
@@ -136,8 +122,7 @@ def pack(
     reference.require_one_of("mode", mode, reference.MODES)
     if scale is not None and jnp.shape(scale) != ():
         raise ValueError(f"{jnp.shape(scale)=} must be that of a scalar")
-    reference.require_one_of("layout", layout, reference.LAYOUTS)
     values, metadata = registry.pack24(
-        x, axis=axis, mode=mode, scale=scale, dtype=dtype, layout=layout, backend=backend
+        x, axis=axis, mode=mode, scale=scale, dtype=dtype, backend=backend
     )
-    return Sparse24(values, metadata, (x.shape[0], x.shape[1]), axis, layout)
+    return Sparse24(values, metadata, (x.shape[0], x.shape[1]), axis)

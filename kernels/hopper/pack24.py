@@ -344,7 +344,6 @@ def pack24(
     mode: str,
     scale: jax.Array | None = None,
     dtype: Any = jnp.bfloat16,
-    layout: str = "rows",
     config: Pack24Config | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """Thresholds or selects two of four along `axis` and packs them, in one pass over memory.
@@ -352,7 +351,7 @@ def pack24(
     x: (rows, cols), float32, bfloat16 or float16. axis: 0 or 1, the contracted axis: k is
     x.shape[axis], m the other; axis 0 packs x transposed. mode: "magnitude", "value" or
     "soft_threshold". scale: None or a float32 scalar, multiplied in before rounding. dtype:
-    bfloat16 or float16. layout: "rows".
+    bfloat16 or float16.
 
     Returns values (m, k/2) and metadata (m/64, k/64, 128) int32, m and k padded with zeros to
     multiples of 64 (padding costs another pass over x).
@@ -360,7 +359,7 @@ def pack24(
     Raises ValueError for arguments that are not allowed and NotImplementedError where
     `check_pack24` does.
     """
-    check_pack24(x, axis=axis, mode=mode, scale=scale, dtype=dtype, layout=layout, config=config)
+    check_pack24(x, axis=axis, mode=mode, scale=scale, dtype=dtype, config=config)
     rows, cols = x.shape
     padding = (-rows % 64, -cols % 64)
     if any(padding):
@@ -406,7 +405,6 @@ def check_pack24(
     mode: str,
     scale: jax.Array | None = None,
     dtype: Any = jnp.bfloat16,
-    layout: str = "rows",
     config: Pack24Config | None = None,
 ) -> None:
     """Raises NotImplementedError if this device, shape or dtype is not served, else returns None.
@@ -420,12 +418,8 @@ def check_pack24(
         raise ValueError(f"{axis=} must be 0 or 1")
     if mode not in MODES:
         raise ValueError(f"{mode=} must be one of {MODES}")
-    if layout not in ("rows", "fragments"):
-        raise ValueError(f"{layout=} must be 'rows' or 'fragments'")
     if scale is not None and np.size(scale) != 1:
         raise ValueError(f"{np.shape(scale)=} must be a scalar")
-    if layout != "rows":
-        raise NotImplementedError(f"{layout=} is not 'rows'")
     if x.dtype.name not in ("float32", *_PTX_NAMES):
         raise NotImplementedError(f"{x.dtype=} is not float32, bfloat16 or float16")
     if jnp.dtype(dtype).name not in _PTX_NAMES:

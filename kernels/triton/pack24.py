@@ -32,7 +32,7 @@ class Pack24Config:
     tiles_k: int = 1
 
 
-def _check_arguments(x, *, axis, mode, scale, dtype, layout) -> None:
+def _check_arguments(x, *, axis, mode, scale, dtype) -> None:
     if x.ndim != 2 or 0 in x.shape:
         raise ValueError(f"{x.shape=} must be two-dimensional and not empty")
     if axis not in (0, 1):
@@ -41,8 +41,6 @@ def _check_arguments(x, *, axis, mode, scale, dtype, layout) -> None:
         raise ValueError(f"{x.shape[axis]=} of {axis=} must be a multiple of 4")
     if mode not in MODES:
         raise ValueError(f"{mode=} must be one of {MODES}")
-    if layout not in ("rows", "fragments"):
-        raise ValueError(f"{layout=} must be 'rows' or 'fragments'")
     if not jnp.issubdtype(x.dtype, jnp.floating):
         raise ValueError(f"{x.dtype=} must be a floating-point type")
     if not jnp.issubdtype(dtype, jnp.floating):
@@ -58,7 +56,6 @@ def check_pack24(
     mode: str,
     scale=None,
     dtype: Any = jnp.bfloat16,
-    layout: str = "rows",
     config: Pack24Config | None = None,
 ) -> None:
     """Raises NotImplementedError where `pack24` does not serve this device, shape or dtype."""
@@ -70,9 +67,6 @@ def check_pack24(
         )
     if jnp.dtype(dtype) not in (jnp.bfloat16, jnp.float16):
         raise NotImplementedError(f"triton pack24 writes bfloat16 or float16, not {dtype=}")
-    if layout != "rows":
-        # This backend's product reads rows at full speed, so nothing here wants fragments.
-        raise NotImplementedError(f"triton pack24 writes layout 'rows', not {layout=}")
     vector = 16 // jnp.dtype(x.dtype).itemsize
     if axis == 1 and x.shape[1] % vector:
         raise NotImplementedError(
@@ -87,7 +81,6 @@ def pack24(
     mode: str,
     scale: jax.Array | None = None,
     dtype: Any = jnp.bfloat16,
-    layout: str = "rows",
     config: Pack24Config | None = None,
     interpret: bool = False,
 ) -> tuple[jax.Array, jax.Array]:
@@ -102,7 +95,6 @@ def pack24(
         second-smallest magnitude from the magnitudes of the kept ones (S-STE, arXiv 2409.09099).
       scale: None or a float32 scalar that multiplies the kept values before they are rounded.
       dtype: of the packed values, bfloat16 or float16.
-      layout: "rows".
       config: tiling; None takes a heuristic.
       interpret: run in Pallas's interpreter, with jax.numpy in place of the inline PTX.
 
@@ -114,9 +106,9 @@ def pack24(
       ValueError: on malformed arguments.
       NotImplementedError: where `check_pack24` does.
     """
-    _check_arguments(x, axis=axis, mode=mode, scale=scale, dtype=dtype, layout=layout)
+    _check_arguments(x, axis=axis, mode=mode, scale=scale, dtype=dtype)
     if not interpret:
-        check_pack24(x, axis=axis, mode=mode, dtype=dtype, layout=layout)
+        check_pack24(x, axis=axis, mode=mode, dtype=dtype)
     if config is None:
         # Along axis 0 a wider program reads more rows at once; along axis 1 it gains nothing.
         config = Pack24Config(tiles_k=2 if axis == 0 else 1)

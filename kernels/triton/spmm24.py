@@ -75,13 +75,6 @@ def _check_arguments(values, metadata, b, *, b_layout, out_layout, scale, epilog
         raise ValueError(f"scale must be a scalar, not of shape {jnp.shape(scale)}")
 
 
-def _refuse_fragments(values) -> None:
-    if values.ndim == 4:
-        raise NotImplementedError(
-            f"triton spmm24 reads values in layout 'rows', not 'fragments' of {values.shape=}"
-        )
-
-
 def _check_config(config: Spmm24Config) -> None:
     tile = config.tile
     if config.frags_m not in (2, 4, 8) or config.frags_n not in (4, 8, 16):
@@ -118,7 +111,6 @@ def check_spmm24(
     """Raises NotImplementedError where `spmm24` does not serve this device, shape or dtype."""
     del metadata, out_layout, scale, epilogue, config
     device.require_capability("spmm24", 8.0)
-    _refuse_fragments(values)
     if values.dtype not in (jnp.bfloat16, jnp.float16):
         raise NotImplementedError(f"triton spmm24 takes bfloat16 or float16, not {values.dtype=}")
     if jnp.dtype(out_dtype) not in (jnp.bfloat16, jnp.float16):
@@ -288,7 +280,6 @@ def spmm24(
       ValueError: on malformed arguments.
       NotImplementedError: where `check_spmm24` does.
     """
-    _refuse_fragments(values)
     _check_arguments(
         values,
         metadata,

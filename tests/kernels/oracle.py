@@ -62,21 +62,3 @@ def metadata(indices: np.ndarray) -> np.ndarray:
                         word |= (i0 | i1 << 2) << (16 * high + 4 * j)
                 words[tile_m, tile_k, thread] = word
     return words.view(np.int32)
-
-
-def fragments(rows: np.ndarray) -> np.ndarray:
-    """(m/16, k/32, 32, 8) from packed rows (m, k/2): PTX ISA, A of mma.sp.m16n8k32."""
-    m, half_k = rows.shape
-    out = np.zeros((m // 16, half_k // 16, 32, 8), rows.dtype)
-    for tile_m in range(m // 16):
-        for tile_k in range(half_k // 16):
-            for lane in range(32):
-                q, t = divmod(lane, 4)
-                for register in range(4):
-                    row = q + 8 * (register % 2)
-                    column = 2 * t + 8 * (register // 2)
-                    for e in range(2):
-                        out[tile_m, tile_k, lane, 2 * register + e] = rows[
-                            16 * tile_m + row, 16 * tile_k + column + e
-                        ]
-    return out

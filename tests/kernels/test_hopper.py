@@ -249,8 +249,6 @@ def test_spmm24_refuses_operands_that_do_not_match():
     [
         ({"axis": 2}, ValueError, "axis=2"),
         ({"mode": "best"}, ValueError, "mode='best'"),
-        ({"layout": "cols"}, ValueError, "layout='cols'"),
-        ({"layout": "fragments"}, NotImplementedError, "layout='fragments'"),
         ({"dtype": jnp.float32}, NotImplementedError, "float32"),
         ({"scale": jnp.ones(2)}, ValueError, "(2,)"),
     ],

@@ -35,27 +35,17 @@ def test_pack_matches_oracle(mode, axis, ties):
     np.testing.assert_array_equal(values, rows)
     np.testing.assert_array_equal(reference.unpack24(values, metadata), pruned)
 
-    fragments, again = reference.pack24(
-        x, axis=axis, mode=mode, dtype=jnp.float32, layout="fragments"
-    )
-    np.testing.assert_array_equal(again, metadata)
-    np.testing.assert_array_equal(fragments, oracle.fragments(rows))
-    np.testing.assert_array_equal(
-        reference.unpack24(fragments, metadata, layout="fragments"), pruned
-    )
-
 
 @pytest.mark.parametrize("pattern", oracle.PATTERNS)
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("layout", reference.LAYOUTS)
-def test_round_trip_of_each_pattern(pattern, dtype, layout):
+def test_round_trip_of_each_pattern(pattern, dtype):
     dense = np.zeros((64, 64), np.float32)
     for position in pattern:
         dense[:, position::4] = draw(position, (64, 16)) + 3
     x = jnp.asarray(dense, dtype)
-    values, metadata = reference.pack24(x, axis=1, mode="magnitude", dtype=dtype, layout=layout)
+    values, metadata = reference.pack24(x, axis=1, mode="magnitude", dtype=dtype)
     assert values.dtype == dtype
-    np.testing.assert_array_equal(reference.unpack24(values, metadata, layout=layout), x)
+    np.testing.assert_array_equal(reference.unpack24(values, metadata), x)
 
 
 @given(
@@ -133,12 +123,11 @@ def test_padding(rows, cols, axis):
 
 @pytest.mark.parametrize("b_layout", reference.B_LAYOUTS)
 @pytest.mark.parametrize("out_layout", reference.OUT_LAYOUTS)
-@pytest.mark.parametrize("layout", reference.LAYOUTS)
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_product_matches_float64(b_layout, out_layout, layout, dtype):
+def test_product_matches_float64(b_layout, out_layout, dtype):
     a, b = draw(2, (128, 192)), jnp.asarray(draw(3, (40, 192)), dtype)
-    values, metadata = reference.pack24(a, axis=1, mode="magnitude", dtype=dtype, layout=layout)
-    sparse = np.asarray(reference.unpack24(values, metadata, layout=layout), np.float64)
+    values, metadata = reference.pack24(a, axis=1, mode="magnitude", dtype=dtype)
+    sparse = np.asarray(reference.unpack24(values, metadata), np.float64)
     expected = 0.5 * sparse @ np.asarray(b, np.float64).T
     out = reference.spmm24(
         values,
@@ -191,7 +180,6 @@ X = np.ones((64, 64), np.float32)
         ({"x": np.ones(64, np.float32)}, "two axes"),
         ({"axis": 2}, "axis=2"),
         ({"mode": "largest"}, "mode='largest'"),
-        ({"layout": "columns"}, "layout='columns'"),
         ({"dtype": jnp.int8}, "dtype=int8"),
         ({"x": np.ones((64, 64), np.int32)}, "int32"),
     ],

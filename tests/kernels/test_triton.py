@@ -253,7 +253,6 @@ def test_spmm24_refuses_bad_arguments(change, message):
     [
         ({"axis": 2}, "axis=2"),
         ({"mode": "largest"}, "mode='largest'"),
-        ({"layout": "columns"}, "layout='columns'"),
         ({"x": jnp.zeros((64, 66))}, "multiple of 4"),
         ({"x": jnp.zeros((0, 64))}, "not empty"),
         ({"x": jnp.zeros((64, 64), jnp.int32)}, "x.dtype"),
@@ -279,16 +278,11 @@ def test_checks_name_what_is_not_served():
     with an_h100():
         check_spmm24(*operands(), b_layout="nk")
         check_pack24(jnp.zeros((64, 64)), axis=1, mode="value")
-        fragments = jnp.zeros((4, 2, 32, 8), jnp.bfloat16)
-        with pytest.raises(NotImplementedError, match="fragments"):
-            check_spmm24(fragments, *operands()[1:], b_layout="nk")
         with pytest.raises(NotImplementedError, match="n=12"):
             check_spmm24(*operands(n=12), b_layout="nk")
         with pytest.raises(NotImplementedError, match=r"values\.dtype"):
             check_spmm24(*operands(dtype=jnp.float32), b_layout="nk")
         with pytest.raises(NotImplementedError, match="out_dtype"):
             check_spmm24(*operands(), b_layout="nk", out_dtype=jnp.float32)
-        with pytest.raises(NotImplementedError, match="layout"):
-            check_pack24(jnp.zeros((64, 64)), axis=1, mode="value", layout="fragments")
         with pytest.raises(NotImplementedError, match="multiple of 8"):
             check_pack24(jnp.zeros((64, 68), jnp.bfloat16), axis=1, mode="value")

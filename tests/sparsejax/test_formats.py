@@ -31,11 +31,10 @@ def two_of_four(seed: int, shape: tuple[int, int], axis: int, dtype) -> jax.Arra
     shape=st.sampled_from([(1, 3), (64, 64), (63, 130), (128, 72)]),
     axis=st.sampled_from([0, 1]),
     dtype=st.sampled_from([jnp.bfloat16, jnp.float16]),
-    layout=st.sampled_from(["rows", "fragments"]),
 )
-def test_round_trip(seed, shape, axis, dtype, layout):
+def test_round_trip(seed, shape, axis, dtype):
     x = two_of_four(seed, shape, axis, dtype)
-    packed = pack(x, axis=axis, mode="magnitude", dtype=dtype, layout=layout)
+    packed = pack(x, axis=axis, mode="magnitude", dtype=dtype)
     assert (packed.shape, packed.dtype, packed.ndim) == (shape, dtype, 2)
     assert (packed.m, packed.k) == (shape if axis == 1 else shape[::-1])
     np.testing.assert_array_equal(packed.unpack(), x)
@@ -49,17 +48,6 @@ def test_ties_go_to_the_lower_index(seed, axis):
     groups = np.moveaxis(x, axis, -1).reshape(-1, 4)
     expected = np.where((groups != 0) & (np.cumsum(groups != 0, -1) <= 2), groups, 0)
     np.testing.assert_array_equal(np.moveaxis(dense, axis, -1).reshape(-1, 4), expected)
-
-
-def test_layouts_convert_exactly():
-    x = two_of_four(0, (128, 96), 1, jnp.bfloat16)
-    rows = pack(x, axis=1, mode="magnitude", layout="rows")
-    fragments = rows.with_layout("fragments")
-    assert fragments.layout == "fragments"
-    direct = pack(x, axis=1, mode="magnitude", layout="fragments")
-    np.testing.assert_array_equal(fragments.values, direct.values)
-    np.testing.assert_array_equal(fragments.with_layout("rows").values, rows.values)
-    assert rows.with_layout("rows") is rows
 
 
 def test_nan_and_infinities_are_kept():
@@ -112,7 +100,6 @@ def test_stack_under_vmap_and_scan():
         ({"axis": -1}, "axis=-1"),
         ({"mode": "top2"}, "mode='top2'"),
         ({"dtype": jnp.float8_e4m3fn}, "float8_e4m3fn"),
-        ({"layout": "columns"}, "layout='columns'"),
         ({"scale": np.ones(3)}, r"\(3,\)"),
         ({"backend": "cutlass"}, "'cutlass'"),
     ],
@@ -129,5 +116,3 @@ def test_unpack_refuses_arrays_that_do_not_fit():
         Sparse24(packed.values, packed.metadata, (128, 64), 1).unpack()
     with pytest.raises(ValueError, match="metadata"):
         Sparse24(packed.values, packed.metadata[:, :, :64], (64, 64), 1).unpack()
-    with pytest.raises(ValueError, match="layout"):
-        packed.with_layout("tiles")  # type: ignore[arg-type]
