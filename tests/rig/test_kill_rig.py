@@ -1,0 +1,62 @@
+"""The reliability rig in short form; `python -m tests.rig.kill_rig` is the long one."""
+
+import dataclasses
+import random
+
+import pytest
+
+from tests.rig import kill_rig
+
+pytestmark = pytest.mark.slow
+
+
+def test_six_kills_cost_nothing(tmp_path):
+    lines = []
+    result = kill_rig.run(tmp_path, kills=6, seed=0, kills_per_run=6, say=lines.append)
+    assert result["kills"] == 6
+    assert result["runs_finished_and_bit_exact"] >= 1
+
+
+def test_draws_cover_every_place_and_both_signals():
+    rng = random.Random(0)
+    plans = [kill_rig.draw(rng, p, 10, 5.0) for p in kill_rig.PLACES for _ in range(50)]
+    assert {plan.place for plan in plans} == set(kill_rig.PLACES)
+    assert {plan.signal for plan in plans} == {"KILL", "TERM"}
+    assert all(plan.index > 10 or plan.place == "file" for plan in plans)
+    assert max(plan.delay for plan in plans) > 4.0
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"log": 1}, "is not that of an undisturbed run"),
+        ({"newest": 4}, "the newest checkpoint is now of step 4"),
+        ({"out": "phases: dense; continuing at step 4"}, "went on from step 4"),
+        ({"err": "skipping damaged checkpoint"}, "damaged"),
+        ({"err": "Traceback (most recent call last)"}, "traceback"),
+        ({"code": 1}, "SIGKILL was not what ended it"),
+    ],
+)
+def test_a_broken_promise_is_noticed(tmp_path, monkeypatch, change, message):
+    work = kill_rig.Workplace(tmp_path)
+    log = [{"kind": "train", "step": step, "loss": 1.0 / step} for step in range(1, 7)]
+    seen = [*log[:5], log[5] | {"loss": 0.5}] if "log" in change else log
+    newest = tmp_path / f"{change.get('newest', 6):08d}"
+    monkeypatch.setattr(work, "log", lambda output: seen)
+    monkeypatch.setattr(work, "newest", lambda output: newest)
+    ended = kill_rig.Ended(-9, "phases: dense; continuing at step 6", "", True, 1.0)
+    plan = kill_rig.Plan("step", "KILL", 6, 0.0)
+    kill_rig.check(work, "run0", plan, ended, 6, log)
+    values = {key: change[key] for key in ("out", "err", "code") if key in change}
+    broken = dataclasses.replace(ended, **values)
+    with pytest.raises(kill_rig.RigError, match=message):
+        kill_rig.check(work, "run0", plan, broken, 6, log)
+
+
+def test_a_kept_promise_is_accepted(tmp_path, monkeypatch):
+    work = kill_rig.Workplace(tmp_path)
+    log = [{"kind": "train", "step": step, "loss": 1.0 / step} for step in range(1, 7)]
+    monkeypatch.setattr(work, "log", lambda output: log[:5])
+    monkeypatch.setattr(work, "newest", lambda output: tmp_path / "00000004")
+    ended = kill_rig.Ended(-9, "phases: dense; continuing at step 4", "", True, 1.0)
+    kill_rig.check(work, "run0", kill_rig.Plan("step", "KILL", 5, 0.0), ended, 4, log)
