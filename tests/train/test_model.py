@@ -154,3 +154,38 @@ def test_initialisation_scales():
 def test_unresolved_vocabulary_is_refused():
     with pytest.raises(ValueError, match="vocab_size=None"):
         make(vocab_size=None)
+
+
+@pytest.mark.parametrize("ffn", ["relu2_gated", "swiglu"])
+@pytest.mark.parametrize("scan", [True, False])
+def test_decoding_with_a_cache_gives_the_whole_sequence_again(ffn, scan):
+    """Two sequences of different lengths, padded on the right with junk, then token by token."""
+    model = make(ffn=ffn, scan_layers=scan)
+    ids = tokens(length=12)
+    want = model(ids)[0]
+    lengths = jnp.array([5, 3])
+    prompt = jnp.where(jnp.arange(6) < lengths[:, None], ids[:, :6], 7)
+    hidden, cache = jax.jit(model.prefill)(prompt)
+    row = jnp.arange(2)
+    np.testing.assert_allclose(hidden[row, lengths - 1], want[row, lengths - 1], atol=1e-5)
+    # What is behind a sequence's end has no influence, whatever it is.
+    cache = jax.tree.map(
+        lambda a: jnp.pad(a, [(0, 0)] * 2 + [(0, 6)] + [(0, 0)] * 2, constant_values=100.0), cache
+    )
+    decode = jax.jit(model.decode)
+    for position in (lengths + i for i in range(7)):
+        x, cache = decode(ids[row, position], cache, position)
+        np.testing.assert_allclose(x, want[row, position], atol=1e-5)
+
+
+def test_decoding_in_the_sparse_view():
+    model = make(sparsity=SPARSITY)
+    packed = model.pack()
+    ids = tokens(length=8)
+    want = model(ids, packed)[0]
+    hidden, cache = model.prefill(ids[:, :4], packed)
+    np.testing.assert_allclose(hidden, want[:, :4], atol=1e-5)
+    cache = jax.tree.map(lambda a: jnp.pad(a, [(0, 0)] * 2 + [(0, 4)] + [(0, 0)] * 2), cache)
+    for i in range(4, 8):
+        x, cache = model.decode(ids[:, i], cache, jnp.full((2,), i), packed)
+        np.testing.assert_allclose(x, want[:, i], atol=1e-5)

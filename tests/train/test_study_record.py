@@ -71,3 +71,27 @@ def test_foreign_files_are_refused(tmp_path, text):
     path.write_text(text)
     with pytest.raises(ValueError, match=r"a\.json is not"):
         record.read(path)
+
+
+def test_a_log_that_ends_early_or_not_at_all(tmp_path):
+    assert record.trained(tmp_path)["curve"]["step"] == []
+    assert record.trained(tmp_path)["final"] == {}
+    lines = [
+        {"kind": "train", "step": 2, "phase": "dense", "loss": 3.0, "grad_norm": 1.0},
+        {"kind": "eval", "step": 2, "loss_dense": 2.0},
+        {"kind": "train", "step": 4, "phase": "sparse", "loss": 2.5, "expert_load_max": 1.5},
+        {"kind": "eval", "step": 4, "loss_dense": None, "loss_sparse": 2.75},
+    ]
+    text = "".join(json.dumps(line) + "\n" for line in lines) + '{"kind": "tr'
+    (tmp_path / "metrics.jsonl").write_text(text)
+    found = record.trained(tmp_path)
+    assert found["curve"]["loss"] == [3.0, 2.5]
+    assert found["curve"]["grad_norm"] == [1.0, None]
+    assert found["evaluations"] == {
+        "step": [2, 4],
+        "loss_dense": [2.0, None],
+        "loss_sparse": [None, 2.75],
+    }
+    assert found["final"] == {"loss_sparse": 2.75}
+    assert found["best"]["loss_dense"] == {"loss": 2.0, "step": 2}
+    assert (found["steps_done"], found["expert_load"], found["loop_seconds"]) == (4, 1.5, None)

@@ -221,6 +221,7 @@ def test_a_bad_loss_does_not_press_the_others_flat():
     low, high = figures.limits([3.0, 3.01, 3.02, 9.0])
     assert low < 3.0
     assert 3.02 < high < 3.2
+    assert figures.limits([3.0, 3.01, float("nan")]) == figures.limits([3.0, 3.01])
     low, high = figures.limits([3.0, 3.05, 3.1])
     assert high > 3.1
 

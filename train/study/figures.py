@@ -38,6 +38,7 @@ def limits(values: Sequence[float]) -> tuple[float, float]:
     Losses further from the median than five times its distance to the 16th percentile are cut off:
     that is beyond five standard deviations of normal ones.
     """
+    values = [value for value in values if math.isfinite(value)]
     middle = float(np.median(values))
     # The 16th percentile, so that one bad run cannot stretch the lower end either.
     reach = max(5 * (middle - float(np.quantile(values, 0.16))), 0.02)

@@ -177,7 +177,7 @@ def trained(folder: Path) -> dict[str, Any]:
     return {
         "curve": {key: column(lines, key) for key in ("step", "loss", "grad_norm", "phase")},
         "evaluations": {key: column(evaluations, key) for key in ("step", *views)},
-        "final": {view: last[view] for view in views if view in last},
+        "final": {view: last[view] for view in views if last.get(view) is not None},
         "best": best,
         "phases": {} if summary is None else summary["phases"],
         "loop_seconds": None if summary is None else summary["elapsed"] - summary["paused"],
