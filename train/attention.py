@@ -1,5 +1,7 @@
 """Causal self-attention with rotary positions and grouped queries."""
 
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -9,20 +11,32 @@ from train.config import ModelConfig
 from train.init import linear_init
 
 
-def rope(x: jax.Array, theta: float) -> jax.Array:
-    """Rotary position embedding (arXiv 2104.09864) over positions 0..S-1.
+class KeyValues(NamedTuple):
+    """Rotated keys and values of positions 0, 1, ... of each sequence; in front, perhaps, an axis
+    over the layers."""
+
+    k: jax.Array
+    """(B, C, K, d): C positions, K key and value heads."""
+    v: jax.Array
+    """(B, C, K, d)."""
+
+
+def rope(x: jax.Array, theta: float, position: jax.Array | None = None) -> jax.Array:
+    """Rotary position embedding (arXiv 2104.09864).
 
     Args:
       x: (B, S, N, d) queries or keys, d even. Dimension i is rotated with dimension i + d/2.
       theta: base of the frequencies.
+      position: (B, S) int32; 0..S-1 for None.
 
     Returns:
       An array like `x`, computed in float32.
     """
     half = x.shape[-1] // 2
     frequency = theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
-    angle = jnp.arange(x.shape[1], dtype=jnp.float32)[:, None] * frequency
-    cos, sin = jnp.cos(angle)[:, None, :], jnp.sin(angle)[:, None, :]
+    position = jnp.arange(x.shape[1], dtype=jnp.float32) if position is None else position
+    angle = position.astype(jnp.float32)[..., None] * frequency
+    cos, sin = jnp.cos(angle)[..., None, :], jnp.sin(angle)[..., None, :]
     a, b = jnp.split(x.astype(jnp.float32), 2, axis=-1)
     return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x.dtype)
 
@@ -41,15 +55,53 @@ class Attention(nnx.Module):
         self.out = nnx.Param(out_init(rngs.params(), (n * h, d), jnp.float32))
 
     def __call__(self, x: jax.Array) -> jax.Array:
+        return self.prefill(x)[0]
+
+    def prefill(self, x: jax.Array) -> tuple[jax.Array, KeyValues]:
+        """(B, S, D) to (B, S, D), and the keys and values of these S positions."""
         config = self.config
-        batch, length, _ = x.shape
-        heads = lambda w: (x @ w[...].astype(x.dtype)).reshape(batch, length, -1, config.head_dim)
-        q, k = rope(heads(self.q), config.rope_theta), rope(heads(self.k), config.rope_theta)
+        q, k, v = self._project(x)
         y = jax.nn.dot_product_attention(
             q,
             k,
-            heads(self.v),
+            v,
             is_causal=True,
             implementation=attention_implementation(config.attention, x.dtype, config.head_dim),
         )
-        return y.reshape(batch, length, -1) @ self.out[...].astype(x.dtype)
+        return self._mix(y), KeyValues(k, v)
+
+    def decode(
+        self, x: jax.Array, cache: KeyValues, position: jax.Array
+    ) -> tuple[jax.Array, KeyValues]:
+        """One more token of each sequence, which sees all positions up to its own.
+
+        Args:
+          x: (B, 1, D).
+          cache: of C positions; what stands at `position` and after it has no influence.
+          position: (B,) int32 below C: where the token stands in its sequence.
+
+        Returns:
+          (B, 1, D), and the cache with this token's key and value.
+        """
+        q, k, v = self._project(x, position[:, None])
+        row = jnp.arange(x.shape[0])
+        cache = KeyValues(
+            cache.k.at[row, position].set(k[:, 0]), cache.v.at[row, position].set(v[:, 0])
+        )
+        # A single query is bound by reading the cache: flash attention has nothing to save.
+        y = jax.nn.dot_product_attention(
+            q, *cache, key_value_seq_lengths=position + 1, implementation="xla"
+        )
+        return self._mix(y), cache
+
+    def _project(
+        self, x: jax.Array, position: jax.Array | None = None
+    ) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """Rotated queries, rotated keys, and values: (B, S, heads, d)."""
+        theta, head_dim = self.config.rope_theta, self.config.head_dim
+        heads = lambda w: (x @ w[...].astype(x.dtype)).reshape(*x.shape[:2], -1, head_dim)
+        q, k = rope(heads(self.q), theta, position), rope(heads(self.k), theta, position)
+        return q, k, heads(self.v)
+
+    def _mix(self, y: jax.Array) -> jax.Array:
+        return y.reshape(*y.shape[:2], -1) @ self.out[...].astype(y.dtype)

@@ -16,7 +16,7 @@ from flax import nnx
 
 from sparsejax.nn.routed_ffn import RoutedFFN
 from sparsejax.spec import Sparsity
-from train.attention import Attention
+from train.attention import Attention, KeyValues
 from train.backend import compute_dtype
 from train.config import ModelConfig
 from train.init import linear_init
@@ -81,7 +81,21 @@ class Block(nnx.Module):
             )
 
     def __call__(self, x: jax.Array, packed: Packed = None) -> tuple[jax.Array, Stats]:
-        x = x + self.attention(self.norm_attention(x))
+        return self._feed_forward(x + self.attention(self.norm_attention(x)), packed)
+
+    def prefill(self, x: jax.Array, packed: Packed = None) -> tuple[jax.Array, KeyValues]:
+        """As a call, with the attention's keys and values instead of statistics."""
+        y, cache = self.attention.prefill(self.norm_attention(x))
+        return self._feed_forward(x + y, packed)[0], cache
+
+    def decode(
+        self, x: jax.Array, packed: Packed, cache: KeyValues, position: jax.Array
+    ) -> tuple[jax.Array, KeyValues]:
+        """One more token of each sequence, (B, 1, D); see `Attention.decode`."""
+        y, cache = self.attention.decode(self.norm_attention(x), cache, position)
+        return self._feed_forward(x + y, packed)[0], cache
+
+    def _feed_forward(self, x: jax.Array, packed: Packed) -> tuple[jax.Array, Stats]:
         y, stats = self.ffn(self.norm_ffn(x), packed)
         return x + y, stats
 
@@ -150,6 +164,45 @@ class Llama(nnx.Module):
                 layers.append(layer)
             stats = jax.tree.map(lambda *leaves: jnp.stack(leaves), *layers)
         return self.norm(x), stats
+
+    def prefill(self, tokens: jax.Array, packed: Packed = None) -> tuple[jax.Array, KeyValues]:
+        """As a call, with every layer's keys and values, (L, B, S, K, d), instead of statistics."""
+        x = self.embedding[...].astype(compute_dtype(self.config))[tokens]
+        x, cache = self._scan(lambda block, x, packed: block.prefill(x, packed), x, packed)
+        return self.norm(x), cache
+
+    def decode(
+        self, tokens: jax.Array, cache: KeyValues, position: jax.Array, packed: Packed = None
+    ) -> tuple[jax.Array, KeyValues]:
+        """Hidden states of one more token of each sequence, and the cache that holds it too.
+
+        Args:
+          tokens: (B,) int32 ids.
+          cache: (L, B, C, K, d), of `prefill` (padded to C positions) or of the token before.
+          position: (B,) int32 below C: where the tokens stand in their sequences.
+          packed: what `pack` returns, or None for the dense function.
+
+        Returns:
+          (B, D) after the final norm, and the cache.
+        """
+        x = self.embedding[...].astype(compute_dtype(self.config))[tokens[:, None]]
+        step = lambda block, x, packed, cache: block.decode(x, packed, cache, position)
+        x, cache = self._scan(step, x, packed, cache)
+        return self.norm(x)[:, 0], cache
+
+    def _scan(self, function: Any, x: jax.Array, packed: Packed, *rest: Any) -> tuple[Any, Any]:
+        """x through function(block, x, packed, *rest) of every layer, and the second results with
+        a leading axis L. `rest` has one too."""
+        if self.config.scan_layers:
+            graph, state = nnx.split(self.blocks)
+            body = lambda x, s: function(nnx.merge(graph, s[0]), x, *s[1:])
+            return jax.lax.scan(body, x, (state, packed, *rest))
+        layers = []
+        for i, block in enumerate(self.blocks):
+            mine = jax.tree.map(lambda leaf, i=i: leaf[i], rest)
+            x, layer = function(block, x, None if packed is None else packed[i], *mine)
+            layers.append(layer)
+        return x, jax.tree.map(lambda *leaves: jnp.stack(leaves), *layers)
 
     def map_ffn(self, function: Any) -> Any:
         """Calls function(ffn) for every layer; results stacked under scan_layers, else a list
