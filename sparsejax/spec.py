@@ -42,6 +42,10 @@ class Sparsity:
     v: int = 64
     """Tokens that share a column choice (V): an expert's tokens are padded to a multiple of it."""
 
+    shards: int | None = None
+    """Parts of the neurons that are clustered and routed each on its own (S), a token choosing one
+    expert in each. None is 1; the trainer takes one for each device of the tensor axis."""
+
     metric: Metric = "cosine"
     """How near a neuron (its column of W1), or a token, is to a cluster centre."""
 
@@ -64,6 +68,11 @@ class Sparsity:
     def num_experts(self) -> int:
         """Experts that a token chooses from: M / 4, or 1 without routing."""
         return self.m // GROUP if self.routing else 1
+
+    @property
+    def num_shards(self) -> int:
+        """S; 1 without routing."""
+        return self.shards or 1 if self.routing else 1
 
     def live_neurons(self, hidden: int) -> int:
         """Neurons that one token meets, h = 4 H / M (H without routing)."""
@@ -108,9 +117,12 @@ class Sparsity:
             raise ValueError(f"bias_rate={self.bias_rate} must be finite and not negative")
         if width < 1 or width % GROUP:
             raise ValueError(f"{width=} must be a positive multiple of {GROUP}")
+        if self.shards is not None and self.shards < 1:
+            raise ValueError(f"shards={self.shards} must be at least 1")
         block = self.m if self.routing else GROUP
-        if hidden < 1 or hidden % block:
+        if hidden < 1 or hidden % (block * self.num_shards):
             name = "m" if self.routing else "group"
-            raise ValueError(f"{hidden=} must be a positive multiple of {name}={block}")
+            shards = f" times shards={self.num_shards}" if self.num_shards > 1 else ""
+            raise ValueError(f"{hidden=} must be a positive multiple of {name}={block}{shards}")
         if tokens is not None and self.routing and (tokens < 1 or tokens % self.v):
             raise ValueError(f"{tokens=} must be a positive multiple of v={self.v}")

@@ -11,18 +11,18 @@ from jax import Array
 from jax.nn.initializers import Initializer
 from jax.typing import DTypeLike
 
+from sparsejax import sharding
 from sparsejax.ops.packed_ffn import PackedFFN
 from sparsejax.ops.routed_ffn import pack_ffn, routed_ffn
 from sparsejax.prune import select24, soft_threshold_beta
 from sparsejax.routing import (
     assign_tokens,
-    cluster_neurons,
-    interleave,
     permute_ffn,
     plan_tokens,
     to_expert_major,
 )
-from sparsejax.spec import GROUP, Sparsity
+from sparsejax.sharding import MeshAxes
+from sparsejax.spec import Sparsity
 
 
 class RoutingState(nnx.Variable):
@@ -33,7 +33,8 @@ class RoutingStats(NamedTuple):
     """What a routed call reports; leading axes (layers) may be stacked in front."""
 
     counts: Array
-    """(..., E) int32: tokens of each expert."""
+    """(..., S E) int32: tokens of each expert, S the shards of `Sparsity.shards`. On a mesh
+    (..., N, S E): on each of the N devices that share the batch; their sum is the load."""
 
     @property
     def imbalance(self) -> Array:
@@ -46,7 +47,7 @@ class RoutingUpdate(NamedTuple):
     """What the start of the sparse phase, or a refresh, changes; see `RoutedFFN.begin_sparse`."""
 
     centers: Array
-    """(E, D) float32."""
+    """(S E, D) float32."""
     beta: Array
     """(3,) float32: scales of w1, w2, wg."""
     permutation: Array
@@ -70,8 +71,9 @@ class RoutedFFN(nnx.Module):
     The call chooses: with packed weights it is the sparse network, without them the dense one, so a
     change of phase changes no structure. Parameters: w1, w2 and, gated, wg, all (H, D): row n is
     neuron n, so w1 and wg are the transposes of W1 and Wg.
-    With a `Sparsity`, `RoutingState` variables whatever the phase: centers (E, D), bias (E,) and
-    beta (3,), all float32. Nothing here mutates the module but `apply_update`, so that it composes
+    With a `Sparsity`, `RoutingState` variables whatever the phase: centers (S E, D), bias (S E,)
+    and beta (3,), all float32. On a mesh (`axes`, and `jax.set_mesh`) the network runs as
+    `sparsejax.sharding` describes. Nothing here mutates the module but `apply_update`, so that it composes
     with plain jax.jit, value_and_grad, checkpoint and scan over nnx.split state.
     """
 
@@ -86,6 +88,7 @@ class RoutedFFN(nnx.Module):
         param_dtype: DTypeLike = jnp.float32,
         kernel_init: Initializer | None = None,
         out_init: Initializer | None = None,
+        axes: MeshAxes | None = None,
         rngs: nnx.Rngs,
     ):
         """Initialises parameters and routing state.
@@ -97,6 +100,7 @@ class RoutedFFN(nnx.Module):
           dtype: of the products' operands. param_dtype: of the master weights.
           kernel_init: of W1 and Wg (D, H); out_init: of W2 (H, D); LeCun normal where None. Called
             with (fan-in, fan-out) shapes.
+          axes: what the axes of the mesh mean; None where tokens and weights are not sharded by us.
           rngs: stream `params`.
 
         Raises:
@@ -111,6 +115,7 @@ class RoutedFFN(nnx.Module):
         self.gated = gated
         self.sparsity = sparsity
         self.dtype = jnp.dtype(dtype)
+        self.axes = axes
         kernel_init = kernel_init or nnx.initializers.lecun_normal()
         out_init = out_init or nnx.initializers.lecun_normal()
         self.w1 = nnx.Param(kernel_init(rngs.params(), (width, hidden), param_dtype).T)
@@ -119,7 +124,7 @@ class RoutedFFN(nnx.Module):
             nnx.Param(kernel_init(rngs.params(), (width, hidden), param_dtype).T) if gated else None
         )
         if sparsity is not None:
-            experts = sparsity.num_experts
+            experts = sparsity.num_shards * sparsity.num_experts
             self.centers = RoutingState(jnp.zeros((experts, width), jnp.float32))
             self.bias = RoutingState(jnp.zeros((experts,), jnp.float32))
             self.beta = RoutingState(jnp.ones((3,), jnp.float32))
@@ -128,6 +133,10 @@ class RoutedFFN(nnx.Module):
         if self.sparsity is None:
             raise ValueError("sparsity=None: this feed-forward network has no sparse form")
         return self.sparsity
+
+    def _local(self) -> bool:
+        """Whether one device and one clustering are all there is."""
+        return sharding.current_mesh(self.axes) is None and self._sparsity().num_shards == 1
 
     def _weights(self) -> tuple[Array, Array, Array | None]:
         return self.w1[...], self.w2[...], None if self.wg is None else self.wg[...]
@@ -144,14 +153,25 @@ class RoutedFFN(nnx.Module):
         """
         sparsity = self._sparsity()
         weights = jax.lax.stop_gradient(self._weights())
+        if not self._local():
+            return sharding.pack_ffn(
+                *weights, self.beta[...], sparsity, dtype=self.dtype, axes=self.axes
+            )
         return pack_ffn(*weights, self.beta[...], sparsity, dtype=self.dtype)
 
     def route(self, x: Array) -> Array:
-        """(..., D) to the expert of each token (T,) int32, T the product of the leading axes."""
+        """(..., D) to the expert of each token, T the product of the leading axes: (T,) int32, or
+        with S > 1 shards (S, T), in 0..E-1 each."""
         sparsity, x = self._sparsity(), self._flat(x)
-        if sparsity.num_experts == 1:
+        experts, shards = sparsity.num_experts, sparsity.num_shards
+        if experts == 1:
             return jnp.zeros((x.shape[0],), jnp.int32)
-        return assign_tokens(x, self.centers[...], self.bias[...], sparsity.metric)
+        rows = (slice(s * experts, (s + 1) * experts) for s in range(shards))
+        chosen = [
+            assign_tokens(x, self.centers[...][own], self.bias[...][own], sparsity.metric)
+            for own in rows
+        ]
+        return chosen[0] if shards == 1 else jnp.stack(chosen)
 
     def __call__(
         self, x: Array, packed: PackedFFN | None = None
@@ -166,12 +186,28 @@ class RoutedFFN(nnx.Module):
           (y, None) dense, (y, `RoutingStats`) sparse.
         """
         shape = x.shape
-        x = self._flat(x)
         w1, w2, wg = self._weights()
+        if packed is not None and not self._local():
+            self._flat(x)
+            y, counts = sharding.routed_ffn(
+                x.astype(self.dtype),
+                *(w1, w2, wg),
+                packed,
+                self.centers[...],
+                self.bias[...],
+                self._sparsity(),
+                axes=self.axes,
+            )
+            alone = sharding.current_mesh(self.axes) is None
+            return y, RoutingStats(counts[0] if alone else counts)
+        x = self._flat(x)
         if packed is None:
-            r = jax.nn.relu(x @ w1.astype(self.dtype).T)
-            y2 = r * r if wg is None else r * r * (x @ wg.astype(self.dtype).T)
-            return (y2 @ w2.astype(self.dtype)).reshape(shape), None
+            weight = lambda w: sharding.gathered(
+                w, self.dtype, sharding.weight_spec(self.axes), self.axes
+            )
+            r = jax.nn.relu(x @ weight(w1).T)
+            y2 = r * r if wg is None else r * r * (x @ weight(wg).T)
+            return (y2 @ weight(w2)).reshape(shape), None
         sparsity = self._sparsity()
         if sparsity.num_experts == 1:
             plan, counts = None, jnp.full((1,), x.shape[0], jnp.int32)
@@ -208,17 +244,8 @@ class RoutedFFN(nnx.Module):
         if not sparsity.routing:
             identity = jnp.arange(self.hidden, dtype=jnp.int32)
             return RoutingUpdate(self.centers[...], beta, identity, jnp.float32(0))
-        clusters = cluster_neurons(
-            w1,
-            sparsity.num_experts,
-            metric=sparsity.metric,
-            iterations=sparsity.kmeans_iterations,
-            init_centers=centers,
-        )
-        permutation = interleave(clusters.assignment, sparsity.m)
-        owner = jnp.arange(self.hidden) % sparsity.m // GROUP
-        churn = jnp.mean(clusters.assignment != owner, dtype=jnp.float32)
-        return RoutingUpdate(clusters.centers, beta, permutation, churn)
+        permutation, centers, churn = sharding.cluster(w1, centers, sparsity, axes=self.axes)
+        return RoutingUpdate(centers, beta, permutation, churn)
 
     def apply_update(self, update: RoutingUpdate) -> None:
         """Puts an update into effect on this module, in place: state and order of the neurons."""
@@ -244,8 +271,11 @@ class RoutedFFN(nnx.Module):
 
         y2 = jnp.square(jax.nn.relu(project(w1)))
         y2 = y2 if wg is None else jnp.abs(y2 * project(wg))
-        own = jnp.arange(sparsity.num_experts)[:, None, None] == self.route(x)[:, None]
-        routed = jnp.where(own, to_expert_major(y2, 1, sparsity.num_experts), 0.0)
+        # Shard by shard: (S, T, H / S) and its tokens' experts (S, T).
+        y2 = jnp.moveaxis(y2.reshape(x.shape[0], sparsity.num_shards, -1), 1, 0)
+        expert = self.route(x).reshape(sparsity.num_shards, -1)
+        own = jnp.arange(sparsity.num_experts)[:, None, None, None] == expert[..., None]
+        routed = jnp.where(own, to_expert_major(y2, 2, sparsity.num_experts), 0.0)
         kept = jnp.where(select24(routed), routed, 0.0) if sparsity.activations else routed
         total = jnp.sum(y2)
         total = jnp.where(total > 0, total, 1.0)

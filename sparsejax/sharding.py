@@ -1,0 +1,544 @@
+"""The routed feed-forward network on a mesh of devices, under `jax.shard_map`.
+
+Tokens are spread over the batch axes, neurons over the tensor axis, and the width of every stored
+matrix over the shard axis (fully sharded parameters). Inside one device:
+
+* its own tokens are routed, laid out and multiplied; nothing about them leaves the device,
+* its own neurons only: outputs and input gradients are summed over the tensor axis,
+* whole rows of the thresholded weights, gathered over the shard axis for as long as one pass of one
+  layer needs them (`_gather` is the only place that decides what moves),
+* weight gradients leave by one reduce-scatter over the shard axis and a sum over the other batch
+  axes.
+
+The neurons form G = max(S, t) groups of consecutive rows, S the shards that are clustered and
+routed each on its own (`Sparsity.shards`), t the devices of the tensor axis. Within a group the
+order is `interleave`'s. With S = 1 all devices of the tensor axis share one choice of expert, and
+each holds its part of every expert's neurons, so the function does not depend on t; with S a
+multiple of t each device has the clusters of its own neurons.
+
+The derivative rule stands outside of `shard_map`: inside, weights that are replicated over an axis
+would have to prove that their gradients are. What forward saves for backward keeps its place: it
+travels as one array with an axis over all devices.
+
+Axes must be Auto, and `jax.set_mesh` says which mesh is meant; without one, or with a single
+device, everything here computes the same function locally.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jax.sharding import AbstractMesh
+from jax.sharding import PartitionSpec as P
+from jax.typing import DTypeLike
+
+from kernels import registry
+from sparsejax.ops import routed_ffn as op
+from sparsejax.ops import routed_ffn_grouped
+from sparsejax.ops.packed_ffn import PackedFFN, PackedMatrix
+from sparsejax.routing import assign_tokens, cluster_neurons, interleave, plan_tokens
+from sparsejax.routing.neurons import from_expert_major
+from sparsejax.spec import GROUP, Sparsity
+
+
+@dataclass(frozen=True)
+class MeshAxes:
+    """Which axes of the mesh do what. Hashable, so that it can be static."""
+
+    batch: tuple[str, ...] = ("data", "fsdp")
+    """Tokens (their leading axis) are spread over these."""
+
+    shard: str = "fsdp"
+    """The width of stored matrices is spread over this one; it is one of `batch`."""
+
+    tensor: str = "tensor"
+    """Neurons are spread over this one."""
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """All axes, in the order in which saved activations are stacked."""
+        return (*self.batch, self.tensor)
+
+
+def current_mesh(axes: MeshAxes | None) -> AbstractMesh | None:
+    """The mesh that `jax.set_mesh` chose; None where there is none, or only one device.
+
+    Raises:
+      ValueError: it lacks one of the axes.
+    """
+    if axes is None:
+        return None
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.size == 1:
+        return None
+    missing = [name for name in axes.names if name not in mesh.shape]
+    if missing:
+        raise ValueError(f"the mesh's axes {mesh.axis_names} must include {missing}")
+    return mesh
+
+
+def constrain(x: Array, spec: P, axes: MeshAxes | None = MeshAxes()) -> Array:  # noqa: B008
+    """`x`, placed by `spec`; as it is where there is no mesh."""
+    return x if current_mesh(axes) is None else jax.lax.with_sharding_constraint(x, spec)
+
+
+def weight_spec(axes: MeshAxes | None) -> P:
+    """How an FFN matrix (H, D) is stored."""
+    return P() if axes is None else P(axes.tensor, axes.shard)
+
+
+def gathered(w: Array, dtype: DTypeLike, stored: P, axes: MeshAxes | None) -> Array:
+    """A stored matrix as a product reads it: rounded first, then gathered over the shard axis.
+
+    The order matters: the gather moves `dtype`, not float32. Its gradient is scattered in `dtype`
+    as well, straight to where the parameter lives.
+
+    Args:
+      w: a master weight. dtype: of the product's operands. stored: how `w` is placed.
+      axes: the mesh's axes.
+    """
+    if axes is None or current_mesh(axes) is None:
+        return w.astype(dtype)
+    return _gathered(w, jnp.dtype(dtype), stored, axes)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3))
+def _gathered(w: Array, dtype: jnp.dtype, stored: P, axes: MeshAxes) -> Array:
+    whole = P(*(None if name == axes.shard else name for name in stored))
+    rounded = jax.lax.with_sharding_constraint(w.astype(dtype), stored)
+    # Without the barrier the two placements are merged, and the gather may come first.
+    return jax.lax.with_sharding_constraint(jax.lax.optimization_barrier(rounded), whole)
+
+
+def _gathered_fwd(w, dtype, stored, axes):
+    return _gathered(w, dtype, stored, axes), jnp.zeros((0,), w.dtype)
+
+
+def _gathered_bwd(dtype, stored, axes, like, g):
+    return (jax.lax.with_sharding_constraint(g, stored).astype(like.dtype),)
+
+
+_gathered.defvjp(_gathered_fwd, _gathered_bwd)
+
+
+@dataclass(frozen=True)
+class _Layout:
+    """Sizes of a network on the mesh; `mesh` None is one device. Hashable: static everywhere."""
+
+    mesh: AbstractMesh | None
+    axes: MeshAxes
+    sparsity: Sparsity
+
+    def size(self, *names: str) -> int:
+        return 1 if self.mesh is None else math.prod(self.mesh.shape[name] for name in names)
+
+    @property
+    def tensor(self) -> int:
+        return self.size(self.axes.tensor)
+
+    @property
+    def own_clusters(self) -> bool:
+        """Whether a device routes among its own neurons alone."""
+        return self.sparsity.num_shards % self.tensor == 0
+
+    @property
+    def groups(self) -> int:
+        """Groups of neurons in all (G)."""
+        return max(self.sparsity.num_shards, self.tensor)
+
+    @property
+    def local_groups(self) -> int:
+        """Groups of neurons on one device."""
+        return self.groups // self.tensor
+
+    @property
+    def router_spec(self) -> P:
+        """Centres, biases and counts (S E, ...)."""
+        return P(self.axes.tensor) if self.own_clusters else P()
+
+    @property
+    def weight_spec(self) -> P:
+        """Matrices (H, D), values (H, D / 2)."""
+        return weight_spec(self.axes)
+
+    def packed_specs(self, packed_by: registry.Backend | None, gated: bool) -> PackedFFN:
+        tensor, shard = self.axes.tensor, self.axes.shard
+        matrix = PackedMatrix(P(tensor, None, shard))
+        if packed_by is not None:
+            matrix = PackedMatrix(matrix.dense, P(tensor, shard), P(tensor, shard, None))
+        return PackedFFN(matrix, matrix, matrix if gated else None, packed_by)
+
+    def spmd(self, function: Callable, in_specs: Any, out_specs: Any) -> Callable:
+        """`function` on every device; itself where there is one."""
+        if self.mesh is None:
+            return function
+        # Kernels carry no types of varying axes, hence no check.
+        return jax.shard_map(
+            function, mesh=self.mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False
+        )
+
+    def psum(self, x: Any, *names: str) -> Any:
+        return x if self.mesh is None or self.size(*names) == 1 else jax.lax.psum(x, names)
+
+    def all_gather(self, x: Array, name: str, axis: int) -> Array:
+        if self.mesh is None or self.size(name) == 1:
+            return x
+        return jax.lax.all_gather(x, name, axis=axis, tiled=True)
+
+    def scatter_gradient(self, dw: Array) -> Array:
+        """Partial (H, D) of this device's tokens to the whole sum's part that it stores."""
+        if self.size(self.axes.shard) > 1:
+            dw = jax.lax.psum_scatter(dw, self.axes.shard, scatter_dimension=1, tiled=True)
+        return self.psum(dw, *(name for name in self.axes.batch if name != self.axes.shard))
+
+    def from_first(self, tree: Any, *names: str) -> Any:
+        """What the first device along `names` computed, on all of them.
+
+        They computed the same; but what decides where rows live must be equal to the last bit, and
+        nothing promises that of the same program on two devices.
+        """
+        names = tuple(name for name in names if self.size(name) > 1)
+        if not names:
+            return tree
+        first = jax.lax.axis_index(names) == 0
+        return jax.lax.psum(jax.tree.map(lambda a: jnp.where(first, a, 0), tree), names)
+
+
+def _layout(sparsity: Sparsity, axes: MeshAxes | None, width: int, hidden: int) -> _Layout:
+    layout = _Layout(current_mesh(axes), axes or MeshAxes(), sparsity)
+    shards, tensor = sparsity.num_shards, layout.tensor
+    if shards != 1 and not layout.own_clusters:
+        raise ValueError(
+            f"sparsity.{shards=} must be 1 or a multiple of the {tensor} devices of axis "
+            f"{layout.axes.tensor!r}"
+        )
+    block = (sparsity.m if sparsity.routing else GROUP) * layout.groups
+    if hidden % block:
+        raise ValueError(
+            f"{hidden=} must be a multiple of {block}: {layout.groups} groups of neurons in blocks "
+            f"of {block // layout.groups}"
+        )
+    columns = GROUP * layout.size(layout.axes.shard)
+    if width % columns:
+        raise ValueError(
+            f"{width=} must be a multiple of {columns}: groups of {GROUP} on each of "
+            f"{columns // GROUP} devices of axis {layout.axes.shard!r}"
+        )
+    return layout
+
+
+def pack_ffn(
+    w1: Array,
+    w2: Array,
+    wg: Array | None,
+    betas: Array | None,
+    sparsity: Sparsity,
+    *,
+    dtype: DTypeLike = jnp.bfloat16,
+    axes: MeshAxes | None = MeshAxes(),  # noqa: B008
+) -> PackedFFN:
+    """`ops.pack_ffn` where the weights live: every device packs the part that it stores.
+
+    2:4 groups and tiles of metadata lie within a device's columns, so that packed parts joined
+    along the width are the packed whole, and nothing moves.
+
+    Args:
+      w1, w2: (H, D) and wg: (H, D) or None, as parameters are placed: P(tensor, shard).
+      betas: (3,) float32.
+      sparsity: what is sparse.
+      dtype: of the packed weights.
+      axes: the mesh's axes.
+
+    Returns:
+      `PackedFFN` of G groups: dense (G E, H / (G E), D), values (H, D / 2), metadata.
+
+    Raises:
+      ValueError: sizes that the mesh does not divide.
+      NotImplementedError: the named backend does not serve a device's part.
+    """
+    width, hidden = op._check_weights(w1, w2, wg, sparsity)
+    layout = _layout(sparsity, axes, width, hidden)
+    rows = hidden // layout.groups
+    sizes = routed_ffn_grouped.Sizes(width=width, hidden=rows, dtype=jnp.dtype(dtype))
+    kernels = routed_ffn_grouped.choose(sparsity, sizes, gated=wg is not None)
+    columns = width // layout.size(layout.axes.shard)
+    if kernels is not None and columns % 64:
+        refusal = f"{kernels}: the {columns} columns of a device must be a multiple of 64"
+        if sparsity.backend is not None:
+            raise NotImplementedError(refusal)
+        routed_ffn_grouped._report([refusal], sparsity, sizes, wg is not None)
+        kernels = None
+
+    def local(w1: Array, w2: Array, wg: Array | None, betas: Array | None) -> PackedFFN:
+        parts = []
+        for g in range(layout.local_groups):
+            part = jax.tree.map(lambda w, g=g: w[g * rows : (g + 1) * rows], (w1, w2, wg))
+            parts.append(op._pack(*part, betas, sparsity, dtype=dtype, kernels=kernels))
+        return parts[0] if len(parts) == 1 else jax.tree.map(lambda *a: jnp.concatenate(a), *parts)
+
+    spec = layout.weight_spec
+    out = layout.packed_specs(kernels, wg is not None)
+    return layout.spmd(local, (spec, spec, spec, P()), out)(w1, w2, wg, betas)
+
+
+def _gather(packed: PackedFFN, layout: _Layout) -> PackedFFN:
+    """Whole rows of the packed weights on every device of the shard axis.
+
+    What moves is what was packed once for the optimiser step, thresholded and rounded: 2:4 values
+    and metadata for the products that read them, and bf16 rows for the others. XLA drops the
+    gathers of arrays that a pass does not read.
+    """
+
+    def whole(matrix: PackedMatrix) -> PackedMatrix:
+        dense = layout.all_gather(matrix.dense, layout.axes.shard, 2)
+        if matrix.values is None or matrix.metadata is None:
+            return PackedMatrix(dense)
+        return PackedMatrix(
+            dense,
+            layout.all_gather(matrix.values, layout.axes.shard, 1),
+            layout.all_gather(matrix.metadata, layout.axes.shard, 1),
+        )
+
+    gate = None if packed.wg is None else whole(packed.wg)
+    return PackedFFN(whole(packed.w1), whole(packed.w2), gate, packed.kernels)
+
+
+def _group(packed: PackedFFN, g: int, groups: int) -> PackedFFN:
+    """The weights of one group of neurons of this device."""
+    if groups == 1:
+        return packed
+
+    def rows(a: Array) -> Array:
+        size = a.shape[0] // groups
+        return a[g * size : (g + 1) * size]
+
+    return jax.tree.map(rows, packed)
+
+
+def routed_ffn(
+    x: Array,
+    w1: Array,
+    w2: Array,
+    wg: Array | None,
+    packed: PackedFFN,
+    centers: Array,
+    bias: Array,
+    sparsity: Sparsity,
+    *,
+    axes: MeshAxes | None = MeshAxes(),  # noqa: B008
+) -> tuple[Array, Array]:
+    """Routes each device's tokens and runs `ops.routed_ffn` on them, group by group of neurons.
+
+    Y3 is the sum over the groups. Saved for the backward pass: what `ops.routed_ffn` saves, for
+    this device's tokens and neurons; the packed weights as they are stored, not gathered.
+
+    Args:
+      x: (B, ..., D), the dtype of `packed`; the leading axis over the batch axes.
+      w1, w2: (H, D). wg: (H, D) or None. They receive gradients, in their own dtype; what is summed
+        over devices is rounded to x's dtype first, as in a dense layer.
+      packed: `pack_ffn` of these weights.
+      centers: (S E, D) float32. bias: (S E,) float32.
+      sparsity: what is sparse; static.
+      axes: the mesh's axes.
+
+    Returns:
+      y like x, and counts (N, S E) int32: tokens of each expert on each of the N devices of the
+      batch axes; not summed, so that all layers share one reduction.
+
+    Raises:
+      ValueError: sizes that do not fit each other or the mesh.
+      NotImplementedError: the named backend does not serve this device, shape or option.
+    """
+    width, hidden = op._check_weights(w1, w2, wg, sparsity)
+    layout = _layout(sparsity, axes, width, hidden)
+    devices = layout.size(*layout.axes.batch)
+    if x.ndim < 2 or x.shape[-1] != width:
+        raise ValueError(f"{x.shape=} must end in {width=}")
+    if x.shape[0] % devices:
+        raise ValueError(f"{x.shape=}: the leading axis must be a multiple of {devices=}")
+    if packed.w1.dense.dtype != x.dtype:
+        raise ValueError(f"packed dtype={packed.w1.dense.dtype} must be {x.dtype=}")
+    experts = sparsity.num_shards * sparsity.num_experts
+    if centers.shape != (experts, width) or bias.shape != (experts,):
+        raise ValueError(f"{centers.shape=} and {bias.shape=} must be of {experts=}, {width=}")
+    sizes = routed_ffn_grouped.Sizes(
+        width=width,
+        hidden=hidden // layout.groups,
+        dtype=x.dtype,
+        tokens=math.prod(x.shape[:-1]) // devices,
+    )
+    kernels = routed_ffn_grouped.recheck(packed.kernels, sparsity, sizes, gated=wg is not None)
+    return _routed_ffn(x, w1, w2, wg, packed, centers, bias, kernels, layout)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(7, 8))
+def _routed_ffn(x, w1, w2, wg, packed, centers, bias, kernels, layout):
+    return _routed_ffn_fwd(x, w1, w2, wg, packed, centers, bias, kernels, layout)[0]
+
+
+def _routed_ffn_fwd(x, w1, w2, wg, packed, centers, bias, kernels, layout):
+    sparsity, path = layout.sparsity, op._path(kernels)
+    experts = sparsity.num_experts
+
+    def local(x, packed, centers, bias):
+        tokens = x.reshape(-1, x.shape[-1])
+        packed = _gather(packed, layout)
+        y, saved, counts = 0, [], []
+        for g in range(layout.local_groups):
+            if experts == 1:
+                plan, count = None, jnp.full((1,), tokens.shape[0], jnp.int32)
+            else:
+                own = slice(g * experts, (g + 1) * experts)
+                expert = assign_tokens(tokens, centers[own], bias[own], sparsity.metric)
+                plan = plan_tokens(expert, experts, sparsity.v)
+                count = plan.counts
+            part = _group(packed, g, layout.local_groups)
+            out, kept = path.forward(tokens, part, plan, sparsity, kernels)
+            y = y + out
+            saved.append((kept, plan))
+            counts.append(count)
+        y = layout.psum(y, layout.axes.tensor).reshape(x.shape)
+        # One more axis in front, over all devices: what a device saved stays where it is.
+        return y, jnp.concatenate(counts)[None], jax.tree.map(lambda a: a[None], saved)
+
+    batch = P(layout.axes.batch)
+    function = layout.spmd(
+        local,
+        (
+            batch,
+            layout.packed_specs(packed.kernels, wg is not None),
+            layout.router_spec,
+            layout.router_spec,
+        ),
+        (batch, P(layout.axes.batch, *layout.router_spec), P(layout.axes.names)),
+    )
+    y, counts, saved = function(x, packed, centers, bias)
+    # Of the master weights only the dtypes matter; arrays of no elements carry them.
+    dtypes = tuple(None if w is None else jnp.zeros((0,), w.dtype) for w in (w1, w2, wg))
+    return (y, counts), (x, packed, saved, dtypes)
+
+
+def _routed_ffn_bwd(kernels, layout, residuals, cotangents):
+    x, packed, saved, dtypes = residuals
+    sparsity, path = layout.sparsity, op._path(kernels)
+
+    def local(x, dy, packed, saved):
+        shape = x.shape
+        x, dy = (a.reshape(-1, shape[-1]) for a in (x, dy))
+        packed = _gather(packed, layout)
+        dx, parts = 0, []
+        for g, (kept, plan) in enumerate(jax.tree.map(lambda a: a[0], saved)):
+            part = _group(packed, g, layout.local_groups)
+            own, dw = path.backward(x, dy, kept, part, plan, sparsity, kernels)
+            dx = dx + own
+            parts.append([None if d is None else from_expert_major(d, 0) for d in dw])
+        dw = jax.tree.map(lambda *rows: jnp.concatenate(rows), *parts)
+        dw = [
+            None if d is None else layout.scatter_gradient(d.astype(x.dtype)).astype(like.dtype)
+            for d, like in zip(dw, dtypes, strict=True)
+        ]
+        return layout.psum(dx, layout.axes.tensor).reshape(shape), dw
+
+    batch, spec = P(layout.axes.batch), layout.weight_spec
+    gated = dtypes[2] is not None
+    function = layout.spmd(
+        local,
+        (batch, batch, layout.packed_specs(packed.kernels, gated), P(layout.axes.names)),
+        (batch, [spec, spec, spec if gated else None]),
+    )
+    dx, dw = function(x, cotangents[0], packed, saved)
+    return dx, *dw, None, None, None
+
+
+_routed_ffn.defvjp(_routed_ffn_fwd, _routed_ffn_bwd)
+
+
+def cluster(
+    w1: Array,
+    centers: Array | None,
+    sparsity: Sparsity,
+    *,
+    axes: MeshAxes | None = MeshAxes(),  # noqa: B008
+) -> tuple[Array, Array, Array]:
+    """Clusters the neurons, shard by shard; the same on every device to the last bit.
+
+    W1 of one layer is gathered where it is clustered: rare, and small beside a step.
+
+    Args:
+      w1: (H, D). centers: (S E, D) to start from, or None.
+      sparsity: with routing. axes: the mesh's axes.
+
+    Returns:
+      permutation (H,) int32 (new row j is old row permutation[j], within its shard), centers
+      (S E, D) float32, and the share of neurons that changed place, scalar float32.
+    """
+    layout = _layout(sparsity, axes, w1.shape[1], w1.shape[0])
+    axes, experts, shards = layout.axes, sparsity.num_experts, sparsity.num_shards
+    hidden = w1.shape[0] // shards
+    own = layout.own_clusters
+
+    def one(w1: Array, centers: Array | None) -> tuple[Array, Array, Array]:
+        clusters = cluster_neurons(
+            w1,
+            experts,
+            metric=sparsity.metric,
+            iterations=sparsity.kmeans_iterations,
+            init_centers=centers,
+        )
+        place = jnp.arange(hidden, dtype=jnp.int32)
+        moved = clusters.assignment != place % sparsity.m // GROUP
+        churn = jnp.sum(moved, dtype=jnp.float32)
+        return interleave(clusters.assignment, sparsity.m), clusters.centers, churn
+
+    def local(w1: Array, centers: Array | None) -> tuple[Array, Array, Array]:
+        w1 = layout.all_gather(w1, axes.shard, 1)
+        if not own:
+            w1 = layout.all_gather(w1, axes.tensor, 0)
+        rows = w1.reshape(-1, hidden, w1.shape[1])
+        start = None if centers is None else centers.reshape(-1, experts, w1.shape[1])
+        permutation, new, churn = jax.vmap(one, in_axes=(0, None if start is None else 0))(
+            rows, start
+        )
+        permutation += hidden * jnp.arange(rows.shape[0], dtype=jnp.int32)[:, None]
+        churn = jnp.sum(churn) / (hidden * shards)
+        if own and layout.tensor > 1:
+            permutation += w1.shape[0] * jax.lax.axis_index(axes.tensor).astype(jnp.int32)
+            churn = layout.psum(churn, axes.tensor)
+        result = permutation.reshape(-1), new.reshape(-1, w1.shape[1]), churn
+        return layout.from_first(result, *(axes.batch if own else axes.names))
+
+    spec = layout.router_spec
+    return layout.spmd(local, (layout.weight_spec, spec), (spec, spec, P()))(w1, centers)
+
+
+def permute_rows(
+    w: Array,
+    permutation: Array,
+    sparsity: Sparsity,
+    *,
+    axes: MeshAxes | None = MeshAxes(),  # noqa: B008
+) -> Array:
+    """w[permutation] for an FFN matrix (H, D), or a moment of one, where its rows live.
+
+    A permutation that `cluster` made. Rows move between devices only if the clusters span them.
+    """
+    layout = _layout(sparsity, axes, w.shape[1], w.shape[0])
+    axes = layout.axes
+    if layout.mesh is None:
+        return jnp.take(w, permutation, axis=0)
+
+    def local(w: Array, permutation: Array) -> Array:
+        if layout.own_clusters:
+            first = w.shape[0] * jax.lax.axis_index(axes.tensor)
+            return jnp.take(w, permutation - first, axis=0)
+        return jnp.take(layout.all_gather(w, axes.tensor, 0), permutation, axis=0)
+
+    rows = P(axes.tensor)
+    return layout.spmd(local, (layout.weight_spec, rows), layout.weight_spec)(w, permutation)
