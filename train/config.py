@@ -13,6 +13,7 @@ from typing import Literal
 
 from sparsejax.spec import Sparsity
 from train.data.config import DataConfig
+from train.profiling import parse_steps
 
 Ffn = Literal["relu2", "relu2_gated", "swiglu"]
 
@@ -157,6 +158,21 @@ class LogConfig:
     """Held-out windows of an evaluation."""
     tensorboard: bool = False
     """Write TensorBoard event files as well (needs the tensorboard extra)."""
+    wandb: bool = False
+    """Log to Weights & Biases as well (needs the wandb extra; WANDB_MODE=offline works)."""
+    wandb_project: str = "sparsejax"
+    """Project at Weights & Biases."""
+    wandb_entity: str | None = None
+    """User or team at Weights & Biases; None takes the account's default."""
+
+
+@dataclass(frozen=True)
+class ProfileConfig:
+    """Which steps are traced with JAX's profiler."""
+
+    steps: str | None = None
+    """Steps to trace, as A:B for A to B - 1 counted from 0; the trace is written to the run's
+    folder."""
 
 
 @dataclass(frozen=True)
@@ -198,6 +214,8 @@ class Config:
     """Checkpoints."""
     log: LogConfig = field(default_factory=LogConfig)
     """Logs and evaluation."""
+    profile: ProfileConfig = field(default_factory=ProfileConfig)
+    """Traces of steps."""
 
     @property
     def sparse_steps(self) -> int:
@@ -225,7 +243,13 @@ def resolve(config: Config, *, tokenizer_vocab_size: int) -> Config:
     if model.vocab_size is None:
         model = dataclasses.replace(model, vocab_size=-(-tokenizer_vocab_size // 128) * 128)
     model = dataclasses.replace(model, hidden=model.ffn_hidden, num_kv_heads=model.kv_heads)
-    config = dataclasses.replace(config, model=model)
+    sparsity = config.sparsity
+    if sparsity.shards is None:
+        # Part of what is computed, not of where: written down, so that another mesh continues it.
+        sparse_routing = config.sparse_steps > 0 and sparsity.routing
+        shards = config.mesh.tensor if sparse_routing else 1
+        sparsity = dataclasses.replace(sparsity, shards=shards)
+    config = dataclasses.replace(config, model=model, sparsity=sparsity)
     validate(config, tokenizer_vocab_size=tokenizer_vocab_size)
     return config
 
@@ -269,6 +293,7 @@ def validate(config: Config, *, tokenizer_vocab_size: int | None = None) -> None
     ):
         if value < 0:
             raise ValueError(f"{name}={value} must not be negative")
+    parse_steps(config.profile.steps, steps=config.steps)
     for name, fraction in (
         ("optimizer.b1", optimizer.b1),
         ("optimizer.b2", optimizer.b2),

@@ -24,10 +24,12 @@ from train.checkpoint import Checkpointer
 from train.config import Config, resolve
 from train.data.pipeline import Data, open_data
 from train.evaluate import evaluate
+from train.loggers import open_sinks, require_packages
 from train.mesh import BATCH_SPEC, make_mesh, put_batch
 from train.metrics import RunLogger
 from train.optimizer import make_optimizer, phase_schedule
 from train.plots import loss_plot
+from train.profiling import Profiler, parse_steps
 from train.run_folder import CHECKPOINTS, new_folder, resumable_folder, write_config
 from train.signals import StopRequest
 from train.state import TrainState, abstract_state, init_state, model_graph
@@ -135,6 +137,7 @@ def train(config: Config, *, resume: bool = False, console: Console | None = Non
       NonFiniteError: the loss or gradient stopped being finite; the last good checkpoint stays.
     """
     console = console or Console()
+    require_packages(config.log)
     with open_data(
         config.data,
         sequence_length=config.sequence_length,
@@ -184,6 +187,7 @@ class _Run:
         state, start = self._start(resume)
         self._header(start)
         programs = self._compile(state)
+        main = jax.process_index() == 0
         self.logger = RunLogger(
             self.folder,
             total_steps=self.config.steps,
@@ -191,18 +195,24 @@ class _Run:
             tokens_per_step=self.config.tokens_per_step,
             flops_per_step=accounting.dense_flops(self.config).total,
             peak_flops=self._peak_flops(),
-            tensorboard=self.config.log.tensorboard,
+            sinks=open_sinks(self.config, self.folder, start) if main else (),
             console=self.console,
-            active=jax.process_index() == 0,
+            active=main,
         )
-        with self.logger:
+        self.profiler = Profiler(
+            parse_steps(self.config.profile.steps, steps=self.config.steps),
+            self.folder / "profile",
+            pause=self.logger.pause,
+            say=self.console.print,
+        )
+        with self.logger, self.profiler:
             state, step = self._steps(programs, state, start)
             self._save(step, state)
             self.checkpointer.wait()
             finished = step == self.config.steps
             if finished:
                 self.logger.summary({"folder": str(self.folder)})
-                if jax.process_index() == 0:
+                if main:
                     loss_plot(self.logger.path, self.folder / "loss.png")
             else:
                 self.console.print(
@@ -284,7 +294,8 @@ class _Run:
                 with self._paused(state):
                     state = programs.cluster[event](state)
             phase = self.phases(step)
-            state, metrics = programs.train[phase](state, put_batch(self.mesh, next(batches)))
+            batch = put_batch(self.mesh, next(batches))
+            state, metrics = self.profiler.run(step, programs.train[phase], state, batch)
             done = step + 1
             unread.append((done, phase, metrics))
             stopping = self.stop.requested

@@ -1,4 +1,4 @@
-"""What a run reports: a console line an interval, the same as JSONL and TensorBoard, a summary.
+"""What a run reports: a console line an interval, the same as JSONL and to other sinks, a summary.
 
 The logger never touches a device: values arrive as Python floats, so the caller has already waited
 for the step whose values it hands over, and the clock between two calls of `log` is the time of the
@@ -21,6 +21,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from train.loggers import Sink
+
 FILE_NAME = "metrics.jsonl"
 
 Value = float | Sequence[Any]
@@ -29,7 +31,7 @@ _PHASE_STYLES = {"sparse": "magenta", "dense": "cyan"}
 
 
 class RunLogger:
-    """Reports one run to the console, to `folder/metrics.jsonl` and, when asked, to TensorBoard.
+    """Reports one run to the console, to `folder/metrics.jsonl` and to further sinks.
 
     A resumed run continues the file: records of steps after `start_step` belong to a future that is
     about to be run again and are dropped at once; one of `start_step` itself is dropped when the
@@ -49,14 +51,13 @@ class RunLogger:
         phases compare by what they achieve, not by what they execute.
       peak_flops: dense bf16 peak of all devices together in FLOP/s; None where the chip is unknown:
         no MFU.
-      tensorboard: whether to write TensorBoard event files into the folder too.
+      sinks: get the numbers of every record but the summary (`train.loggers`); closed by `close`.
       console: where lines and tables are printed.
       active: False on every host but the first: measures, but prints and writes nothing.
       clock: seconds, monotonic.
 
     Raises:
-      ValueError: a count is out of range, or TensorBoard is asked for and tensorboardX is not
-        installed.
+      ValueError: a count is out of range.
     """
 
     def __init__(
@@ -68,7 +69,7 @@ class RunLogger:
         tokens_per_step: int,
         flops_per_step: float,
         peak_flops: float | None = None,
-        tensorboard: bool = False,
+        sinks: Sequence[Sink] = (),
         console: Console | None = None,
         active: bool = True,
         clock: Callable[[], float] = time.monotonic,
@@ -90,7 +91,7 @@ class RunLogger:
         self._console = console if console is not None else Console()
         self._active = active
         self._clock = clock
-        self._writer = _tensorboard_writer(folder, start_step) if tensorboard and active else None
+        self._sinks = list(sinks)
         self._stale: set[tuple[str, int]] = set()
         if active:
             self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -118,7 +119,7 @@ class RunLogger:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        self.close()
+        self.close(failed=kind is not None)
 
     def log(self, step: int, phase: str, values: Mapping[str, Value]) -> dict[str, Any]:
         """Prints the line of an interval and appends its record.
@@ -281,11 +282,14 @@ class RunLogger:
         self._print(table)
         return record
 
-    def close(self) -> None:
-        """Flushes and closes the TensorBoard files. The JSONL file is complete after every call."""
-        if self._writer is not None:
-            self._writer.close()
-            self._writer = None
+    def close(self, *, failed: bool = False) -> None:
+        """Closes the sinks. The JSONL file is complete after every call.
+
+        Args:
+          failed: whether the run ended in an error.
+        """
+        while self._sinks:
+            self._sinks.pop().close(failed=failed)
 
     def _step(self, step: int) -> str:
         width = len(str(self.total_steps))
@@ -335,12 +339,14 @@ class RunLogger:
             file.write(line + "\n")
 
     def _scalars(self, record: Mapping[str, Any], prefix: str) -> None:
-        if self._writer is None:
-            return
-        for key, value in record.items():
-            if key == "step" or not isinstance(value, int | float) or not math.isfinite(value):
-                continue
-            self._writer.add_scalar(f"{prefix}/{key}", value, record["step"])
+        scalars = {
+            f"{prefix}/{key}": value
+            for key, value in record.items()
+            if key != "step" and isinstance(value, int | float) and math.isfinite(value)
+        }
+        if self._active:
+            for sink in self._sinks:
+                sink.write(scalars, record["step"])
 
 
 def read(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
@@ -441,14 +447,3 @@ def _rewrite(path: Path, keep: Callable[[dict[str, Any]], bool]) -> None:
     new = path.with_suffix(".new")
     new.write_text(kept, encoding="utf-8")
     new.replace(path)  # atomic: a crash leaves the old file or the new one
-
-
-def _tensorboard_writer(folder: str | os.PathLike[str], start_step: int) -> Any:
-    try:
-        from tensorboardX import SummaryWriter
-    except ImportError:
-        raise ValueError(
-            "log.tensorboard=True needs tensorboardX, which is not installed; run: "
-            'pip install "tensorboardX>=2.6"'
-        ) from None
-    return SummaryWriter(os.fspath(folder), purge_step=start_step or None)

@@ -46,7 +46,6 @@ def test_a_broken_promise_is_noticed(tmp_path, monkeypatch, change, message):
     monkeypatch.setattr(work, "newest", lambda output: newest)
     ended = kill_rig.Ended(-9, "phases: dense; continuing at step 6", "", True, 1.0)
     plan = kill_rig.Plan("step", "KILL", 6, 0.0)
-    kill_rig.check(work, "run0", plan, ended, 6, log)
     values = {key: change[key] for key in ("out", "err", "code") if key in change}
     broken = dataclasses.replace(ended, **values)
     with pytest.raises(kill_rig.RigError, match=message):

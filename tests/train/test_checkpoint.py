@@ -284,6 +284,7 @@ def test_fields_that_may_change_between_runs(tmp_path):
         "log": {"every": 5, "extra": 1},
         "mesh": {"fsdp": 8},
         "checkpoint": {"every": 1},
+        "profile": {"steps": "1:2"},
         "data": {"workers": 3, "threads": 1, "read_ahead": 1, "cache": "/x"},
     }
     with Checkpointer(tmp_path, keep=1, config=changed) as checkpointer:

@@ -3,7 +3,6 @@
 import io
 import json
 import math
-import sys
 from typing import Any
 
 import numpy as np
@@ -32,7 +31,6 @@ def logger(folder, clock=None, **changes) -> RunLogger:
         "tokens_per_step": 1000,
         "flops_per_step": 4e12,
         "peak_flops": 1e13,
-        "tensorboard": False,
         "console": Console(file=io.StringIO(), width=100),
         "clock": clock or Clock(),
     }
@@ -203,25 +201,6 @@ def test_summary_is_a_table(tmp_path):
     for part in ("100 of 100", "1.5000", "1.6250", "1.7500", "2,000 tokens/s", "runs/tiny"):
         assert part in text
     assert read(log.path)[-1]["values"] == {"folder": "runs/tiny"}
-
-
-def test_tensorboard(tmp_path):
-    pytest.importorskip("tensorboardX")
-    with logger(tmp_path, tensorboard=True) as log:
-        log.log(10, "dense", {"loss": 2.0, "grad_norm": math.nan})
-        log.eval(10, {"loss_dense": 2.0})
-    (file,) = tmp_path.glob("events.out.tfevents.*")
-    content = file.read_bytes()
-    assert b"train/loss" in content
-    assert b"eval/loss_dense" in content
-    assert b"train/grad_norm" not in content  # not a number
-
-
-def test_tensorboard_that_is_not_installed(tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, "tensorboardX", None)
-    with pytest.raises(ValueError, match='pip install "tensorboardX') as error:
-        logger(tmp_path, tensorboard=True)
-    assert "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,7 @@ FREE_FIELDS = (
     "output",
     "log",
     "checkpoint",
+    "profile",
     "mesh",
     "data.workers",
     "data.threads",

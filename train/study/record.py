@@ -30,6 +30,8 @@ _IRRELEVANT = (
     "output",
     "checkpoint.",
     "log.tensorboard",
+    "log.wandb",
+    "profile.",
     "data.workers",
     "data.threads",
     "data.read_ahead",
