@@ -33,7 +33,6 @@ CHUNKS = common.TOKENS // CHUNK
 ROW = 128  # bytes of a staged row: 64 elements
 PANEL = CHUNK * ROW
 META_BYTES = 2048  # of a part: 128 tokens by 32 groups, a nibble each
-FOUR = common.strided(4)
 
 
 def row_order(h: int) -> np.ndarray:
@@ -118,29 +117,32 @@ def join_lanes(word: ir.Value, masks: tuple[int, ...]) -> ir.Value:
     return word
 
 
-def split_groups(i: int):
-    """The groups of tokens 16 i + 2 c + {0, 1, 8, 9}: four arrays (elements) of four (groups)."""
-    array = common.strided_type(4, jnp.float32)
+def groups(acc, sixteen: int) -> list[list[list[ir.Value]]]:
+    """[n][j]: the four neurons of the thread's group, of token 16 sixteen + 8 n + 2 c + j."""
+    regs = common.accumulators(acc)
 
-    @plgpu.inline_mgpu(arg_types=(common.ACC,), return_type=[array] * 4)
-    def split(ctx, acc):
-        del ctx
-        regs = common.accumulators(acc)
-        places = [4 * (2 * i + n) + j for n in range(2) for j in range(2)]
-        elements = [[regs[r // 2][p + 2 * (r % 2)] for p in places] for r in range(4)]
-        scalars = [[vector.extract(v, [], [0]) for v in row] for row in elements]
-        return [common.to_array(row, signed=None) for row in scalars]
+    def group(n: int, j: int) -> list[ir.Value]:
+        first = 4 * (2 * sixteen + n) + j
+        return [vector.extract(regs[r // 2][first + 2 * (r % 2)], [], [0]) for r in range(4)]
 
-    return split
+    return [[group(n, j) for j in range(2)] for n in range(2)]
 
 
-def store_pair(place: Place, n, j, pair, code, zero, staged, packed_at, dense_panel) -> None:
-    """Stores a pair, packed and spread to its four neurons, for token 8 n + 2 c + j of `staged`."""
-    words = spread(pair, code, zero)
+def store(
+    place: Place,
+    n: int,
+    j: int,
+    words: list[ir.Value],
+    pair: ir.Value,
+    staged: ir.Value,
+    packed: ir.Value,
+    dense_panel: int,
+) -> None:
+    """Stages a group, dense and packed, for token 8 n + 2 c + j after those of the addresses."""
     address = common.add(staged, place.dense(j, dense_panel))
     asm = f"st.shared.v2.b32 [$0+{n * 8 * ROW}], {{$1, $2}};"
     ptx.asm(None, [address, *words], asm, "r,r,r,~{memory}")
-    address = common.add(packed_at, place.packed(j))
+    address = common.add(packed, place.packed(j))
     asm = f"st.shared.b32 [$0+{n * 8 * ROW}], $1;"
     ptx.asm(None, [address, pair], asm, "r,r,~{memory}")
 

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental.mosaic.gpu import utils
 from jaxlib.mlir import ir
-from jaxlib.mlir.dialects import arith
+from jaxlib.mlir.dialects import arith, llvm
 
 from kernels import reference_grouped
 from kernels.hopper import device, ptx
@@ -26,67 +26,84 @@ from kernels.hopper import grouped_neurons as neurons
 _SLOTS = 2  # staging buffers, of 32 tokens, of a warpgroup
 _EMPTY = 0x44444444  # metadata of zeros: elements 0 and 1 of every group
 
-# How four neurons are made of their kept pair: for `prmt` on (pair, 0), the selector of neurons 0
-# and 1 in the low half, of 2 and 3 in the high half. Which zero byte is taken is free, and chosen
-# such that bits 0-1 are the lower and bits 28-29 the higher kept index.
-_KEEP_01, _KEEP_23 = 0x5444_3210, 0x3210_4446
-_LOWER_0, _LOWER_1 = 0x4410, 0x1045
-_HIGHER_2, _HIGHER_3 = 0x6432_0000, 0x3244_0000
+# Keeps a group's two largest of relu(x)^2, x in $2 .. $5. $0 is the pair, rounded and packed in the
+# order of the indices; $1 says how `prmt` on (pair, 0) spreads it to four neurons, with the
+# selector of neurons 0 and 1 in the low half, of 2 and 3 in the high half. Which zero byte a
+# selector takes is free, and chosen such that bits 0-1 are the lower and bits 28-29 the higher kept
+# index.
+#
+# relu^2 keeps the order of positive numbers, so x itself is compared, ties to the lower index;
+# where fewer than two are positive, others complete the pair, as zeros. x |x| is the square, and
+# the conversion clamps it. Predicated products instead of selections, because comparisons, minima,
+# logic and selections share a unit of half the rate, which bounds this epilogue. A NaN stays.
+CHOOSE = """{ .reg .pred second, fourth, front, back;
+.reg .f32 top0, bottom0, top1, bottom1, m, low, high;
+setp.gt.f32 second, $3, $2;
+setp.gt.f32 fourth, $5, $4;
+max.NaN.f32 top0, $2, $3;
+min.NaN.f32 bottom0, $2, $3;
+max.NaN.f32 top1, $4, $5;
+min.NaN.f32 bottom1, $4, $5;
+setp.ge.f32 front, bottom0, top1;
+setp.gt.f32 back, bottom1, top0;
+abs.f32 m, top0;
+mul.f32 low, top0, m;
+abs.f32 m, $4;
+@back mul.f32 low, $4, m;
+abs.f32 m, $2;
+@front mul.f32 low, $2, m;
+abs.f32 m, top1;
+mul.f32 high, top1, m;
+abs.f32 m, $5;
+@back mul.f32 high, $5, m;
+abs.f32 m, $3;
+@front mul.f32 high, $3, m;
+cvt.rn.relu.DTYPEx2.f32 $0, high, low;
+mov.b32 $1, 0x64324410;
+@second add.s32 $1, $1, 0xffffcc35;
+@fourth add.s32 $1, $1, 0xce120000;
+@back mov.b32 $1, 0x32104446;
+@front mov.b32 $1, 0x54443210; }"""
 
 
-def choose_pair(x: list[jax.Array]) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """The two largest of relu(x)^2 in groups of four, ties to the lower index.
-
-    x: the groups' elements 0..3, four float32 arrays of one shape. Returns the kept pair in the
-    order of their indices, squared, and the int32 selector described above. relu^2 does not change
-    the order, so the choice is made before squaring. A NaN among the four stays.
-    """
-    x = [jnp.maximum(v, 0.0) for v in x]
-    second, fourth = x[1] > x[0], x[3] > x[2]  # the larger of each pair of neighbours
-    high_a, low_a = jnp.maximum(x[0], x[1]), jnp.minimum(x[0], x[1])
-    high_b, low_b = jnp.maximum(x[2], x[3]), jnp.minimum(x[2], x[3])
-    both_a = low_a >= high_b  # a tie goes to the first pair, which has the lower indices
-    both_b = low_b > high_a
-    pick = lambda of_a, of_b, mixed: jnp.where(both_a, of_a, jnp.where(both_b, of_b, mixed))
-    low, high = pick(x[0], x[2], high_a), pick(x[1], x[3], high_b)
-    lower = jnp.where(second, jnp.int32(_LOWER_1), jnp.int32(_LOWER_0))
-    higher = jnp.where(fourth, jnp.int32(_HIGHER_3), jnp.int32(_HIGHER_2))
-    code = pick(jnp.int32(_KEEP_01), jnp.int32(_KEEP_23), lower | higher)
-    return low * low, high * high, code
+def _choose(x: list[ir.Value], dtype: str) -> tuple[ir.Value, ir.Value]:
+    """The kept pair of a group and the selectors that spread it, as `CHOOSE` says."""
+    i32 = ptx.i32_type()
+    struct = llvm.StructType.get_literal([i32, i32])
+    text = CHOOSE.replace("DTYPE", dtype)
+    out = llvm.inline_asm(struct, x, text, "=&r,=&r,f,f,f,f", asm_dialect=0)
+    return llvm.extractvalue(i32, out, [0]), llvm.extractvalue(i32, out, [1])
 
 
-def _or_bits(value: ir.Value, mask: int, shift: int) -> ir.Value:
+def _bits(value: ir.Value, mask: int, shift: int) -> ir.Value:
     moved = arith.shrui(value, ptx.const32(shift)) if shift else value
     return arith.andi(moved, ptx.const32(mask))
 
 
-def _put(i: int, dtype: str):
-    """Stages what `choose_pair` made of `split_groups(i)`: dense, packed and metadata."""
-    arg_types = (common.REF, common.REF, neurons.FOUR, neurons.FOUR, neurons.FOUR)
+def _put(sixteen: int, dtype: str):
+    """Chooses for 16 tokens and stages the outcome: dense, packed and metadata."""
 
-    @plgpu.inline_mgpu(arg_types=arg_types)
-    def put(ctx, out_s, meta_s, lows, highs, codes):
+    @plgpu.inline_mgpu(arg_types=(common.ACC, common.REF, common.REF))
+    def put(ctx, acc, out_s, meta_s):
         del ctx
         place = neurons.Place()
-        lows, highs, codes = map(common.to_scalars, (lows, highs, codes))
+        groups = neurons.groups(acc, sixteen)
         zero = ptx.const32(0)
-        staged = common.add(ptx.shared_address(out_s), i // 2 % _SLOTS * 3 * neurons.PANEL)
-        packed_at = common.add(staged, 2 * neurons.PANEL)
+        slot = sixteen // 2 % _SLOTS * 3 * neurons.PANEL + sixteen % 2 * 16 * neurons.ROW
+        staged = common.add(ptx.shared_address(out_s), slot)
+        packed = common.add(staged, 2 * neurons.PANEL)
         for j in range(2):
             nibbles = []
             for n in range(2):
-                low, high, code = (v[2 * n + j] for v in (lows, highs, codes))
-                pair = ptx.pack_pair(low, high, dtype)
-                row = i % 2 * 2 + n
-                neurons.store_pair(
-                    place, row, j, pair, code, zero, staged, packed_at, neurons.PANEL
-                )
-                nibbles.append(arith.ori(_or_bits(code, 3, 0), _or_bits(code, 12, 26)))
+                pair, code = _choose(groups[n][j], dtype)
+                words = neurons.spread(pair, code, zero)
+                neurons.store(place, n, j, words, pair, staged, packed, neurons.PANEL)
+                nibbles.append(arith.ori(_bits(code, 3, 0), _bits(code, 12, 26)))
             word = arith.ori(nibbles[0], arith.shli(nibbles[1], ptx.const32(16)))
             word = neurons.join_lanes(arith.shli(word, place.nibble), (4, 8))
             # The four lanes that made the word all store it, to one address.
             address = common.add(ptx.shared_address(meta_s), place.metadata(j))
-            asm = f"st.shared.b32 [$0+{neurons.metadata_offset(i)}], $1;"
+            asm = f"st.shared.b32 [$0+{neurons.metadata_offset(sixteen)}], $1;"
             ptx.asm(None, [address, word], asm, "r,r,~{memory}")
 
     return put
@@ -164,10 +181,8 @@ def up24(
                 stage, stage_meta = out_s.at[wg], y_meta_s.at[wg]
                 for chunk in range(neurons.CHUNKS):
                     neurons.await_slot(0 if chunk == 0 else _SLOTS - 1)()
-                    for half in range(2):
-                        sixteen = 2 * chunk + half
-                        kept = choose_pair(neurons.split_groups(sixteen)(acc))
-                        _put(sixteen, common.ptx_name(x_p.dtype))(stage, stage_meta, *kept)
+                    for sixteen in (2 * chunk, 2 * chunk + 1):
+                        _put(sixteen, common.ptx_name(x_p.dtype))(acc, stage, stage_meta)
                     _send(chunk)(stage, stage_meta, y_g, y_values_g, y_meta_g, token0, neuron0)
 
             @pl.when(wg == t.warpgroups)

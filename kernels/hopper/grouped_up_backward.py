@@ -78,65 +78,70 @@ def _await(t: common.SparseTile):
     return wait
 
 
-def _select(indices: tuple[int, int], index: ir.Value, x: list[ir.Value], rest: int) -> ir.Value:
-    """x[index] for an index that is one of two, or else `rest`."""
-    out = x[rest]
-    for i in indices:
-        equal = arith.cmpi(arith.CmpIPredicate.eq, index, ptx.const32(i))
-        out = arith.select(equal, x[i], out)
-    return out
+# dY1 = 2 sqrt(Y2) dY2 of a group: $0 and $1 hold its four numbers, rounded, $2 the kept pair.
+# $3 and $4 hold the four Y2, $5 .. $8 are dY2, $9 the kept indices i0 | i1 << 2. Where Y2 is zero
+# so is dY1: the support needs no selection. The pair is bytes 2 i0, 2 i0 + 1, 2 i1 and 2 i1 + 1.
+SCALE = """{ .reg .f32 a, b, c, d;
+.reg .b32 lower, selector;
+WIDEN
+sqrt.approx.ftz.f32 a, a;
+sqrt.approx.ftz.f32 b, b;
+sqrt.approx.ftz.f32 c, c;
+sqrt.approx.ftz.f32 d, d;
+add.f32 a, a, a;
+add.f32 b, b, b;
+add.f32 c, c, c;
+add.f32 d, d, d;
+mul.f32 a, a, $5;
+mul.f32 b, b, $6;
+mul.f32 c, c, $7;
+mul.f32 d, d, $8;
+cvt.rn.DTYPEx2.f32 $0, b, a;
+cvt.rn.DTYPEx2.f32 $1, d, c;
+and.b32 lower, $9, 3;
+mad.lo.s32 selector, $9, 0x880, 0x1010;
+mad.lo.s32 selector, lower, -0x85e, selector;
+prmt.b32 $2, $0, $1, selector; }"""
+WIDENINGS = {
+    "bf16": """shl.b32 lower, $3, 16;
+mov.b32 a, lower;
+and.b32 lower, $3, 0xffff0000;
+mov.b32 b, lower;
+shl.b32 lower, $4, 16;
+mov.b32 c, lower;
+and.b32 lower, $4, 0xffff0000;
+mov.b32 d, lower;""",
+    "f16": """{ .reg .b16 low, high;
+mov.b32 {low, high}, $3;
+cvt.f32.f16 a, low;
+cvt.f32.f16 b, high;
+mov.b32 {low, high}, $4;
+cvt.f32.f16 c, low;
+cvt.f32.f16 d, high; }""",
+}
 
 
-def _twice_root(bits: ir.Value) -> ir.Value:
-    """2 sqrt(y) of float32 bits, to a few units in the last place."""
-    f32 = ir.F32Type.get()
-    root = llvm.inline_asm(f32, [bits], "sqrt.approx.ftz.f32 $0, $1;", "=f,r", asm_dialect=0)
-    return arith.addf(root, root)
-
-
-def _halves(word: ir.Value, dtype: str) -> list[ir.Value]:
-    """The float32 bits of both 16-bit elements of a word."""
-    if dtype == "bf16":
-        return [
-            arith.shli(word, ptx.const32(16)),
-            arith.andi(word, ptx.const32(-0x10000)),
-        ]
+def _scale(dense: list[ir.Value], x: list[ir.Value], nibble: ir.Value, dtype: str):
+    """Two words of dY1 of a group and the word of its kept pair, as `SCALE` says."""
     i32 = ptx.i32_type()
-    asm = (
-        "{ .reg .b16 low, high; mov.b32 {low, high}, $2;\n"
-        "cvt.f32.f16 $0, low; cvt.f32.f16 $1, high; }"
-    )
-    out = llvm.inline_asm(
-        llvm.StructType.get_literal([i32, i32]), [word], asm, "=r,=r,r", asm_dialect=0
-    )
-    return [llvm.extractvalue(i32, out, [i]) for i in range(2)]
-
-
-def _pair(nibble: ir.Value, dense: list[ir.Value], x: list[ir.Value], dtype: str):
-    """The packed gradient of a group and the `prmt` selectors that spread it to four neurons.
-
-    nibble: the kept indices i0 | i1 << 2. dense: the group's four Y2 in two words. x: its dY2.
-    """
-    lower = arith.andi(nibble, ptx.const32(3))
-    higher = arith.shrui(nibble, ptx.const32(2))
-    # Bytes 2 i0, 2 i0 + 1, 2 i1, 2 i1 + 1 of the eight.
-    selector = common.add(common.add(common.mul(lower, 0x22), common.mul(higher, 0x2200)), 0x1010)
-    roots = [_twice_root(v) for v in _halves(neurons.permute(dense[0], dense[1], selector), dtype)]
-    low = arith.mulf(_select((0, 1), lower, x, 2), roots[0])
-    high = arith.mulf(_select((2, 3), higher, x, 1), roots[1])
-    return ptx.pack_pair(low, high, dtype), neurons.spread_code(nibble)
+    struct = llvm.StructType.get_literal([i32] * 3)
+    text = SCALE.replace("WIDEN", WIDENINGS[dtype]).replace("DTYPE", dtype)
+    constraints = "=&r,=&r,=&r,r,r,f,f,f,f,r"
+    out = llvm.inline_asm(struct, [*dense, *x, nibble], text, constraints, asm_dialect=0)
+    first, second, pair = (llvm.extractvalue(i32, out, [i]) for i in range(3))
+    return [first, second], pair
 
 
 def _put(sixteen: int, dtype: str):
     """Turns the staged Y2 of 16 tokens into dY1, and stages it packed as well."""
-    groups = (neurons.FOUR,) * 4
 
-    @plgpu.inline_mgpu(arg_types=(*(common.REF,) * 3, *groups))
-    def put(ctx, dense_s, packed_s, meta_s, *groups):
+    @plgpu.inline_mgpu(arg_types=(common.ACC, *(common.REF,) * 3))
+    def put(ctx, acc, dense_s, packed_s, meta_s):
         del ctx
         place = neurons.Place()
-        elements = [common.to_scalars(g) for g in groups]
-        i32, zero = ptx.i32_type(), ptx.const32(0)
+        groups = neurons.groups(acc, sixteen)
+        i32 = ptx.i32_type()
+        two = llvm.StructType.get_literal([i32, i32])
         staged = common.add(ptx.shared_address(dense_s), sixteen * 16 * neurons.ROW)
         slot = sixteen // 2 % _SLOTS * neurons.PANEL + sixteen % 2 * 16 * neurons.ROW
         packed = common.add(ptx.shared_address(packed_s), slot)
@@ -150,12 +155,10 @@ def _put(sixteen: int, dtype: str):
                 nibble = arith.andi(nibble, ptx.const32(15))
                 address = common.add(staged, place.dense(j, _PANEL))
                 asm = f"ld.shared.v2.b32 {{$0, $1}}, [$2+{n * 8 * neurons.ROW}];"
-                two = llvm.StructType.get_literal([i32, i32])
                 loaded = ptx.asm(two, [address], asm, "=r,=r,r,~{memory}")
                 dense = [llvm.extractvalue(i32, loaded, [i]) for i in range(2)]
-                x = [element[2 * n + j] for element in elements]
-                pair, code = _pair(nibble, dense, x, dtype)
-                neurons.store_pair(place, n, j, pair, code, zero, staged, packed, _PANEL)
+                words, pair = _scale(dense, groups[n][j], nibble, dtype)
+                neurons.store(place, n, j, words, pair, staged, packed, _PANEL)
 
     return put
 
@@ -233,11 +236,9 @@ def up24_backward(
                 for chunk in range(neurons.CHUNKS):
                     if chunk >= _SLOTS:
                         neurons.await_slot(_SLOTS - 1)()
-                    for half in range(2):
-                        sixteen = 2 * chunk + half
-                        groups = neurons.split_groups(sixteen)(acc)
+                    for sixteen in (2 * chunk, 2 * chunk + 1):
                         put = _put(sixteen, common.ptx_name(dy_p.dtype))
-                        put(*staged(), y2_meta_s.at[wg], *groups)
+                        put(acc, *staged(), y2_meta_s.at[wg])
                     _send(chunk)(*staged(), out_g, out_values_g, *place)
 
             @pl.when(wg == t.warpgroups)

@@ -1,0 +1,292 @@
+"""The grouped kernels of Hopper without a GPU: lowering, refusals, order of tiles, arithmetic."""
+
+import re
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from kernels.hopper import grouped24, grouped_common, grouped_up, grouped_up_backward
+from kernels.registry import assume_capability
+
+pytestmark = pytest.mark.core
+
+# D, H, T, M, V
+LLAMA1B = [(2048, 8192, 16384, m, 128) for m in (8, 16, 32)]
+SMALL = [(64, 1024, 300, 32, 128), (192, 768, 1000, 8, 256), (320, 128, 128, 4, 128)]
+
+
+def arguments(
+    d: int, hidden: int, tokens: int, m: int, v: int = 128, dtype: Any = jnp.bfloat16
+) -> dict[str, tuple[tuple, dict]]:
+    """Arguments of the five functions, as shapes."""
+    experts = m // 4
+    live, rows = hidden // experts, -(-(tokens + experts * (v - 1)) // v) * v
+
+    def array(*shape, dtype=dtype):
+        return jax.ShapeDtypeStruct(shape, dtype)
+
+    def metadata(rows, columns):
+        return array(rows // 64, columns // 64, 128, dtype=jnp.int32)
+
+    layout = array(experts + 1, dtype=jnp.int32), array(rows // v, dtype=jnp.int32)
+    packed = array(hidden, d // 2), metadata(hidden, d)
+    y_metadata, x, y = metadata(rows, live), array(rows, d), array(rows, live)
+    weight = array(hidden, d, dtype=jnp.float32)
+    return {
+        "up24": ((*packed, x, *layout), {}),
+        "down24": ((array(rows, live // 2), y_metadata, array(experts, live, d), *layout), {}),
+        "up24_backward": ((*packed, x, y, y_metadata, *layout), {}),
+        "weight_gradient": ((y, x, layout[0]), {"num_experts": experts}),
+        "pack_weight24": (
+            (weight,),
+            {"num_experts": experts, "m": m, "scale": 1.5, "dtype": dtype},
+        ),
+    }
+
+
+def lower(name: str, args: tuple, options: dict) -> tuple[str, tuple]:
+    """The lowered text of a function, and the shapes of its results."""
+    function = getattr(grouped24, name)
+    with assume_capability((9, 0)):
+        traced = jax.jit(lambda *a: function(*a, **options)).trace(*args)
+        text = traced.lower(lowering_platforms=("cuda",)).as_text()
+    return text, tuple(o.shape for o in jax.tree.leaves(traced.out_info))
+
+
+@pytest.mark.parametrize("sizes", LLAMA1B + SMALL, ids=str)
+def test_lowers_for_cuda(sizes):
+    d, hidden, _, m, _ = sizes
+    calls = arguments(*sizes)
+    rows, live = calls["up24_backward"][0][3].shape
+    y, packed = (rows, live), (rows, live // 2)
+    expected = {
+        "up24": (y, packed, (rows // 64, live // 64, 128)),
+        "down24": ((rows, d),),
+        "up24_backward": (y, packed),
+        "weight_gradient": ((m // 4, live, d),),
+        "pack_weight24": ((hidden, d // 2), (hidden // 64, d // 64, 128), (m // 4, live, d)),
+    }
+    for name, call in calls.items():
+        text, shapes = lower(name, *call)
+        assert "mosaic_gpu" in text
+        assert shapes == expected[name]
+
+
+def test_lowers_in_float16_and_with_a_configuration():
+    config = grouped24.GroupedConfig(stages=3, width=2)
+    for name, (args, options) in arguments(128, 512, 256, 8, dtype=jnp.float16).items():
+        if name != "pack_weight24":
+            options = options | {"config": config}
+        assert "mosaic_gpu" in lower(name, args, options)[0]
+
+
+@pytest.mark.parametrize(
+    ("sizes", "message"),
+    [
+        ((64, 512, 300, 8, 64), "v=64"),
+        ((64, 128, 300, 8, 128), "live=64"),
+        ((64, 512, 300, 8, 128, jnp.float32), "float32"),
+    ],
+)
+def test_refusals(sizes, message):
+    args, _ = arguments(*sizes)["up24"]
+    with assume_capability((9, 0)), pytest.raises(NotImplementedError, match=message):
+        grouped24.check_up24(*args)
+
+
+def test_refuses_other_devices():
+    for name, (args, options) in arguments(64, 512, 300, 8).items():
+        check = getattr(grouped24, f"check_{name}")
+        with assume_capability((9, 0)):
+            check(*args, **options)
+        with assume_capability((8, 0)), pytest.raises(NotImplementedError, match="9"):
+            check(*args, **options)
+
+
+def test_refuses_more_stages_than_fit():
+    args, _ = arguments(64, 512, 300, 8)["up24"]
+    with assume_capability((9, 0)), pytest.raises(NotImplementedError, match="stages"):
+        grouped24.check_up24(*args, config=grouped24.GroupedConfig(stages=9))
+
+
+def test_shapes_that_contradict_one_another():
+    (values, metadata, _, *layout), _ = arguments(64, 512, 300, 8)["down24"]
+    other = jax.ShapeDtypeStruct((2, 128, 64), jnp.bfloat16)
+    with assume_capability((9, 0)), pytest.raises(ValueError, match=r"^w\.shape"):
+        grouped24.check_down24(values, metadata, other, *layout)
+
+
+def test_row_order():
+    order = grouped24.row_order(384)
+    assert sorted(order) == list(range(384))
+    # A thread's four accumulator rows are one group of four neurons.
+    for part in range(3):
+        for warp in range(4):
+            for q in range(8):
+                rows = [64 * a + 16 * warp + 8 * b + q for a in range(2) for b in range(2)]
+                neurons = order[[128 * part + row for row in rows]]
+                first = 128 * part + 4 * (8 * warp + q)
+                assert list(neurons) == list(range(first, first + 4))
+
+
+@given(st.integers(1, 40), st.integers(1, 40), st.integers(1, 20))
+def test_every_tile_once(major, minor, width):
+    tiles = jnp.arange(major * minor, dtype=jnp.int32)
+    order = grouped_common.tile_order(tiles, jnp.int32(major), minor, width)
+    assert len(set(zip(*(map(int, o) for o in order), strict=True))) == major * minor
+    assert int(order[0].max()) == major - 1
+    assert int(order[1].max()) == minor - 1
+
+
+def floats(bits: np.ndarray) -> np.ndarray:
+    return np.asarray(bits, np.uint32).view(np.float32)
+
+
+def words(values: np.ndarray) -> np.ndarray:
+    return np.asarray(values, np.float32).view(np.uint32)
+
+
+def prmt(a: np.ndarray, b: np.ndarray, selector: np.ndarray) -> np.ndarray:
+    both = a.astype(np.uint64) | b.astype(np.uint64) << np.uint64(32)
+    out = np.zeros_like(a)
+    for i in range(4):
+        index = selector >> np.uint32(4 * i) & np.uint32(7)
+        byte = both >> (np.uint64(8) * index.astype(np.uint64)) & np.uint64(255)
+        out |= byte.astype(np.uint32) << np.uint32(8 * i)
+    return out
+
+
+def pack(low: np.ndarray, high: np.ndarray) -> np.ndarray:
+    low, high = (
+        v.astype(ml_dtypes.bfloat16).view(np.uint16).astype(np.uint32) for v in (low, high)
+    )
+    return low | high << np.uint32(16)
+
+
+def clamp(x: np.ndarray) -> np.ndarray:
+    return np.where(x <= 0, np.float32(0), x)
+
+
+# What the inline assembly is made of, on 32-bit words.
+OPERATIONS: dict[str, Callable[..., np.ndarray]] = {
+    "setp.gt.f32": lambda a, b: floats(a) > floats(b),
+    "setp.ge.f32": lambda a, b: floats(a) >= floats(b),
+    "max.NaN.f32": lambda a, b: words(np.maximum(floats(a), floats(b))),
+    "min.NaN.f32": lambda a, b: words(np.minimum(floats(a), floats(b))),
+    "abs.f32": lambda a: a & np.uint32(0x7FFFFFFF),
+    "mul.f32": lambda a, b: words(floats(a) * floats(b)),
+    "add.f32": lambda a, b: words(floats(a) + floats(b)),
+    "sqrt.approx.ftz.f32": lambda a: words(np.sqrt(floats(a))),
+    "cvt.rn.bf16x2.f32": lambda high, low: pack(floats(low), floats(high)),
+    "cvt.rn.relu.bf16x2.f32": lambda high, low: pack(clamp(floats(low)), clamp(floats(high))),
+    "mov.b32": lambda a: a,
+    "add.s32": lambda a, b: a + b,
+    "and.b32": lambda a, b: a & b,
+    "shl.b32": lambda a, b: a << b,
+    "mad.lo.s32": lambda a, b, c: a * b + c,
+    "prmt.b32": prmt,
+}
+
+
+def interpret(text: str, inputs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Runs straight-line PTX on arrays of 32-bit words; every register must be written first."""
+    registers = dict(inputs)
+    size = next(iter(inputs.values())).size
+
+    def value(operand: str) -> np.ndarray:
+        if re.fullmatch(r"-?(0x[0-9a-f]+|[0-9]+)", operand):
+            return np.full(size, int(operand, 0) & 0xFFFFFFFF, np.uint32)
+        return registers[operand]
+
+    for line in re.sub(r"[{}]|\.reg [^;]*;", "", text).split(";"):
+        if not line.strip():
+            continue
+        match = re.fullmatch(r"\s*(@\w+)?\s*(\S+) (.*)", line)
+        assert match is not None, line
+        guard, opcode, rest = match.groups()
+        target, *operands = (o.strip() for o in rest.split(","))
+        result = OPERATIONS[opcode](*map(value, operands))
+        if guard:
+            result = np.where(registers[guard[1:]], result, registers[target])
+        registers[target] = result
+    return registers
+
+
+def halves(word: np.ndarray) -> np.ndarray:
+    """(2, n) float32 from words of two bfloat16."""
+    return np.stack([floats(word << np.uint32(16)), floats(word & np.uint32(0xFFFF0000))])
+
+
+def groups() -> np.ndarray:
+    """(4, n) float32: random, and every combination of a few values, so with all ties."""
+    few = np.array([-2.0, -0.5, -0.0, 0.0, 0.5, 1.0, 3.0], np.float32)
+    every = np.stack(np.meshgrid(few, few, few, few), 0).reshape(4, -1)
+    drawn = np.random.default_rng(0).standard_normal((4, 500)).astype(np.float32)
+    return np.concatenate([every, drawn], axis=1)
+
+
+def test_choice_of_two_of_four():
+    x = groups()
+    text = grouped_up.CHOOSE.replace("DTYPE", "bf16")
+    out = interpret(text, {f"${2 + i}": words(x[i]) for i in range(4)})
+    pair, code = out["$0"], out["$1"]
+    lower, higher = code & np.uint32(3), code >> np.uint32(28) & np.uint32(3)
+    assert (lower < higher).all()
+
+    squares = np.maximum(x, 0) ** 2
+    for i in range(x.shape[1]):
+        # Positive ones by a stable sort: ties to the lower index.
+        best = sorted(range(4), key=lambda r: -squares[r, i])[:2]
+        kept = {int(lower[i]), int(higher[i])}
+        assert {r for r in best if squares[r, i] > 0} <= kept
+    columns = np.arange(x.shape[1])
+    expected = np.stack([squares[lower, columns], squares[higher, columns]])
+    rounded = expected.astype(ml_dtypes.bfloat16).astype(np.float32)
+    np.testing.assert_array_equal(halves(pair), rounded)
+
+    zero = np.zeros_like(pair)
+    spread = [halves(prmt(pair, zero, s)) for s in (code, code >> np.uint32(16))]
+    dense = np.zeros_like(x)
+    dense[lower, columns], dense[higher, columns] = rounded
+    np.testing.assert_array_equal(np.concatenate(spread), dense)
+
+
+def test_choice_keeps_a_nan():
+    x = np.tile(np.array([[1.0], [2.0], [3.0], [4.0]], np.float32), 4)
+    np.fill_diagonal(x, np.nan)
+    out = interpret(
+        grouped_up.CHOOSE.replace("DTYPE", "bf16"), {f"${2 + i}": words(x[i]) for i in range(4)}
+    )
+    assert np.isnan(halves(out["$0"])).any(axis=0).all()
+
+
+def test_gradient_of_the_squared_relu():
+    rng = np.random.default_rng(1)
+    pairs = np.array([(i, j) for i in range(4) for j in range(i + 1, 4)])
+    lower, higher = np.repeat(pairs, 50, axis=0).T
+    columns = np.arange(lower.size)
+    y = np.zeros((4, lower.size), np.float32)
+    y[lower, columns], y[higher, columns] = rng.exponential(size=(2, lower.size)) * (
+        rng.random((2, lower.size)) < 0.7
+    )
+    y = y.astype(ml_dtypes.bfloat16).astype(np.float32)
+    x = rng.standard_normal(y.shape).astype(np.float32)
+
+    text = grouped_up_backward.SCALE.replace("WIDEN", grouped_up_backward.WIDENINGS["bf16"])
+    inputs = {"$3": pack(y[0], y[1]), "$4": pack(y[2], y[3])}
+    inputs |= {f"${5 + i}": words(x[i]) for i in range(4)}
+    inputs["$9"] = (lower | higher << 2).astype(np.uint32)
+    out = interpret(text.replace("DTYPE", "bf16"), inputs)
+
+    expected = (2 * np.sqrt(y) * x).astype(ml_dtypes.bfloat16).astype(np.float32)
+    dense = np.concatenate([halves(out["$0"]), halves(out["$1"])])
+    np.testing.assert_array_equal(dense, expected)
+    kept = np.stack([expected[lower, columns], expected[higher, columns]])
+    np.testing.assert_array_equal(halves(out["$2"]), kept)
