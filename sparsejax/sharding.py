@@ -40,9 +40,9 @@ from jax.sharding import PartitionSpec as P
 from jax.typing import DTypeLike
 
 from kernels import registry
-from sparsejax.ops import routed_ffn as op
 from sparsejax.ops import routed_ffn_grouped
 from sparsejax.ops.packed_ffn import PackedFFN, PackedMatrix
+from sparsejax.ops.routed_ffn import _check_weights, _pack, _path
 from sparsejax.routing import assign_tokens, cluster_neurons, interleave, plan_tokens
 from sparsejax.routing.neurons import from_expert_major
 from sparsejax.spec import GROUP, Sparsity
@@ -84,7 +84,7 @@ def current_mesh(axes: MeshAxes | None) -> AbstractMesh | None:
     return mesh
 
 
-def constrain(x: Array, spec: P, axes: MeshAxes | None = MeshAxes()) -> Array:  # noqa: B008
+def constrain(x: Array, spec: P, axes: MeshAxes | None = MeshAxes()) -> Array:
     """`x`, placed by `spec`; as it is where there is no mesh."""
     return x if current_mesh(axes) is None else jax.lax.with_sharding_constraint(x, spec)
 
@@ -170,9 +170,9 @@ class _Layout:
 
     def packed_specs(self, packed_by: registry.Backend | None, gated: bool) -> PackedFFN:
         tensor, shard = self.axes.tensor, self.axes.shard
-        matrix = PackedMatrix(P(tensor, None, shard))
+        matrix: Any = PackedMatrix(P(tensor, None, shard))  # type: ignore[arg-type]
         if packed_by is not None:
-            matrix = PackedMatrix(matrix.dense, P(tensor, shard), P(tensor, shard, None))
+            matrix = matrix._replace(values=P(tensor, shard), metadata=P(tensor, shard, None))
         return PackedFFN(matrix, matrix, matrix if gated else None, packed_by)
 
     def spmd(self, function: Callable, in_specs: Any, out_specs: Any) -> Callable:
@@ -242,7 +242,7 @@ def pack_ffn(
     sparsity: Sparsity,
     *,
     dtype: DTypeLike = jnp.bfloat16,
-    axes: MeshAxes | None = MeshAxes(),  # noqa: B008
+    axes: MeshAxes | None = MeshAxes(),
 ) -> PackedFFN:
     """`ops.pack_ffn` where the weights live: every device packs the part that it stores.
 
@@ -263,7 +263,7 @@ def pack_ffn(
       ValueError: sizes that the mesh does not divide.
       NotImplementedError: the named backend does not serve a device's part.
     """
-    width, hidden = op._check_weights(w1, w2, wg, sparsity)
+    width, hidden = _check_weights(w1, w2, wg, sparsity)
     layout = _layout(sparsity, axes, width, hidden)
     rows = hidden // layout.groups
     sizes = routed_ffn_grouped.Sizes(width=width, hidden=rows, dtype=jnp.dtype(dtype))
@@ -280,7 +280,8 @@ def pack_ffn(
         parts = []
         for g in range(layout.local_groups):
             part = jax.tree.map(lambda w, g=g: w[g * rows : (g + 1) * rows], (w1, w2, wg))
-            parts.append(op._pack(*part, betas, sparsity, dtype=dtype, kernels=kernels))
+            one, two, gate = part
+            parts.append(_pack(one, two, gate, betas, sparsity, dtype=dtype, kernels=kernels))
         return parts[0] if len(parts) == 1 else jax.tree.map(lambda *a: jnp.concatenate(a), *parts)
 
     spec = layout.weight_spec
@@ -332,7 +333,7 @@ def routed_ffn(
     bias: Array,
     sparsity: Sparsity,
     *,
-    axes: MeshAxes | None = MeshAxes(),  # noqa: B008
+    axes: MeshAxes | None = MeshAxes(),
 ) -> tuple[Array, Array]:
     """Routes each device's tokens and runs `ops.routed_ffn` on them, group by group of neurons.
 
@@ -356,7 +357,7 @@ def routed_ffn(
       ValueError: sizes that do not fit each other or the mesh.
       NotImplementedError: the named backend does not serve this device, shape or option.
     """
-    width, hidden = op._check_weights(w1, w2, wg, sparsity)
+    width, hidden = _check_weights(w1, w2, wg, sparsity)
     layout = _layout(sparsity, axes, width, hidden)
     devices = layout.size(*layout.axes.batch)
     if x.ndim < 2 or x.shape[-1] != width:
@@ -384,7 +385,7 @@ def _routed_ffn(x, w1, w2, wg, packed, centers, bias, kernels, layout):
 
 
 def _routed_ffn_fwd(x, w1, w2, wg, packed, centers, bias, kernels, layout):
-    sparsity, path = layout.sparsity, op._path(kernels)
+    sparsity, path = layout.sparsity, _path(kernels)
     experts = sparsity.num_experts
 
     def local(x, packed, centers, bias):
@@ -427,7 +428,7 @@ def _routed_ffn_fwd(x, w1, w2, wg, packed, centers, bias, kernels, layout):
 
 def _routed_ffn_bwd(kernels, layout, residuals, cotangents):
     x, packed, saved, dtypes = residuals
-    sparsity, path = layout.sparsity, op._path(kernels)
+    sparsity, path = layout.sparsity, _path(kernels)
 
     def local(x, dy, packed, saved):
         shape = x.shape
@@ -465,7 +466,7 @@ def cluster(
     centers: Array | None,
     sparsity: Sparsity,
     *,
-    axes: MeshAxes | None = MeshAxes(),  # noqa: B008
+    axes: MeshAxes | None = MeshAxes(),
 ) -> tuple[Array, Array, Array]:
     """Clusters the neurons, shard by shard; the same on every device to the last bit.
 
@@ -523,7 +524,7 @@ def permute_rows(
     permutation: Array,
     sparsity: Sparsity,
     *,
-    axes: MeshAxes | None = MeshAxes(),  # noqa: B008
+    axes: MeshAxes | None = MeshAxes(),
 ) -> Array:
     """w[permutation] for an FFN matrix (H, D), or a moment of one, where its rows live.
 

@@ -9,6 +9,7 @@ from flax import nnx
 from train.backend import attention_implementation
 from train.config import ModelConfig
 from train.init import linear_init
+from train.mesh import ACT_BTNH, constrain, gathered
 
 
 class KeyValues(NamedTuple):
@@ -99,9 +100,13 @@ class Attention(nnx.Module):
     ) -> tuple[jax.Array, jax.Array, jax.Array]:
         """Rotated queries, rotated keys, and values: (B, S, heads, d)."""
         theta, head_dim = self.config.rope_theta, self.config.head_dim
-        heads = lambda w: (x @ w[...].astype(x.dtype)).reshape(*x.shape[:2], -1, head_dim)
-        q, k = rope(heads(self.q), theta, position), rope(heads(self.k), theta, position)
-        return q, k, heads(self.v)
+
+        def heads(name: str) -> jax.Array:
+            y = x @ gathered(getattr(self, name)[...], x.dtype, name)
+            return constrain(y.reshape(*x.shape[:2], -1, head_dim), ACT_BTNH)
+
+        q, k = rope(heads("q"), theta, position), rope(heads("k"), theta, position)
+        return q, k, heads("v")
 
     def _mix(self, y: jax.Array) -> jax.Array:
-        return y.reshape(*y.shape[:2], -1) @ self.out[...].astype(y.dtype)
+        return y.reshape(*y.shape[:2], -1) @ gathered(self.out[...], y.dtype, "out")

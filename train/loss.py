@@ -3,27 +3,61 @@
 from __future__ import annotations
 
 import functools
+import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import AbstractMesh
+from jax.sharding import PartitionSpec as P
+
+from sparsejax.sharding import current_mesh
+from train.mesh import FFN_AXES, SPECS, gathered
 
 
-def _chunk_loss(x: jax.Array, head: jax.Array, targets: jax.Array, weights: jax.Array):
-    """Sum of weighted losses of one chunk, and the float32 logits' softmax ingredients."""
+class _Spread:
+    """What the mesh does to the loss: tokens over `batch`, the head's columns over `tensor`."""
+
+    def sum_vocabulary(self, x: jax.Array) -> jax.Array:
+        return jax.lax.psum(x, FFN_AXES.tensor)
+
+    def max_vocabulary(self, x: jax.Array) -> jax.Array:
+        return jax.lax.pmax(x, FFN_AXES.tensor)
+
+    def sum_tokens(self, x: jax.Array) -> jax.Array:
+        return jax.lax.psum(x, FFN_AXES.batch)
+
+    def scatter_head(self, grad: jax.Array) -> jax.Array:
+        """A partial gradient (D, v) to the part of the sum that this device stores."""
+        shard = FFN_AXES.shard
+        grad = jax.lax.psum_scatter(grad, shard, scatter_dimension=0, tiled=True)
+        return jax.lax.psum(grad, tuple(axis for axis in FFN_AXES.batch if axis != shard))
+
+    def first_column(self, columns: int) -> jax.Array:
+        return columns * jax.lax.axis_index(FFN_AXES.tensor)
+
+
+class _Alone:
+    """The same on one device."""
+
+    sum_vocabulary = max_vocabulary = sum_tokens = scatter_head = staticmethod(lambda x: x)
+
+    def first_column(self, columns: int) -> int:
+        del columns
+        return 0
+
+
+def _chunk_loss(x: jax.Array, head: jax.Array, targets: jax.Array, weights: jax.Array, over: Any):
+    """Sum of weighted losses of one chunk, the float32 logits, log of the softmax's denominator,
+    and which column is the target."""
     logits = jnp.dot(x, head, preferred_element_type=jnp.float32)
-    top = jnp.max(logits, axis=-1, keepdims=True)
-    log_z = jnp.log(jnp.sum(jnp.exp(logits - top), axis=-1, keepdims=True)) + top
-    target = jnp.take_along_axis(logits, targets[:, None], axis=-1)
-    return jnp.sum((log_z - target)[:, 0] * weights), logits, log_z
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
-def _summed_loss(x, head, targets, weights, chunk):
-    def body(total, args):
-        return total + _chunk_loss(args[0], head.astype(x.dtype), args[1], args[2])[0], None
-
-    total, _ = jax.lax.scan(body, jnp.float32(0), _chunks(x, targets, weights, chunk))
-    return total
+    columns = over.first_column(logits.shape[-1]) + jnp.arange(logits.shape[-1])
+    is_target = targets[:, None] == columns
+    top = over.max_vocabulary(jnp.max(logits, axis=-1, keepdims=True))
+    total = over.sum_vocabulary(jnp.sum(jnp.exp(logits - top), axis=-1, keepdims=True))
+    log_z = jnp.log(total) + top
+    target = over.sum_vocabulary(jnp.sum(jnp.where(is_target, logits, 0.0), axis=-1))
+    return jnp.sum((log_z[:, 0] - target) * weights), logits, log_z, is_target
 
 
 def _chunks(x, targets, weights, chunk):
@@ -34,25 +68,63 @@ def _chunks(x, targets, weights, chunk):
     )
 
 
-def _summed_loss_fwd(x, head, targets, weights, chunk):
-    # Both gradients are made while a chunk's logits exist: three products in all, none recomputed.
-    low = head.astype(x.dtype)
+def _loss_alone(low, x, targets, weights, *, chunk, over):
+    """Sum of the losses; `low` the head (D, v) in x's dtype."""
 
+    def body(total, args):
+        return total + _chunk_loss(args[0], low, args[1], args[2], over)[0], None
+
+    total, _ = jax.lax.scan(body, jnp.float32(0), _chunks(x, targets, weights, chunk))
+    return over.sum_tokens(total)
+
+
+def _loss_and_gradients(low, x, targets, weights, *, chunk, over):
+    """Sum of the losses, its gradient with respect to x, and to the head in float32."""
+
+    # Both gradients are made while a chunk's logits exist: three products in all, none recomputed.
     def body(carry, args):
         total, grad_head = carry
         x_c, targets_c, weights_c = args
-        loss, logits, log_z = _chunk_loss(x_c, low, targets_c, weights_c)
-        one_hot = jax.nn.one_hot(targets_c, logits.shape[-1], dtype=jnp.float32)
-        d_logits = ((jnp.exp(logits - log_z) - one_hot) * weights_c[:, None]).astype(x.dtype)
+        loss, logits, log_z, is_target = _chunk_loss(x_c, low, targets_c, weights_c, over)
+        d_logits = ((jnp.exp(logits - log_z) - is_target) * weights_c[:, None]).astype(x.dtype)
         grad_head += jnp.dot(x_c.T, d_logits, preferred_element_type=jnp.float32)
         return (total + loss, grad_head), jnp.dot(d_logits, low.T)
 
-    start = (jnp.float32(0), jnp.zeros(head.shape, jnp.float32))
+    start = (jnp.float32(0), jnp.zeros(low.shape, jnp.float32))
     (total, grad_head), grad_x = jax.lax.scan(body, start, _chunks(x, targets, weights, chunk))
-    return total, (grad_x.reshape(x.shape), grad_head.astype(head.dtype))
+    grad_x = over.sum_vocabulary(grad_x.reshape(x.shape))
+    return over.sum_tokens(total), grad_x, over.scatter_head(grad_head)
 
 
-def _summed_loss_bwd(chunk, saved, g):
+def _spread(function, mesh: AbstractMesh | None, chunk: int, out_specs: Any):
+    """`function` on each device's tokens and columns of the head, if there is a mesh."""
+    if mesh is None:
+        return functools.partial(function, chunk=chunk, over=_Alone())
+    tokens = P(FFN_AXES.batch)
+    return jax.shard_map(
+        functools.partial(function, chunk=chunk, over=_Spread()),
+        mesh=mesh,
+        in_specs=(P(None, FFN_AXES.tensor), tokens, tokens, tokens),
+        out_specs=out_specs,
+        check_vma=False,
+    )
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
+def _summed_loss(x, head, targets, weights, chunk, mesh):
+    low = gathered(head, x.dtype, "head")
+    return _spread(_loss_alone, mesh, chunk, P())(low, x, targets, weights)
+
+
+def _summed_loss_fwd(x, head, targets, weights, chunk, mesh):
+    low = gathered(head, x.dtype, "head")
+    out = (P(), P(FFN_AXES.batch), SPECS["head"])
+    function = _spread(_loss_and_gradients, mesh, chunk, out)
+    total, grad_x, grad_head = function(low, x, targets, weights)
+    return total, (grad_x, grad_head.astype(head.dtype))
+
+
+def _summed_loss_bwd(chunk, mesh, saved, g):
     grad_x, grad_head = saved
     return (g * grad_x).astype(grad_x.dtype), (g * grad_head).astype(grad_head.dtype), None, None
 
@@ -75,14 +147,19 @@ def cross_entropy(
       head: (D, vocabulary) float32 weights.
       targets: (T,) int32 ids.
       weights: (T,) float32 weights of the tokens, all one when None. Their sum divides the loss.
-      chunk: tokens whose logits are held at the same time; the largest divisor of T up to it is
-        used.
+      chunk: tokens whose logits a device holds at the same time; the largest divisor of its tokens
+        up to it is used.
 
     Returns:
       float32 scalar. Its gradients with respect to `x` and `head` are computed with the loss.
     """
     tokens = x.shape[0]
     weights = jnp.ones((tokens,), jnp.float32) if weights is None else weights.astype(jnp.float32)
-    size = next(c for c in range(min(chunk, tokens), 0, -1) if tokens % c == 0)
+    mesh = current_mesh(FFN_AXES)
+    devices = 1 if mesh is None else math.prod(mesh.shape[axis] for axis in FFN_AXES.batch)
+    if tokens % devices:
+        raise ValueError(f"{tokens=} must be a multiple of {devices=}")
+    local = tokens // devices
+    size = next(c for c in range(min(chunk, local), 0, -1) if local % c == 0)
     # Normalised before the sum, so that bf16 gradients of the chunks keep their scale.
-    return _summed_loss(x, head, targets, weights / jnp.maximum(jnp.sum(weights), 1.0), size)
+    return _summed_loss(x, head, targets, weights / jnp.maximum(jnp.sum(weights), 1.0), size, mesh)

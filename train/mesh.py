@@ -1,4 +1,9 @@
-"""The device mesh and where every array lives on it."""
+"""The device mesh and where every array lives on it.
+
+Letters of the specs: b batch, t positions, d width, n heads, h head dimension or neurons,
+v vocabulary. Parameters and their moments are spread over fsdp and tensor, the batch over data and
+fsdp; matrix products read weights gathered over fsdp.
+"""
 
 from __future__ import annotations
 
@@ -9,12 +14,15 @@ import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from train.config import MeshConfig
+from sparsejax import sharding
+from sparsejax.spec import GROUP
+from train.config import Config, MeshConfig
 from train.tree import names
 
 AXES = ("data", "fsdp", "tensor")
+FFN_AXES = sharding.MeshAxes(batch=("data", "fsdp"), shard="fsdp", tensor="tensor")
 
-# By parameter name; letters: v vocabulary, d width, n heads, h neurons.
+# By parameter name.
 SPECS = {
     "embedding": P("tensor", "fsdp"),  # emb_vd
     "head": P("fsdp", "tensor"),  # head_dv
@@ -22,15 +30,24 @@ SPECS = {
     "k": P("fsdp", "tensor"),
     "v": P("fsdp", "tensor"),
     "out": P("tensor", "fsdp"),  # out_nd
-    "w1": P("tensor", "fsdp"),  # ffw_hd
-    "wg": P("tensor", "fsdp"),
-    "w2": P("tensor", "fsdp"),
+    "w1": sharding.weight_spec(FFN_AXES),  # ffw_hd
+    "wg": sharding.weight_spec(FFN_AXES),
+    "w2": sharding.weight_spec(FFN_AXES),
 }
 BATCH_SPEC = P(("data", "fsdp"), None)
+ACT_BTD = P(("data", "fsdp"), None, None)
+ACT_BTNH = P(("data", "fsdp"), None, "tensor", None)
 
 
 def make_mesh(config: MeshConfig, batch_size: int) -> Mesh:
     """A mesh over all devices with axes data, fsdp and tensor.
+
+    Devices of one process are neighbours along tensor first, then fsdp, then data: the axes that
+    talk most have the fastest links.
+
+    Args:
+      config: sizes of the axes.
+      batch_size: sequences of a micro-batch.
 
     Raises:
       ValueError: if the axes do not multiply to the number of devices, or do not divide the batch.
@@ -50,10 +67,68 @@ def make_mesh(config: MeshConfig, batch_size: int) -> Mesh:
         )
     if batch_size % (data * config.fsdp):
         raise ValueError(
-            f"{batch_size=} must be a multiple of data times fsdp = {data * config.fsdp} devices"
+            f"{batch_size=} of a micro-batch must be a multiple of data times fsdp = "
+            f"{data * config.fsdp} devices"
         )
     # Auto axes: XLA shards what no specification names, and kernels stay free to use shard_map.
     return jax.make_mesh((data, config.fsdp, config.tensor), AXES, axis_types=(AxisType.Auto,) * 3)
+
+
+def check_mesh(config: Config, mesh: Mesh) -> None:
+    """Refuses what the mesh cannot hold, before anything is compiled.
+
+    Args:
+      config: the resolved run.
+      mesh: from `make_mesh`.
+
+    Raises:
+      ValueError: one line that names the values.
+    """
+    model, sparsity = config.model, config.sparsity
+    fsdp, tensor = mesh.shape["fsdp"], mesh.shape["tensor"]
+    for name, value, axis, size in (
+        ("model.num_heads", model.num_heads, "tensor", tensor),
+        ("model.num_kv_heads", model.kv_heads, "tensor", tensor),
+        ("model.hidden", model.ffn_hidden, "tensor", tensor),
+        ("model.vocab_size", model.vocab_size, "tensor", tensor),
+        ("model.width", model.width, "fsdp", fsdp),
+    ):
+        if value is None or value % size:
+            raise ValueError(f"{name}={value} must be a multiple of mesh.{axis}={size}")
+    if not config.sparse_steps:
+        return
+    shards = sparsity.num_shards
+    if shards != 1 and shards % tensor:
+        raise ValueError(f"sparsity.shards={shards} must be 1 or a multiple of mesh.{tensor=}")
+    block, groups = sparsity.m if sparsity.routing else GROUP, max(shards, tensor)
+    if model.ffn_hidden % (block * groups):
+        raise ValueError(
+            f"model.hidden={model.ffn_hidden} must be a multiple of {block * groups}: clusters in "
+            f"blocks of {block} neurons on each of {groups} tensor shards"
+        )
+    if model.width % (GROUP * fsdp):
+        raise ValueError(
+            f"model.width={model.width} must be a multiple of {GROUP} times mesh.{fsdp=}: groups "
+            "of four weights stay on one device"
+        )
+    devices = mesh.shape["data"] * fsdp
+    tokens = config.tokens_per_micro_batch // devices
+    if sparsity.routing and tokens % sparsity.v:
+        raise ValueError(
+            f"the {tokens} tokens of one device and micro-batch (batch_size={config.batch_size} x "
+            f"sequence_length={config.sequence_length} / micro_batches={config.micro_batches} / "
+            f"{devices} devices) must be a multiple of sparsity.v={sparsity.v}"
+        )
+
+
+def constrain(x: jax.Array, spec: P) -> jax.Array:
+    """An activation, placed by `spec`; as it is on one device."""
+    return sharding.constrain(x, spec, FFN_AXES)
+
+
+def gathered(w: jax.Array, dtype: Any, name: str) -> jax.Array:
+    """The parameter `name` as a matrix product reads it, in `dtype` and whole along fsdp."""
+    return sharding.gathered(w, dtype, SPECS[name], FFN_AXES)
 
 
 def state_shardings(mesh: Mesh, tree: Any) -> Any:
@@ -74,6 +149,27 @@ def state_shardings(mesh: Mesh, tree: Any) -> Any:
         return NamedSharding(mesh, P(*fits))
 
     return jax.tree_util.tree_map_with_path(sharding, tree)
+
+
+def data_share(mesh: Mesh) -> tuple[int, int]:
+    """Which part of each batch this process reads: (index, count), for `open_data`.
+
+    Processes along the tensor axis read the same rows, so this need not be the process's number.
+
+    Raises:
+      ValueError: this process's devices do not hold one run of rows, equally long everywhere.
+    """
+    rows = mesh.shape["data"] * mesh.shape["fsdp"]
+    spread = NamedSharding(mesh, P(("data", "fsdp")))
+    indices = spread.addressable_devices_indices_map((rows,)).values()
+    mine = {index[0].start or 0 for index in indices if index is not None}
+    first, count = min(mine), len(mine)
+    if mine != set(range(first, first + count)) or rows % count or first % count:
+        raise ValueError(
+            f"mesh {dict(mesh.shape)}: the devices of process {jax.process_index()} must hold "
+            f"consecutive parts of the batch, not {sorted(mine)} of {rows}"
+        )
+    return first // count, rows // count
 
 
 def put_batch(mesh: Mesh, batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:

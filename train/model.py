@@ -14,12 +14,13 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from sparsejax.nn.routed_ffn import RoutedFFN
+from sparsejax.nn.routed_ffn import RoutedFFN, RoutingStats
 from sparsejax.spec import Sparsity
 from train.attention import Attention, KeyValues
 from train.backend import compute_dtype
 from train.config import ModelConfig
 from train.init import linear_init
+from train.mesh import ACT_BTD, FFN_AXES, constrain, gathered
 
 # Packed weights and routing statistics are pytrees that sparsejax defines; None in a dense phase.
 Packed = Any
@@ -53,9 +54,9 @@ class SwiGLU(nnx.Module):
 
     def __call__(self, x: jax.Array, packed: Packed = None) -> tuple[jax.Array, Stats]:
         del packed
-        weight = lambda w: w[...].astype(x.dtype)
-        y = jax.nn.silu(x @ weight(self.wg).T) * (x @ weight(self.w1).T)
-        return y @ weight(self.w2), None
+        weight = lambda name: gathered(getattr(self, name)[...], x.dtype, name)
+        y = jax.nn.silu(x @ weight("wg").T) * (x @ weight("w1").T)
+        return y @ weight("w2"), None
 
 
 class Block(nnx.Module):
@@ -77,11 +78,14 @@ class Block(nnx.Module):
                 dtype=compute_dtype(config),
                 kernel_init=linear_init(config.init_scale),
                 out_init=linear_init(config.init_scale / (2 * config.num_layers) ** 0.5),
+                axes=FFN_AXES,
                 rngs=rngs,
             )
 
     def __call__(self, x: jax.Array, packed: Packed = None) -> tuple[jax.Array, Stats]:
-        return self._feed_forward(x + self.attention(self.norm_attention(x)), packed)
+        x = constrain(x + self.attention(self.norm_attention(x)), ACT_BTD)
+        y, stats = self._feed_forward(x, packed)
+        return constrain(y, ACT_BTD), stats
 
     def prefill(self, x: jax.Array, packed: Packed = None) -> tuple[jax.Array, KeyValues]:
         """As a call, with the attention's keys and values instead of statistics."""
@@ -142,7 +146,8 @@ class Llama(nnx.Module):
           packed: what `pack` returns, or None for the dense function.
         """
         config = self.config
-        x = self.embedding[...].astype(compute_dtype(config))[tokens]
+        embedding = gathered(self.embedding[...], compute_dtype(config), "embedding")
+        x = constrain(embedding[tokens], ACT_BTD)
 
         def block(graph: Any, state: Any, x: jax.Array, packed: Packed):
             return nnx.merge(graph, state)(x, packed)
@@ -163,6 +168,9 @@ class Llama(nnx.Module):
                 x, layer = apply(*nnx.split(layer_block), x, None if packed is None else packed[i])
                 layers.append(layer)
             stats = jax.tree.map(lambda *leaves: jnp.stack(leaves), *layers)
+        if stats is not None and stats.counts.ndim == 3:
+            # Layers, devices, experts: one small sum over the devices for all layers.
+            stats = RoutingStats(jnp.sum(stats.counts, axis=1))
         return self.norm(x), stats
 
     def prefill(self, tokens: jax.Array, packed: Packed = None) -> tuple[jax.Array, KeyValues]:

@@ -13,8 +13,10 @@ from flax import nnx
 
 from sparsejax.routing import update_bias
 from sparsejax.schedule import Phase
+from sparsejax.sharding import permute_rows
 from train.config import Config
 from train.loss import cross_entropy
+from train.mesh import FFN_AXES
 from train.optimizer import learning_rate_schedule
 from train.state import TrainState
 from train.tree import map_ffn_leaves
@@ -84,10 +86,13 @@ def make_train_step(
         routing = state.routing
         if phase == "sparse" and config.sparsity.routing:
             metrics["expert_load"] = stats.counts
-            rate = config.sparsity.bias_rate
-            routing = map_ffn_leaves(
-                routing, {"bias": lambda b, n: update_bias(b, n, rate)}, stats.counts
-            )
+            rate, shards = config.sparsity.bias_rate, config.sparsity.num_shards
+
+            def even(bias: jax.Array, counts: jax.Array) -> jax.Array:
+                bias, counts = (a.reshape(shards, -1) for a in (bias, counts))
+                return update_bias(bias, counts, rate).reshape(-1)
+
+            routing = map_ffn_leaves(routing, {"bias": even}, stats.counts)
         return (
             dataclasses.replace(
                 state,
@@ -122,7 +127,7 @@ def make_cluster_step(
         plan: Any = model.map_ffn(lambda ffn: ffn.begin_sparse() if begin else ffn.refresh())
         if not config.model.scan_layers:
             plan = jax.tree.map(lambda *leaves: jnp.stack(leaves), *plan)
-        rows = lambda w, p: jnp.take(w, p.permutation, axis=-2)
+        rows = lambda w, p: permute_rows(w, p.permutation, config.sparsity, axes=FFN_AXES)
         move = {"w1": rows, "wg": rows, "w2": rows}
         new = {"centers": lambda _, p: p.centers, "beta": lambda _, p: p.beta}
         return dataclasses.replace(

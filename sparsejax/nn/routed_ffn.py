@@ -73,8 +73,8 @@ class RoutedFFN(nnx.Module):
     neuron n, so w1 and wg are the transposes of W1 and Wg.
     With a `Sparsity`, `RoutingState` variables whatever the phase: centers (S E, D), bias (S E,)
     and beta (3,), all float32. On a mesh (`axes`, and `jax.set_mesh`) the network runs as
-    `sparsejax.sharding` describes. Nothing here mutates the module but `apply_update`, so that it composes
-    with plain jax.jit, value_and_grad, checkpoint and scan over nnx.split state.
+    `sparsejax.sharding` describes. Nothing here mutates the module but `apply_update`, so that it
+    composes with plain jax.jit, value_and_grad, checkpoint and scan over nnx.split state.
     """
 
     def __init__(
