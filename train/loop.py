@@ -21,11 +21,13 @@ from rich.console import Console
 from sparsejax.schedule import Event, Phase, PhaseSchedule
 from train import accounting, hardware
 from train.checkpoint import Checkpointer
-from train.config import Config, resolve
+from train.checkpoint.processes import on_process_zero
+from train.config import Config, resolve, validate
 from train.data.pipeline import Data, open_data
+from train.distributed import any_process
 from train.evaluate import evaluate
 from train.loggers import open_sinks, require_packages
-from train.mesh import BATCH_SPEC, make_mesh, put_batch
+from train.mesh import BATCH_SPEC, check_mesh, data_share, make_mesh, put_batch
 from train.metrics import RunLogger
 from train.optimizer import make_optimizer, phase_schedule
 from train.plots import loss_plot
@@ -90,6 +92,7 @@ def compile_programs(
     """
     optimizer, graph, phases = make_optimizer(config), model_graph(config), phase_schedule(config)
     shardings = jax.tree.map(lambda leaf: leaf.sharding, state)
+    everywhere = shardings.step  # every process reads the metrics
 
     def compiled(name: str, function: Callable, *arguments: Any, **options: Any) -> Callable:
         report(name)
@@ -97,7 +100,7 @@ def compile_programs(
 
     def step(phase: Phase) -> Callable:
         function = make_train_step(config, graph, optimizer, phase)
-        out = (shardings, None)
+        out = (shardings, everywhere)
         return compiled(
             f"{phase} step", function, state, batch, donate_argnums=0, out_shardings=out
         )
@@ -108,7 +111,8 @@ def compile_programs(
         return compiled(name, function, state, donate_argnums=0, out_shardings=shardings)
 
     def view(phase: Phase) -> Callable:
-        return compiled(f"{phase} evaluation", make_eval_step(config, graph, phase), state, masked)
+        function = make_eval_step(config, graph, phase)
+        return compiled(f"{phase} evaluation", function, state, masked, out_shardings=everywhere)
 
     sparse = phases.sparse_steps > 0
     wanted: dict[Phase, None] = dict.fromkeys(span.phase for span in phases.spans(config.steps))
@@ -136,19 +140,24 @@ def train(config: Config, *, resume: bool = False, console: Console | None = Non
       ValueError: bad configuration, data or checkpoint, before anything starts.
       NonFiniteError: the loss or gradient stopped being finite; the last good checkpoint stays.
     """
-    console = console or Console()
+    main = jax.process_index() == 0
+    console = (console or Console()) if main else Console(quiet=True)
     require_packages(config.log)
+    validate(config)
+    mesh = make_mesh(config.mesh, config.batch_size // config.micro_batches)
+    share, shares = data_share(mesh)
     with open_data(
         config.data,
         sequence_length=config.sequence_length,
         global_batch=config.batch_size,
         seed=config.seed,
-        process_index=jax.process_index(),
-        process_count=jax.process_count(),
+        process_index=share,
+        process_count=shares,
     ) as data:
         config = resolve(config, tokenizer_vocab_size=data.vocab_size)
-        mesh = make_mesh(config.mesh, config.batch_size // config.micro_batches)
-        folder = resumable_folder(config) if resume else new_folder(config)
+        check_mesh(config, mesh)
+        find = resumable_folder if resume else new_folder
+        folder = Path(on_process_zero(lambda: str(find(config))))
         checkpointer = Checkpointer(
             folder / CHECKPOINTS,
             keep=config.checkpoint.keep,
@@ -200,7 +209,7 @@ class _Run:
             active=main,
         )
         self.profiler = Profiler(
-            parse_steps(self.config.profile.steps, steps=self.config.steps),
+            parse_steps(self.config.profile.steps if main else None, steps=self.config.steps),
             self.folder / "profile",
             pause=self.logger.pause,
             say=self.console.print,
@@ -225,7 +234,8 @@ class _Run:
         """A new state at step 0, or the newest good checkpoint's."""
         optimizer = make_optimizer(self.config)
         if not resume:
-            write_config(self.folder, self.config)
+            if jax.process_index() == 0:
+                write_config(self.folder, self.config)
             return init_state(self.config, optimizer, self.mesh), 0
         restored = self.checkpointer.restore(abstract_state(self.config, optimizer, self.mesh))
         if restored is None:
@@ -254,7 +264,9 @@ class _Run:
         print_(f"[bold]{config.name}[/bold] in {self.folder}", highlight=False)
         print_(
             f"  {counts.total:,} parameters, {config.tokens_per_step:,} tokens a step, on "
-            f"{jax.device_count()} x {device.device_kind}" + (f" ({shape})" if shape else ""),
+            f"{jax.device_count()} x {device.device_kind}"
+            + (f" ({shape})" if shape else "")
+            + (f" of {jax.process_count()} processes" if jax.process_count() > 1 else ""),
             highlight=False,
         )
         print_(
@@ -298,12 +310,13 @@ class _Run:
             state, metrics = self.profiler.run(step, programs.train[phase], state, batch)
             done = step + 1
             unread.append((done, phase, metrics))
-            stopping = self.stop.requested
             saving = config.checkpoint.every and done % config.checkpoint.every == 0
             evaluating = log.eval_every and done % log.eval_every == 0
             last = done == config.steps
             flip = not last and self.phases(done) != phase
-            if done % log.every == 0 or saving or evaluating or last or stopping or flip:
+            reporting = done % log.every == 0 or saving or evaluating or last or flip
+            stopping = self._stopping(reporting)
+            if reporting or stopping:
                 self._report(unread)
             if evaluating or last:
                 with self._paused(state):
@@ -314,6 +327,16 @@ class _Run:
                 with self._paused(state):
                     self._save(done, state)
         return state, config.steps
+
+    def _stopping(self, reporting: bool) -> bool:
+        """Whether to stop after this step: the same on every process.
+
+        One process can stop after any step. Several ask each other where they wait for the device
+        anyway, and a signal to one of them stops all there.
+        """
+        if jax.process_count() == 1:
+            return self.stop.requested
+        return reporting and any_process(self.stop.requested)
 
     @contextlib.contextmanager
     def _paused(self, state: TrainState) -> Iterator[None]:

@@ -76,10 +76,12 @@ def run(config: Config, arguments: Arguments, console: Console) -> int:
         raise ValueError(f"--plot {arguments.plot} goes with --dry-run")
     from train.checkpoint import CheckpointError
     from train.determinism import make_deterministic
+    from train.distributed import initialize
     from train.loop import NonFiniteError, train
 
     if config.deterministic:
         make_deterministic(config.output)
+    initialize()
     try:
         train(config, resume=arguments.resume, console=console)
     except (NonFiniteError, CheckpointError) as error:
