@@ -253,6 +253,11 @@ def tile_order(tile, major_tiles, minor_tiles: int, width: int):
     return major, band * width + lax.rem(rest, width)
 
 
+def used_tiles(offsets_g):
+    """Token tiles that belong to an expert."""
+    return lax.div(offsets_g[offsets_g.shape[0] - 1], jnp.int32(TOKENS))
+
+
 def own_tiles(tiles, blocks: int):
     """How many of the tiles block, block + blocks, .. there are for this block."""
     return lax.div(tiles - lax.axis_index("block") + (blocks - 1), jnp.int32(blocks))
@@ -409,10 +414,13 @@ class Loop:
         # The first lap's stages have never been full: waiting for the phase before passes.
         lax.fori_loop(0, tiles, tile, (jnp.int32(0), jnp.int32(1)))
 
-    def consume(self, tiles, write: Callable, prefetch: Callable | None = None) -> None:
-        """Runs a compute warpgroup: `write(i, acc)` for the block's i-th tile.
+    def consume(
+        self, tiles, place: Callable, write: Callable, prefetch: Callable | None = None
+    ) -> None:
+        """Runs a compute warpgroup: `write(i, acc, *place(i))` for the block's i-th tile.
 
-        `prefetch(i)` is called a few steps into the tile, while there are steps.
+        `place(i)` is evaluated ahead of the steps, so that its latency is hidden;
+        `prefetch(*place(i))` is called a few steps into the tile, while there are steps.
         """
         stages, bars = self.tile.stages, self.ring["bars"]
         first_step, next_step = _step(self.tile, first=True), _step(self.tile, first=False)
@@ -420,6 +428,7 @@ class Loop:
 
         def tile(i, state):
             slot, parity = state
+            where = place(i)
             acc, metas = first_step(*self._stage(slot), bars, slot, parity, slot)
             carry = (acc, metas, *next_stage(stages, slot, parity), slot)
 
@@ -432,18 +441,18 @@ class Loop:
             # registers without moves between them.
             pairs, odd = divmod(self.k_steps - 1, 2)
             if prefetch is not None and pairs == 0:
-                prefetch(i)
+                prefetch(*where)
 
             def two_steps(j, carry):
                 if prefetch is not None:
-                    pl.when(j == min(2, pairs - 1))(lambda: prefetch(i))
+                    pl.when(j == min(2, pairs - 1))(lambda: prefetch(*where))
                 return step(step(carry))
 
             carry = lax.fori_loop(0, pairs, two_steps, carry)
             if odd:
                 carry = step(carry)
             acc, metas, slot, parity, previous = carry
-            write(i, finish(acc, metas, bars, previous))
+            write(i, finish(acc, metas, bars, previous), *where)
             return slot, parity
 
         lax.fori_loop(0, tiles, tile, (jnp.int32(0), jnp.int32(0)))

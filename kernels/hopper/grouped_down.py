@@ -113,7 +113,7 @@ def down24(
             wg = lax.axis_index("wg")
             loop = common.Loop(t, live // common.TILE_K, (values_g, metadata_g, w_g), ring)
             common.init_barriers(t.stages, t.warpgroups)(ring["bars"])
-            used = lax.div(offsets_g[experts], jnp.int32(common.TOKENS))
+            used = common.used_tiles(offsets_g)
             tiles = common.own_tiles(used * column_tiles, blocks)
 
             def part(i):
@@ -125,10 +125,13 @@ def down24(
                 expert = expert_g[lax.div(block, jnp.int32(v // common.TOKENS))]
                 return block * common.TOKENS, column * _COLUMNS, expert * live
 
-            def write(i, acc):
+            def place(i):
                 block, column = part(i)
-                row0 = block * common.TOKENS + wg * 64
-                _write(common.ptx_name(w.dtype))(acc, out_s.at[wg], out_g, row0, column * _COLUMNS)
+                return block * common.TOKENS + wg * 64, column * _COLUMNS
+
+            def write(i, acc, *place):
+                del i
+                _write(common.ptx_name(w.dtype))(acc, out_s.at[wg], out_g, *place)
 
             @pl.when(wg == t.warpgroups)
             def _producer():
@@ -138,7 +141,7 @@ def down24(
             @pl.when(wg < t.warpgroups)
             def _consumer():
                 plgpu.set_max_registers(common.REGISTERS, action="increase")
-                loop.consume(tiles, write)
+                loop.consume(tiles, place, write)
                 common.fill_unused([(out_g, 0, 1)], used * common.TOKENS, blocks, t.warpgroups)
                 plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 

@@ -174,22 +174,17 @@ def store_chunk(ctx, panels, packed, dense_g, packed_g, token, neuron0) -> None:
 class Plan:
     """The tiles of a product of weights (E h, D) and tokens, inside a kernel.
 
-    offsets_g, expert_g: the layout of tokens, in global memory; per_expert: token tiles in a block.
+    used: token tiles in use. expert_g: experts of blocks of tokens, in global memory; per_expert:
+    token tiles in a block.
     """
 
     tile: common.SparseTile
     live: int
     blocks: int
     width: int
-    offsets_g: Any
+    used: Any
     expert_g: Any
     per_expert: int
-
-    @property
-    def used(self):
-        """Token tiles in use."""
-        rows = self.offsets_g[self.offsets_g.shape[0] - 1]
-        return lax.div(rows, jnp.int32(common.TOKENS))
 
     @property
     def own_tiles(self):

@@ -71,7 +71,8 @@ def _choose(x: list[ir.Value], dtype: str) -> tuple[ir.Value, ir.Value]:
     i32 = ptx.i32_type()
     struct = llvm.StructType.get_literal([i32, i32])
     text = CHOOSE.replace("DTYPE", dtype)
-    out = llvm.inline_asm(struct, x, text, "=&r,=&r,f,f,f,f", asm_dialect=0)
+    # With side effects, to stay in its place: all choices at once would delay the first stores.
+    out = ptx.asm(struct, x, text, "=&r,=&r,f,f,f,f")
     return llvm.extractvalue(i32, out, [0]), llvm.extractvalue(i32, out, [1])
 
 
@@ -170,14 +171,23 @@ def up24(
         def _scope(out_s, y_meta_s, **ring):
             wg = lax.axis_index("wg")
             plan = neurons.Plan(
-                t, live, blocks, config.width, offsets_g, expert_g, v // common.TOKENS
+                t,
+                live,
+                blocks,
+                config.width,
+                common.used_tiles(offsets_g),
+                expert_g,
+                v // common.TOKENS,
             )
             loop = common.Loop(t, width // common.TILE_K, (values_g, metadata_g, x_g), ring)
             common.init_barriers(t.stages, t.warpgroups)(ring["bars"])
 
-            def write(i, acc):
+            def place(i):
                 token0, neuron0 = plan.part(i)
-                neuron0 = neuron0 + wg * common.PART
+                return token0, neuron0 + wg * common.PART
+
+            def write(i, acc, token0, neuron0):
+                del i
                 stage, stage_meta = out_s.at[wg], y_meta_s.at[wg]
                 for chunk in range(neurons.CHUNKS):
                     neurons.await_slot(0 if chunk == 0 else _SLOTS - 1)()
@@ -193,7 +203,7 @@ def up24(
             @pl.when(wg < t.warpgroups)
             def _consumer():
                 plgpu.set_max_registers(common.REGISTERS, action="increase")
-                loop.consume(plan.own_tiles, write)
+                loop.consume(plan.own_tiles, place, write)
                 common.fill_unused(
                     [(y_g, 0, 1), (y_values_g, 0, 1), (y_meta_g, _EMPTY, 64)],
                     plan.used * common.TOKENS,

@@ -127,7 +127,8 @@ def _scale(dense: list[ir.Value], x: list[ir.Value], nibble: ir.Value, dtype: st
     struct = llvm.StructType.get_literal([i32] * 3)
     text = SCALE.replace("WIDEN", WIDENINGS[dtype]).replace("DTYPE", dtype)
     constraints = "=&r,=&r,=&r,r,r,f,f,f,f,r"
-    out = llvm.inline_asm(struct, [*dense, *x, nibble], text, constraints, asm_dialect=0)
+    # With side effects, to stay in its place: all at once would delay the first stores.
+    out = ptx.asm(struct, [*dense, *x, nibble], text, constraints)
     first, second, pair = (llvm.extractvalue(i32, out, [i]) for i in range(3))
     return [first, second], pair
 
@@ -216,22 +217,27 @@ def up24_backward(
         def _scope(dense_s, packed_s, y2_meta_s, **ring):
             wg = lax.axis_index("wg")
             plan = neurons.Plan(
-                t, live, blocks, config.width, offsets_g, expert_g, v // common.TOKENS
+                t,
+                live,
+                blocks,
+                config.width,
+                common.used_tiles(offsets_g),
+                expert_g,
+                v // common.TOKENS,
             )
             loop = common.Loop(t, width // common.TILE_K, (values_g, metadata_g, dy_g), ring)
             bars = ring["bars"]
             common.init_barriers(t.stages, t.warpgroups, t.spare)(bars)
             staged = lambda: (dense_s.at[wg], packed_s.at[wg])
 
-            def part(i):
+            def place(i):
                 token0, neuron0 = plan.part(i)
                 return token0, neuron0 + wg * common.PART
 
-            def prefetch(i):
-                _prefetch(t)(y2_g, y2_meta_g, dense_s.at[wg], y2_meta_s.at[wg], bars, *part(i))
+            def prefetch(*place):
+                _prefetch(t)(y2_g, y2_meta_g, dense_s.at[wg], y2_meta_s.at[wg], bars, *place)
 
-            def write(i, acc):
-                place = part(i)
+            def write(i, acc, *place):
                 _await(t)(bars, i & 1)
                 for chunk in range(neurons.CHUNKS):
                     if chunk >= _SLOTS:
@@ -249,7 +255,7 @@ def up24_backward(
             @pl.when(wg < t.warpgroups)
             def _consumer():
                 plgpu.set_max_registers(common.REGISTERS, action="increase")
-                loop.consume(plan.own_tiles, write, prefetch)
+                loop.consume(plan.own_tiles, place, write, prefetch)
                 outs = [(out_g, 0, 1), (out_values_g, 0, 1)]
                 common.fill_unused(outs, plan.used * common.TOKENS, blocks, t.warpgroups)
                 plgpu.wait_smem_to_gmem(0, wait_read_only=True)
