@@ -6,7 +6,8 @@ import math
 
 import pytest
 
-from train.config import CheckpointConfig, Config, LogConfig, OptimizerConfig
+from sparsejax.spec import Sparsity
+from train.config import CheckpointConfig, Config, LogConfig, OptimizerConfig, ScheduleConfig
 from train.data.config import DataConfig
 from train.study import record
 from train.study.record import config_hash, differences
@@ -20,6 +21,7 @@ from train.study.record import config_hash, differences
         {"checkpoint": CheckpointConfig(every=7)},
         {"log": LogConfig(tensorboard=True)},
         {"data": DataConfig(threads=5, cache="/tmp")},
+        {"sparsity": Sparsity(m=8)},  # of a dense run
     ],
 )
 def test_convenience_makes_no_other_run(change):
@@ -52,8 +54,16 @@ def test_a_new_switch_counts_as_its_default():
     stored = dataclasses.asdict(Config())
     del stored["optimizer"]["rewarm_steps"]
     assert differences(stored, Config()) == []
-    config = dataclasses.replace(Config(), optimizer=OptimizerConfig(rewarm_steps=4))
+    sparse = dataclasses.replace(Config(), schedule=ScheduleConfig(sparse_fraction=0.5))
+    stored = dataclasses.asdict(sparse)
+    del stored["optimizer"]["rewarm_steps"]
+    assert differences(stored, sparse) == []
+    config = dataclasses.replace(sparse, optimizer=OptimizerConfig(rewarm_steps=4))
     assert differences(stored, config) == ["optimizer.rewarm_steps: 0, now 4"]
+    config = dataclasses.replace(sparse, sparsity=Sparsity(m=8))
+    assert "sparsity.m: 16, now 8" in differences(stored, config)
+    assert config_hash(config) != config_hash(sparse)
+    stored = dataclasses.asdict(Config())
     assert differences({**stored, "gone": 1}, Config()) == ["gone: 1, now None"]
 
 

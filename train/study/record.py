@@ -38,6 +38,9 @@ _IRRELEVANT = (
     "data.cache",
 )
 
+# Leaves that do nothing in a run without a sparse step.
+_SPARSE_ONLY = ("sparsity.", "schedule.warmup_steps", "optimizer.rewarm_steps")
+
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "numpy")
 
 
@@ -73,19 +76,25 @@ class Folders:
 
 
 def leaves(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """(dotted name, value) of every leaf of a configuration's dictionary that decides the
-    result."""
+    """(dotted name, value) of every leaf of a configuration's dictionary."""
     for name, value in config.items():
         path = f"{prefix}{name}"
         if isinstance(value, Mapping):
             yield from leaves(value, f"{path}.")
-        elif not path.startswith(_IRRELEVANT):
+        else:
             yield path, value
+
+
+def decisive(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The leaves that decide the result, by dotted name; a dense run has no sparsity to decide."""
+    sparse_steps = round(config["schedule"]["sparse_fraction"] * config["steps"])
+    idle = _IRRELEVANT if sparse_steps else _IRRELEVANT + _SPARSE_ONLY
+    return {name: value for name, value in leaves(config) if not name.startswith(idle)}
 
 
 def config_hash(config: Config) -> str:
     """16 hexadecimal digits that name what the configuration computes."""
-    found = json.dumps(dict(leaves(dataclasses.asdict(config))), sort_keys=True)
+    found = json.dumps(decisive(dataclasses.asdict(config)), sort_keys=True)
     return hashlib.sha256(found.encode()).hexdigest()[:16]
 
 
@@ -95,10 +104,10 @@ def differences(stored: Mapping[str, Any], config: Config) -> list[str]:
     A field that did not exist when the run was made counts as its present default, so that a new
     switch of the trainer does not make old results worthless.
     """
-    then, now = dict(leaves(stored)), dict(leaves(dataclasses.asdict(config)))
+    then, now = decisive(stored), decisive(dataclasses.asdict(config))
     defaults = dict(leaves(dataclasses.asdict(Config())))
     pairs = {name: (then.get(name, defaults[name]), value) for name, value in now.items()}
-    pairs |= {name: (then[name], None) for name in then.keys() - now.keys()}
+    pairs |= {name: (then[name], None) for name in sorted(then.keys() - now.keys())}
     return [f"{name}: {old}, now {new}" for name, (old, new) in pairs.items() if old != new]
 
 
