@@ -1,0 +1,1 @@
+"""Models trained here, in the Language Model Evaluation Harness (needs the extra `eval`)."""
