@@ -27,10 +27,11 @@ class _Spread:
     def sum_tokens(self, x: jax.Array) -> jax.Array:
         return jax.lax.psum(x, FFN_AXES.batch)
 
-    def scatter_head(self, grad: jax.Array) -> jax.Array:
-        """A partial gradient (D, v) to the part of the sum that this device stores."""
+    def scatter_head(self, grad: jax.Array, dtype: jnp.dtype) -> jax.Array:
+        """A partial gradient (D, v) to the part of the sum that this device stores, moved in
+        `dtype` like those of all other weights."""
         shard = FFN_AXES.shard
-        grad = jax.lax.psum_scatter(grad, shard, scatter_dimension=0, tiled=True)
+        grad = jax.lax.psum_scatter(grad.astype(dtype), shard, scatter_dimension=0, tiled=True)
         return jax.lax.psum(grad, tuple(axis for axis in FFN_AXES.batch if axis != shard))
 
     def first_column(self, columns: int) -> jax.Array:
@@ -40,7 +41,11 @@ class _Spread:
 class _Alone:
     """The same on one device."""
 
-    sum_vocabulary = max_vocabulary = sum_tokens = scatter_head = staticmethod(lambda x: x)
+    sum_vocabulary = max_vocabulary = sum_tokens = staticmethod(lambda x: x)
+
+    def scatter_head(self, grad: jax.Array, dtype: jnp.dtype) -> jax.Array:
+        del dtype
+        return grad
 
     def first_column(self, columns: int) -> int:
         del columns
@@ -93,7 +98,7 @@ def _loss_and_gradients(low, x, targets, weights, *, chunk, over):
     start = (jnp.float32(0), jnp.zeros(low.shape, jnp.float32))
     (total, grad_head), grad_x = jax.lax.scan(body, start, _chunks(x, targets, weights, chunk))
     grad_x = over.sum_vocabulary(grad_x.reshape(x.shape))
-    return over.sum_tokens(total), grad_x, over.scatter_head(grad_head)
+    return over.sum_tokens(total), grad_x, over.scatter_head(grad_head, x.dtype)
 
 
 def _spread(function, mesh: AbstractMesh | None, chunk: int, out_specs: Any):

@@ -19,6 +19,7 @@ from sparsejax.spec import Sparsity
 from train.attention import Attention, KeyValues
 from train.backend import compute_dtype
 from train.config import ModelConfig
+from train.embedding import embed
 from train.init import linear_init
 from train.mesh import ACT_BTD, FFN_AXES, constrain, gathered
 
@@ -146,8 +147,7 @@ class Llama(nnx.Module):
           packed: what `pack` returns, or None for the dense function.
         """
         config = self.config
-        embedding = gathered(self.embedding[...], compute_dtype(config), "embedding")
-        x = constrain(embedding[tokens], ACT_BTD)
+        x = embed(self.embedding[...], tokens, compute_dtype(config))
 
         def block(graph: Any, state: Any, x: jax.Array, packed: Packed):
             return nnx.merge(graph, state)(x, packed)
