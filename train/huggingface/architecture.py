@@ -110,13 +110,15 @@ def from_transformers(values: Mapping[str, Any]) -> ModelConfig:
 def _rope_theta(values: Mapping[str, Any]) -> float:
     """The base of plain rotary positions; anything else is refused."""
     # transformers 5 keeps everything in rope_parameters; before, theta stood alone.
-    rope = {"rope_theta": values.get("rope_theta", 10_000.0)}
+    theta = values.get("rope_theta", 10_000.0)
+    factor = values.get("partial_rotary_factor", 1.0)
     for name in ("rope_scaling", "rope_parameters"):
-        rope.update(values.get(name) or {})
-    kind = rope.get("rope_type", rope.get("type", "default"))
-    if kind != "default":
-        raise ValueError(f"rope scaling of type {kind!r} is not supported: only plain rotary")
-    partial = rope.get("partial_rotary_factor", values.get("partial_rotary_factor", 1.0))
-    if partial != 1.0:
-        raise ValueError(f"partial_rotary_factor={partial} must be 1")
-    return float(rope["rope_theta"])
+        rope = values.get(name) or {}
+        kind = rope.get("rope_type", rope.get("type", "default"))
+        if kind != "default":
+            raise ValueError(f"rope scaling of type {kind!r} is not supported: only plain rotary")
+        theta = rope.get("rope_theta", theta)
+        factor = rope.get("partial_rotary_factor", factor)
+    if factor != 1.0:
+        raise ValueError(f"partial_rotary_factor={factor} must be 1")
+    return float(theta)

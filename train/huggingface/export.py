@@ -80,10 +80,10 @@ def export_run(
             dtype=dtype,
         )
         _write(staged / "config.json", settings)
-        _write(
-            staged / "generation_config.json",
-            {"bos_token_id": bos_id(run), "eos_token_id": eos_id, "pad_token_id": eos_id},
-        )
+        generation = {"bos_token_id": bos_id(run), "eos_token_id": eos_id, "pad_token_id": eos_id}
+        # The vocabulary is padded; no text has these ids.
+        unused = list(range(run.tokenizer.vocab_size, run.model.head.shape[-1]))
+        _write(staged / "generation_config.json", generation | {"suppress_tokens": unused or None})
         shards = list(_shards(list(tensors(run.config.model)), _NUMPY[dtype].itemsize, shard_bytes))
         placed: dict[str, str] = {}
         total = 0

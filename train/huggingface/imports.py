@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -94,31 +96,30 @@ def import_model(
 
 def _parameters(folder: Path, config: Config, *, tied: bool) -> dict[str, Any]:
     """Parameters and routing state, as a training state names them, on the host."""
-    read, available = _reader(folder)
-    wanted = {tensor.name: tensor for tensor in tensors(config.model)}
-    sources = {name: EMBEDDING if tied and name == HEAD else name for name in wanted}
-    missing = [source for source in sources.values() if source not in available]
-    if missing:
-        raise ValueError(f"{folder} has no tensor {missing[0]}")
+    stored = _stored(folder)
+    by_path: dict[tuple[str, ...], list[tuple[Stored, Tensor]]] = {}
     # Old files keep the rotary frequencies too; a tied model may keep its head twice.
-    surplus = [
-        name
-        for name in available
-        if name not in wanted and not name.endswith(".rotary_emb.inv_freq")
-    ]
+    surplus = {name for name in stored if not name.endswith(".rotary_emb.inv_freq")}
+    for tensor in tensors(config.model):
+        surplus.discard(tensor.name)
+        name = EMBEDDING if tied and tensor.name == HEAD else tensor.name
+        if name not in stored:
+            raise ValueError(f"{folder} has no tensor {name}")
+        found = stored[name]
+        if found.dtype not in _DTYPES:
+            raise ValueError(f"{name} is {found.dtype}, not one of {_DTYPES}")
+        if found.shape != tensor.shape:
+            raise ValueError(f"{name} is {found.shape}, where config.json says {tensor.shape}")
+        by_path.setdefault(tensor.path, []).append((found, tensor))
     if surplus:
-        raise ValueError(f"tensor {surplus[0]} of {folder} has no place in this model")
-    by_path: dict[tuple[str, ...], list[Tensor]] = {}
-    for tensor in wanted.values():
-        by_path.setdefault(tensor.path, []).append(tensor)
+        raise ValueError(f"tensor {min(surplus)} of {folder} has no place in this model")
     host = jax.devices("cpu")[0]
 
     def fill(path, leaf):
         # Layers are stacked: the configurations made here scan over them.
-        parts = by_path[tuple(str(key) for key in names(path))]
         out = np.empty(leaf.shape, leaf.dtype)
-        for i, tensor in enumerate(parts):
-            values = read(sources[tensor.name], tensor.shape)
+        for i, (found, tensor) in enumerate(by_path[tuple(str(key) for key in names(path))]):
+            values = found.read()
             out[i if tensor.layer is not None else ...] = values.T if tensor.transposed else values
         return jax.device_put(out, host)
 
@@ -129,35 +130,42 @@ def _parameters(folder: Path, config: Config, *, tied: bool) -> dict[str, Any]:
     }
 
 
-def _reader(folder: Path) -> tuple[Callable[[str, tuple[int, ...]], np.ndarray], set[str]]:
-    """(read(name, shape), names) of a folder's tensors."""
+@dataclass(frozen=True)
+class Stored:
+    """A tensor in a file."""
+
+    file: Path
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+
+    def read(self) -> np.ndarray:
+        with _open(self.file) as file:
+            return file.get_tensor(self.name)
+
+
+def _stored(folder: Path) -> dict[str, Stored]:
+    """A folder's tensors by name; their values stay on disk."""
+    found = {}
+    for path in _files(folder):
+        with _open(path) as file:
+            for name in file.keys():  # noqa: SIM118 (not a mapping)
+                part = file.get_slice(name)
+                found[name] = Stored(path, name, part.get_dtype(), tuple(part.get_shape()))
+    return found
+
+
+@contextlib.contextmanager
+def _open(path: Path) -> Iterator[Any]:
+    """A safetensors file, and its errors in one line."""
     safetensors_numpy()
     import safetensors
 
-    files = _files(folder)
-    where: dict[str, Path] = {}
-    for file in files:
-        try:
-            with safetensors.safe_open(file, framework="numpy") as tensors_of:
-                where.update(dict.fromkeys(tensors_of.keys(), file))
-        except (safetensors.SafetensorError, OSError) as error:
-            raise ValueError(f"{file} cannot be read: {_line(error)}") from None
-
-    def read(name: str, shape: tuple[int, ...]) -> np.ndarray:
-        try:
-            with safetensors.safe_open(where[name], framework="numpy") as tensors_of:
-                part = tensors_of.get_slice(name)
-                if part.get_dtype() not in _DTYPES:
-                    raise ValueError(f"{name} is {part.get_dtype()}, not one of {_DTYPES}")
-                if tuple(part.get_shape()) != shape:
-                    raise ValueError(
-                        f"{name} is {tuple(part.get_shape())}, where config.json says {shape}"
-                    )
-                return tensors_of.get_tensor(name)
-        except (safetensors.SafetensorError, OSError) as error:
-            raise ValueError(f"{where[name]} cannot be read: {_line(error)}") from None
-
-    return read, set(where)
+    try:
+        with safetensors.safe_open(path, framework="numpy") as file:
+            yield file
+    except (safetensors.SafetensorError, OSError) as error:
+        raise ValueError(f"{path} cannot be read: {' '.join(str(error).split())}") from None
 
 
 def _files(folder: Path) -> list[Path]:
@@ -219,7 +227,7 @@ def _json(path: Path) -> dict[str, Any]:
     except FileNotFoundError:
         raise ValueError(f"{path} does not exist") from None
     except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise ValueError(f"{path} is not JSON: {_line(error)}") from None
+        raise ValueError(f"{path} is not JSON: {' '.join(str(error).split())}") from None
     if not isinstance(content, dict):
         raise ValueError(f"{path} must hold a JSON object")
     return content
@@ -227,7 +235,3 @@ def _json(path: Path) -> dict[str, Any]:
 
 def _write(path: Path, content: Any) -> None:
     path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-
-
-def _line(error: BaseException) -> str:
-    return " ".join(str(error).split())

@@ -22,20 +22,19 @@ def make_scorer(run: TrainedRun, *, view: View) -> Scorer:
     """score(tokens (B, S), targets (B, S)) to (log-probability, whether it is the likeliest token).
 
     Position s of both (B, S) results is about targets[:, s], given tokens[:, : s + 1]. float32,
-    over the tokenizer's vocabulary: what pads the vocabulary has no probability.
+    over the whole padded vocabulary, as in training.
     """
     graph, *weights = for_inference(run, view)
-    vocabulary, chunk = run.tokenizer.vocab_size, run.config.model.loss_chunk
+    chunk = run.config.model.loss_chunk
 
     @jax.jit
     def score(state, packed, tokens, targets):
         model = nnx.merge(graph, state)
         hidden = model(tokens, packed)[0]
-        head = model.head[...][:, :vocabulary]
 
         def one(pair):
             x, target = pair
-            logits = jnp.dot(x, head, preferred_element_type=jnp.float32)
+            logits = jnp.dot(x, model.head[...], preferred_element_type=jnp.float32)
             own = logits[target]
             return own - jax.nn.logsumexp(logits), own >= jnp.max(logits)
 
