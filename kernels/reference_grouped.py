@@ -94,7 +94,13 @@ def backward_dims(
 
 
 def down_dims(
-    y_values: Array, y_metadata: Array, w: Array, offsets: Array, block_expert: Array
+    y_values: Array,
+    y_metadata: Array,
+    w: Array,
+    offsets: Array,
+    block_expert: Array,
+    permutation: Array | None,
+    tokens: int | None,
 ) -> tuple[int, int]:
     """(E, V) of `down24`. ValueError unless its arguments fit."""
     rows, live = packed_dims(y_values, y_metadata)
@@ -103,6 +109,10 @@ def down_dims(
         raise ValueError(f"{w.shape=} must be ({experts}, {live}, width)")
     if w.dtype != y_values.dtype:
         raise ValueError(f"{w.dtype=} must be {y_values.dtype=}")
+    if (permutation is None) != (tokens is None):
+        raise ValueError(f"permutation and {tokens=} must be given both or neither")
+    if permutation is not None and (permutation.shape != (rows,) or permutation.dtype != jnp.int32):
+        raise ValueError(f"{permutation.shape=}, {permutation.dtype=} must be {(rows,)}, int32")
     return experts, v
 
 
@@ -256,6 +266,8 @@ def down24(
     offsets: Array,
     block_expert: Array,
     *,
+    permutation: Array | None = None,
+    tokens: int | None = None,
     config: None = None,
 ) -> Array:
     """Y W_e for 2:4 activations: Y3 = Y2 W2_e and dX = dY1 W1_e.
@@ -264,23 +276,29 @@ def down24(
       y_values, y_metadata: of Y (T_pad, h), packed along h.
       w: (E, h, D), dtype of `y_values`.
       offsets: (E + 1,) int32. block_expert: (T_pad / V,) int32.
+      permutation: None, or (T_pad,) int32: the token of each row, T or more for padding. Then the
+        result is in the order of the tokens. Every token has a row.
+      tokens: T, with `permutation`.
       config: none for this backend.
 
     Returns:
-      (T_pad, D) in the dtype of w.
+      (T_pad, D), or (T, D) with `permutation`, in the dtype of w.
 
     Raises:
       ValueError: the shapes do not fit.
     """
     del config
-    down_dims(y_values, y_metadata, w, offsets, block_expert)
+    down_dims(y_values, y_metadata, w, offsets, block_expert, permutation, tokens)
     w = jnp.asarray(w)
     y = reference.unpack24(y_values, y_metadata)
 
     def block(expert, y):
         return _product(y, w[expert], (1, 0)).astype(w.dtype)
 
-    return _by_block(block, (y,), offsets, block_expert)
+    out = _by_block(block, (y,), offsets, block_expert)
+    if permutation is None:
+        return out
+    return jnp.zeros((tokens, out.shape[1]), out.dtype).at[permutation].set(out, mode="drop")
 
 
 def up24_backward(

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental.mosaic.gpu import utils
 from jaxlib.mlir import ir
-from jaxlib.mlir.dialects import arith, vector
+from jaxlib.mlir.dialects import arith, llvm, vector
 
 from kernels import reference_grouped
 from kernels.hopper import device, ptx
@@ -26,6 +26,20 @@ _SLOT_BYTES = 64 * 64 * 2
 _COLUMNS = 256  # of a tile
 
 
+def _stage(regs: list[ir.Value], chunk: int, slot: ir.Value, dtype: str) -> None:
+    """Writes 64 columns of a warpgroup's 64 rows to shared memory, swizzled."""
+    warp, lane = common.warp_and_lane()
+    matrix = arith.divui(lane, ptx.const32(8))
+    row = common.add(common.mul(warp, 16), common.mul(arith.andi(matrix, ptx.const32(1)), 8))
+    row = common.add(row, arith.remui(lane, ptx.const32(8)))
+    values = [vector.extract(r, [], [0]) for r in regs[32 * chunk : 32 * chunk + 32]]
+    words = _words(values, dtype)
+    for j in range(0, 8, 2):
+        col8 = common.add(arith.shrui(matrix, ptx.const32(1)), j)
+        address = common.swizzled(ptx.shared_address(slot), row, col8)
+        ptx.stmatrix_x4(address, words[2 * j : 2 * j + 4], transpose=False)
+
+
 def _write(dtype: str):
     """Stores a warpgroup's 64 rows, 64 columns at a time; columns beyond the edge are dropped."""
 
@@ -33,21 +47,11 @@ def _write(dtype: str):
     def write(ctx, acc, out_s, out_g, row0, col0):
         row0, col0 = map(common.scalar, (row0, col0))
         (regs,) = common.accumulators(acc)
-        warp, lane = common.warp_and_lane()
-        in_matrix = arith.remui(lane, ptx.const32(8))
-        matrix = arith.divui(lane, ptx.const32(8))
-        row = common.add(common.mul(warp, 16), common.mul(arith.andi(matrix, ptx.const32(1)), 8))
-        row = common.add(row, in_matrix)
         for chunk in range(_COLUMNS // 64):
             slot = utils.memref_slice(out_s, chunk % _SLOTS)
             ptx.bulk_wait_read(_SLOTS - 1)
             utils.warpgroup_barrier()
-            values = [vector.extract(r, [], [0]) for r in regs[32 * chunk : 32 * chunk + 32]]
-            words = _words(values, dtype)
-            for j in range(0, 8, 2):
-                col8 = common.add(arith.shrui(matrix, ptx.const32(1)), j)
-                address = common.swizzled(ptx.shared_address(slot), row, col8)
-                ptx.stmatrix_x4(address, words[2 * j : 2 * j + 4], transpose=False)
+            _stage(regs, chunk, slot, dtype)
             ptx.fence_async_shared()
             utils.warpgroup_barrier()
             place = (common.window(row0, 64), common.window(common.add(col0, 64 * chunk), 64))
@@ -61,6 +65,47 @@ def _write(dtype: str):
             )
 
     return write
+
+
+def _scatter(dtype: str, tokens: int, width: int):
+    """As `_write`, but each row goes to its token's; eight threads store 128 bytes of a row."""
+    refs = (common.REF,) * 3
+
+    @plgpu.inline_mgpu(arg_types=(common.ACC, *refs, *(common.SCALAR,) * 2))
+    def scatter(ctx, acc, out_s, permutation_g, out_g, row0, col0):
+        del ctx
+        row0, col0 = map(common.scalar, (row0, col0))
+        (regs,) = common.accumulators(acc)
+        i32 = ptx.i32_type()
+        four = llvm.StructType.get_literal([i32] * 4)
+        thread = ptx.thread_in_warpgroup()
+        eighth, first = arith.remui(thread, ptx.const32(8)), arith.divui(thread, ptx.const32(8))
+        rows = [common.add(first, 16 * i) for i in range(4)]
+        wide = lambda v, size: arith.muli(arith.extui(ptx.i64_type(), v), ptx.const64(size))
+        base = lambda ref: llvm.ptrtoint(ptx.i64_type(), utils.memref_ptr(ref))
+        token_of = []
+        for row in rows:
+            address = arith.addi(base(permutation_g), wide(common.add(row0, row), 4))
+            token_of.append(ptx.asm(i32, [address], "ld.global.b32 $0, [$1];", "=r,l"))
+        less = lambda a, b: arith.cmpi(arith.CmpIPredicate.ult, a, ptx.const32(b))
+        for chunk in range(_COLUMNS // 64):
+            slot = utils.memref_slice(out_s, chunk % _SLOTS)
+            _stage(regs, chunk, slot, dtype)
+            # One barrier is enough: who arrives here has read the slot that is written next.
+            utils.warpgroup_barrier()
+            column = common.add(common.add(col0, 64 * chunk), common.mul(eighth, 8))
+            for row, token in zip(rows, token_of, strict=True):
+                address = common.swizzled(ptx.shared_address(slot), row, eighth)
+                asm = "ld.shared.v4.b32 {$0, $1, $2, $3}, [$4];"
+                loaded = ptx.asm(four, [address], asm, "=r,=r,=r,=r,r,~{memory}")
+                words = [llvm.extractvalue(i32, loaded, [i]) for i in range(4)]
+                with utils.when(arith.andi(less(token, tokens), less(column, width))):
+                    target = arith.addi(wide(token, 2 * width), wide(column, 2))
+                    target = arith.addi(base(out_g), target)
+                    asm = "st.global.v4.b32 [$0], {$1, $2, $3, $4};"
+                    ptx.asm(None, [target, *words], asm, "l,r,r,r,r")
+
+    return scatter
 
 
 def _words(values: list[ir.Value], dtype: str) -> list[ir.Value]:
@@ -87,22 +132,27 @@ def down24(
     offsets: jax.Array,
     block_expert: jax.Array,
     *,
+    permutation: jax.Array | None = None,
+    tokens: int | None = None,
     config: common.GroupedConfig | None = None,
 ) -> jax.Array:
     """`kernels.reference_grouped.down24`.
 
     Raises ValueError for shapes that do not fit and NotImplementedError where `check_down24` does.
     """
-    check_down24(y_values, y_metadata, w, offsets, block_expert, config=config)
+    arguments = (y_values, y_metadata, w, offsets, block_expert)
+    check_down24(*arguments, permutation=permutation, tokens=tokens, config=config)
     config = config or common.GroupedConfig()
-    _, v = reference_grouped.down_dims(y_values, y_metadata, w, offsets, block_expert)
+    _, v = reference_grouped.down_dims(*arguments, permutation, tokens)
     rows = y_values.shape[0]
     experts, live, width = w.shape
     t = _tile(w.dtype, config)
     column_tiles = pl.cdiv(width, _COLUMNS)
     blocks = min(device.num_cores(), rows // common.TOKENS * column_tiles)
 
-    def body(values_g, metadata_g, w_g, offsets_g, expert_g, out_g):
+    def body(values_g, metadata_g, w_g, offsets_g, expert_g, *rest):
+        permutation_g, out_g = rest if tokens is not None else (None, *rest)
+
         @functools.partial(
             pl.run_scoped,
             **t.scratch(),
@@ -131,7 +181,12 @@ def down24(
 
             def write(i, acc, *place):
                 del i
-                _write(common.ptx_name(w.dtype))(acc, out_s.at[wg], out_g, *place)
+                dtype = common.ptx_name(w.dtype)
+                if tokens is None:
+                    _write(dtype)(acc, out_s.at[wg], out_g, *place)
+                else:
+                    scatter = _scatter(dtype, tokens, width)
+                    scatter(acc, out_s.at[wg], permutation_g, out_g, *place)
 
             @pl.when(wg == t.warpgroups)
             def _producer():
@@ -142,12 +197,18 @@ def down24(
             def _consumer():
                 plgpu.set_max_registers(common.REGISTERS, action="increase")
                 loop.consume(tiles, place, write)
-                common.fill_unused([(out_g, 0, 1)], used * common.TOKENS, blocks, t.warpgroups)
+                if tokens is None:
+                    outs = [(out_g, 0, 1)]
+                    common.fill_unused(outs, used * common.TOKENS, blocks, t.warpgroups)
                 plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
-    out_type = jax.ShapeDtypeStruct((rows, width), w.dtype)
+    out_rows = rows if tokens is None else tokens
+    out_type = jax.ShapeDtypeStruct((out_rows, width), w.dtype)
     call = common.kernel(body, out_type, blocks, t.warpgroups, "down24_hopper")
-    return call(y_values, y_metadata, w.reshape(experts * live, width), offsets, block_expert)
+    operands = [y_values, y_metadata, w.reshape(experts * live, width), offsets, block_expert]
+    if permutation is not None:
+        operands.append(permutation)
+    return call(*operands)
 
 
 def check_down24(
@@ -157,12 +218,15 @@ def check_down24(
     offsets: jax.Array,
     block_expert: jax.Array,
     *,
+    permutation: jax.Array | None = None,
+    tokens: int | None = None,
     config: common.GroupedConfig | None = None,
 ) -> None:
     """Raises NotImplementedError if this device, shape or dtype is not served, else returns None.
 
     Arguments that contradict one another raise ValueError.
     """
-    _, v = reference_grouped.down_dims(y_values, y_metadata, w, offsets, block_expert)
+    arguments = (y_values, y_metadata, w, offsets, block_expert)
+    _, v = reference_grouped.down_dims(*arguments, permutation, tokens)
     common.check_shapes(v, w.shape[1], w.shape[2], w.dtype)
     _tile(w.dtype, config or common.GroupedConfig())

@@ -79,6 +79,18 @@ def test_lowers_for_cuda(sizes):
         assert shapes == expected[name]
 
 
+def test_lowers_with_results_by_token():
+    args, _ = arguments(192, 512, 300, 8)["down24"]
+    rows = args[0].shape[0]
+    permutation = jax.ShapeDtypeStruct((rows,), jnp.int32)
+    with assume_capability((9, 0)):
+        traced = jax.jit(
+            lambda permutation, *a: grouped24.down24(*a, permutation=permutation, tokens=300)
+        ).trace(permutation, *args)
+        assert "mosaic_gpu" in traced.lower(lowering_platforms=("cuda",)).as_text()
+    assert traced.out_info.shape == (300, 192)
+
+
 def test_lowers_in_float16_and_with_a_configuration():
     config = grouped24.GroupedConfig(stages=3, width=2)
     for name, (args, options) in arguments(128, 512, 256, 8, dtype=jnp.float16).items():

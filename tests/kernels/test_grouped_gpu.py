@@ -121,6 +121,21 @@ def test_down(problem):
     assert not np.asarray(out[problem.used :], np.float32).any()
 
 
+def test_down_by_token(problem):
+    _, values, metadata = grouped24.up24(*problem.packed[:2], problem.x, *problem.layout)
+    operands = (values, metadata, problem.packed[2], *problem.layout)
+    tokens = problem.used - 3
+    permutation = np.full(problem.rows, tokens, np.int32)
+    shuffled = np.random.default_rng(3).permutation(problem.used)
+    permutation[: problem.used] = np.minimum(shuffled, tokens)
+    out = grouped24.down24(*operands, permutation=jnp.asarray(permutation), tokens=tokens)
+    by_row = np.asarray(grouped24.down24(*operands), np.float32)
+    expected = np.zeros((tokens, problem.width), np.float32)
+    kept = permutation < tokens
+    expected[permutation[kept]] = by_row[kept]
+    assert np.array_equal(np.asarray(out, np.float32), expected)
+
+
 def test_up_backward(problem):
     y2, _, metadata = grouped24.up24(*problem.packed[:2], problem.x, *problem.layout)
     dy1, values = grouped24.up24_backward(

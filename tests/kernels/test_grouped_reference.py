@@ -82,6 +82,23 @@ def test_products(weight, counts):
     expected = np.stack([np.asarray(y2[t]) @ local[expert[t]] for t in range(used)])
     np.testing.assert_allclose(y3[:used], expected, rtol=1e-3, atol=1e-3)
 
+    tokens = sum(counts)
+    row_of = np.concatenate([int(o) + np.arange(c) for o, c in zip(offsets, counts, strict=False)])
+    token = np.random.default_rng(4).permutation(tokens)
+    permutation = np.full(rows, tokens, np.int32)
+    permutation[row_of] = token
+    by_token = reference_grouped.down24(
+        y2_values,
+        y2_metadata,
+        dense,
+        offsets,
+        block_expert,
+        permutation=jnp.asarray(permutation),
+        tokens=tokens,
+    )
+    for row, t in zip(row_of, token, strict=True):
+        np.testing.assert_array_equal(by_token[t], y3[row])
+
     dy1, dy1_values = reference_grouped.up24_backward(
         values, metadata, jnp.asarray(dy), y2, y2_metadata, offsets, block_expert
     )
@@ -112,6 +129,8 @@ def test_bad_arguments(weight):
         reference_grouped.up24(values, metadata, x[:-1], offsets, block_expert)
     with pytest.raises(ValueError, match=r"^w\.shape"):
         reference_grouped.down24(values, metadata, dense[:1], offsets, block_expert[:2])
+    with pytest.raises(ValueError, match="both or neither"):
+        reference_grouped.down24(values, metadata, dense, offsets, block_expert[:2], tokens=3)
     with pytest.raises(ValueError, match=r"^y2\.shape"):
         reference_grouped.up24_backward(
             values, metadata, x, x[:, :32], metadata, offsets, block_expert
