@@ -1,0 +1,149 @@
+"""Training on many simulated devices: the same losses on every mesh, refusals, restores."""
+
+import dataclasses
+import json
+import types
+
+import numpy as np
+import pytest
+
+from sparsejax.spec import Sparsity
+from tests.train.simulated import run_script
+from train.config import Config, ModelConfig, ScheduleConfig, resolve
+from train.mesh import check_mesh
+
+# Runs all three phases with a refresh on each mesh given as JSON [[data, fsdp, tensor, shards],
+# ...] and prints losses, gradient norms and loads. The batch has micro-batches, too.
+RUNS = """
+    import dataclasses, json, sys
+    import jax, numpy as np
+    from jax.sharding import AxisType, Mesh
+    from sparsejax.spec import Sparsity
+    from train.config import Config, ModelConfig, OptimizerConfig, ScheduleConfig, resolve
+    from train.mesh import AXES, put_batch
+    from train.optimizer import make_optimizer
+    from train.state import init_state, model_graph
+    from train.step import make_cluster_step, make_train_step
+
+    def run(data, fsdp, tensor, shards):
+        config = resolve(
+            Config(
+                steps=7, batch_size=8, sequence_length=16, micro_batches=1,
+                model=ModelConfig(width=32, num_layers=2, num_heads=4, loss_chunk=16),
+                sparsity=Sparsity(m=8, v=8, bias_rate=0.01, kmeans_iterations=3, shards=shards),
+                schedule=ScheduleConfig(warmup_steps=2, sparse_fraction=0.5),
+                optimizer=OptimizerConfig(warmup_steps=2),
+            ),
+            tokenizer_vocab_size=50,
+        )
+        size = data * fsdp * tensor
+        devices = np.array(jax.devices()[:size]).reshape(data, fsdp, tensor)
+        mesh = Mesh(devices, AXES, axis_types=(AxisType.Auto,) * 3)
+        optimizer, log = make_optimizer(config), []
+        with jax.set_mesh(mesh):
+            graph, state = model_graph(config), init_state(config, optimizer, mesh)
+            placed = jax.tree.map(lambda leaf: leaf.sharding, state)
+            step = {
+                phase: jax.jit(make_train_step(config, graph, optimizer, phase),
+                               out_shardings=(placed, placed.step))
+                for phase in ("dense", "sparse")
+            }
+            begin = jax.jit(make_cluster_step(config, graph, begin=True), out_shardings=placed)
+            for i in range(7):
+                ids = np.random.default_rng(i).integers(0, 50, (8, 17)).astype(np.int32)
+                batch = put_batch(mesh, {"inputs": ids[:, :-1], "targets": ids[:, 1:]})
+                # A second clustering in the middle of the phase: the permutation is not trivial.
+                state = begin(state) if i in (2, 4) else state
+                state, metrics = step["sparse" if 2 <= i < 6 else "dense"](state, batch)
+                log.append([float(metrics["loss"]), float(metrics["grad_norm"])])
+                load = metrics.get("expert_load")
+                log[-1].append(None if load is None else np.asarray(load).tolist())
+            w1 = state.params["blocks"]["ffn"]["w1"][...]
+            assert w1.addressable_shards[0].data.size * fsdp * tensor == w1.size
+            routing = jax.tree.leaves(state.routing)
+            for leaf in routing:
+                copies = [np.asarray(s.data) for s in leaf.addressable_shards]
+                assert all(c.shape == leaf.shape and (c == copies[0]).all() for c in copies)
+        return log
+
+    print(json.dumps([run(*mesh) for mesh in json.loads(sys.argv[1])]))
+"""
+
+
+def compare(meshes):
+    """All meshes like the first, which is one device."""
+    reference, *others = json.loads(run_script(RUNS, json.dumps(meshes), devices=8))
+    for mesh, log in zip(meshes[1:], others, strict=True):
+        for step, (one, many) in enumerate(zip(reference, log, strict=True)):
+            message = f"mesh {mesh}, step {step}"
+            np.testing.assert_allclose(many[0], one[0], rtol=2e-5, err_msg=message)
+            np.testing.assert_allclose(many[1], one[1], rtol=2e-3, err_msg=message)
+            assert many[2] == one[2], message
+    return reference
+
+
+@pytest.mark.slow
+def test_one_two_and_eight_devices_with_clusters_of_each_tensor_shard():
+    """Two shards, clustered on one device or on two along tensor: the same function."""
+    compare([[1, 1, 1, 2], [1, 1, 2, 2], [2, 2, 2, 2]])
+
+
+@pytest.mark.slow
+def test_one_four_and_eight_devices_with_one_clustering():
+    """Clusters over all neurons do not depend on tensor either."""
+    compare([[1, 1, 1, 1], [1, 4, 1, 1], [1, 2, 4, 1]])
+
+
+def resolved(**changes) -> Config:
+    base = Config(
+        steps=10,
+        batch_size=8,
+        sequence_length=16,
+        model=ModelConfig(width=32, num_layers=2, num_heads=4),
+        sparsity=Sparsity(m=8, v=8),
+        schedule=ScheduleConfig(warmup_steps=2, sparse_fraction=0.5),
+    )
+    return resolve(dataclasses.replace(base, **changes), tokenizer_vocab_size=50)
+
+
+@pytest.mark.parametrize(
+    ("mesh", "changes", "message"),
+    [
+        ((1, 1, 8), {}, "model.num_heads=4 must be a multiple of mesh.tensor=8"),
+        ((1, 1, 4), {"model": {"num_kv_heads": 2}}, "model.num_kv_heads=2 must be a multiple"),
+        ((1, 1, 4), {"model": {"hidden": 120}, "sparsity": {"shards": 1}}, "a multiple of 32"),
+        ((1, 1, 4), {"model": {"hidden": 130}, "schedule": None}, "model.hidden=130 must be a"),
+        ((1, 1, 4), {"model": {"vocab_size": 130}}, "model.vocab_size=130 must be a multiple"),
+        ((1, 3, 1), {}, "model.width=32 must be a multiple of mesh.fsdp=3"),
+        ((1, 16, 1), {}, "model.width=32 must be a multiple of 4 times mesh.fsdp=16"),
+        ((1, 1, 4), {"sparsity": {"shards": 2}}, "sparsity.shards=2 must be 1 or a multiple"),
+        ((2, 1, 1), {"sparsity": {"v": 128}}, "the 64 tokens of one device and micro-batch"),
+        ((8, 1, 1), {"sparsity": {"v": 32}}, "the 16 tokens of one device and micro-batch"),
+    ],
+)
+def test_a_mesh_that_does_not_fit_is_refused(mesh, changes, message):
+    changes = dict(changes)
+    for name, fields in changes.items():
+        default = {
+            "model": ModelConfig(width=32, num_layers=2, num_heads=4),
+            "sparsity": Sparsity(m=8, v=8),
+            "schedule": ScheduleConfig(),
+        }[name]
+        changes[name] = dataclasses.replace(default, **(fields or {}))
+    shape = dict(zip(("data", "fsdp", "tensor"), mesh, strict=True))
+    with pytest.raises(ValueError, match=r"^[^\n]*$") as error:
+        check_mesh(resolved(**changes), types.SimpleNamespace(shape=shape))
+    assert message in str(error.value)
+
+
+def test_a_mesh_that_fits_is_taken():
+    check_mesh(resolved(), types.SimpleNamespace(shape={"data": 2, "fsdp": 4, "tensor": 1}))
+
+
+def test_shards_follow_the_tensor_axis_unless_told():
+    mesh = dataclasses.replace(Config().mesh, tensor=4)
+    assert resolved(mesh=mesh).sparsity.shards == 4
+    assert resolved(mesh=mesh, sparsity=Sparsity(m=8, v=8, shards=1)).sparsity.shards == 1
+    assert resolved().sparsity.shards == 1
+    # A run without a sparse phase is the same on every mesh.
+    assert resolved(mesh=mesh, schedule=ScheduleConfig()).sparsity.shards == 1
