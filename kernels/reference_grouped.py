@@ -47,6 +47,8 @@ def block_rows(rows: int, offsets: Array, block_expert: Array) -> tuple[int, int
         raise ValueError(
             f"{offsets.shape=}, {block_expert.shape=} must be (experts + 1,), (blocks,)"
         )
+    if offsets.dtype != jnp.int32 or block_expert.dtype != jnp.int32:
+        raise ValueError(f"{offsets.dtype=} and {block_expert.dtype=} must be int32")
     blocks = block_expert.shape[0]
     if not blocks or rows % blocks:
         raise ValueError(f"{rows=} must be a multiple of the number of {blocks=}")
@@ -122,8 +124,9 @@ def gradient_dims(y: Array, g: Array, offsets: Array, num_experts: int) -> tuple
         raise ValueError(f"{y.shape=} and {g.shape=} must be matrices with equal rows")
     if y.dtype != g.dtype:
         raise ValueError(f"{y.dtype=} must be {g.dtype=}")
-    if offsets.shape != (num_experts + 1,):
-        raise ValueError(f"{offsets.shape=} must be ({num_experts} + 1,)")
+    if offsets.shape != (num_experts + 1,) or offsets.dtype != jnp.int32:
+        expected = (num_experts + 1,)
+        raise ValueError(f"{offsets.shape=}, {offsets.dtype=} must be {expected}, int32")
     return y.shape[1], g.shape[1]
 
 

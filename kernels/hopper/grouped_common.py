@@ -95,11 +95,10 @@ class SparseTile:
 def fitting_stages(stage_bytes: int, other_bytes: int, config: GroupedConfig) -> int:
     """Stages asked for, or as many as fit beside `other_bytes` of shared memory, at most 8."""
     most = min((SMEM_BYTES - other_bytes) // stage_bytes, 8)
-    if config.stages is None:
-        return most
-    if not 2 <= config.stages <= most or config.width < 1:
+    stages = most if config.stages is None else config.stages
+    if not 2 <= stages <= most or config.width < 1:
         raise NotImplementedError(f"{config}: between 2 and {most} stages fit, width is positive")
-    return config.stages
+    return stages
 
 
 def with_stages(t: SparseTile, other_bytes: int, config: GroupedConfig) -> SparseTile:

@@ -122,10 +122,11 @@ def test_refuses_other_devices():
             check(*args, **options)
 
 
-def test_refuses_more_stages_than_fit():
+@pytest.mark.parametrize("config", [{"stages": 9}, {"stages": 1}, {"width": 0}])
+def test_refuses_configurations(config):
     args, _ = arguments(64, 512, 300, 8)["up24"]
-    with assume_capability((9, 0)), pytest.raises(NotImplementedError, match="stages"):
-        grouped24.check_up24(*args, config=grouped24.GroupedConfig(stages=9))
+    with assume_capability((9, 0)), pytest.raises(NotImplementedError, match="stages fit"):
+        grouped24.check_up24(*args, config=grouped24.GroupedConfig(**config))
 
 
 def test_shapes_that_contradict_one_another():

@@ -125,6 +125,8 @@ def test_bad_arguments(weight):
         reference_grouped.pack_weight24(jnp.zeros((96, 64)), num_experts=2, m=12, scale=None)
     with pytest.raises(ValueError, match=r"^x\.shape"):
         reference_grouped.up24(values, metadata, x[:, :32], offsets, block_expert)
+    with pytest.raises(ValueError, match="int32"):
+        reference_grouped.up24(values, metadata, x, offsets.astype(float), block_expert)
     with pytest.raises(ValueError, match="rows"):
         reference_grouped.up24(values, metadata, x[:-1], offsets, block_expert)
     with pytest.raises(ValueError, match=r"^w\.shape"):
