@@ -96,7 +96,7 @@ def test_one_four_and_eight_devices_with_one_clustering():
 
 def resolved(**changes) -> Config:
     base = Config(
-        steps=10,
+        steps=40,
         batch_size=8,
         sequence_length=16,
         model=ModelConfig(width=32, num_layers=2, num_heads=4),
@@ -147,3 +147,42 @@ def test_shards_follow_the_tensor_axis_unless_told():
     assert resolved().sparsity.shards == 1
     # A run without a sparse phase is the same on every mesh.
     assert resolved(mesh=mesh, schedule=ScheduleConfig()).sparsity.shards == 1
+
+
+GPU = """
+    import jax, jax.numpy as jnp
+    from jax.sharding import NamedSharding
+    from kernels import registry
+    from sparsejax.spec import Sparsity
+    from train.config import Config, MeshConfig, ModelConfig, ScheduleConfig, resolve
+    from train.mesh import BATCH_SPEC, make_mesh
+    from train.optimizer import make_optimizer
+    from train.state import abstract_state, model_graph
+    from train.step import make_train_step
+
+    config = resolve(
+        Config(
+            steps=40, batch_size=4, sequence_length=256, mesh=MeshConfig(fsdp=2, tensor=2),
+            model=ModelConfig(width=512, num_layers=2, num_heads=4, hidden=2048, remat="dots",
+                              compute_dtype="bfloat16", attention="xla"),
+            sparsity=Sparsity(m=16, v=128, backend="hopper"),
+            schedule=ScheduleConfig(warmup_steps=2, sparse_fraction=0.5),
+        ),
+        tokenizer_vocab_size=50,
+    )
+    mesh, optimizer = make_mesh(config.mesh, 4), make_optimizer(config)
+    with jax.set_mesh(mesh), registry.assume_capability((9, 0)):
+        state = abstract_state(config, optimizer, mesh)
+        ids = jax.ShapeDtypeStruct((4, 256), jnp.int32, sharding=NamedSharding(mesh, BATCH_SPEC))
+        step = make_train_step(config, model_graph(config), optimizer, "sparse")
+        traced = jax.jit(step).trace(state, {"inputs": ids, "targets": ids})
+        print(traced.lower(lowering_platforms=("cuda",)).as_text())
+"""
+
+
+def test_a_sharded_sparse_step_lowers_for_gpus_with_the_kernels_inside():
+    """Lowered, not run: each layer's kernels and gathers are in the program."""
+    text = run_script(GPU, devices=4)
+    assert text.count("mosaic_gpu") > 5
+    assert "all_gather" in text
+    assert "reduce_scatter" in text
