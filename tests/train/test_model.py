@@ -183,9 +183,10 @@ def test_decoding_in_the_sparse_view():
     packed = model.pack()
     ids = tokens(length=8)
     want = model(ids, packed)[0]
-    hidden, cache = model.prefill(ids[:, :4], packed)
+    hidden, cache = jax.jit(model.prefill)(ids[:, :4], packed)
     np.testing.assert_allclose(hidden, want[:, :4], atol=1e-5)
     cache = jax.tree.map(lambda a: jnp.pad(a, [(0, 0)] * 2 + [(0, 4)] + [(0, 0)] * 2), cache)
+    decode = jax.jit(model.decode)
     for i in range(4, 8):
-        x, cache = model.decode(ids[:, i], cache, jnp.full((2,), i), packed)
+        x, cache = decode(ids[:, i], cache, jnp.full((2,), i), packed)
         np.testing.assert_allclose(x, want[:, i], atol=1e-5)
