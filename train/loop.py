@@ -42,6 +42,10 @@ class NonFiniteError(RuntimeError):
     """The loss or the gradient's norm stopped being a number."""
 
 
+class RescuedError(RuntimeError):
+    """Data or log failed in the middle of a run; the steps done were saved."""
+
+
 @dataclass(frozen=True)
 class Result:
     """How a run ended.
@@ -139,6 +143,7 @@ def train(config: Config, *, resume: bool = False, console: Console | None = Non
     Raises:
       ValueError: bad configuration, data or checkpoint, before anything starts.
       NonFiniteError: the loss or gradient stopped being finite; the last good checkpoint stays.
+      RescuedError: data could not be read, or the log not written, after the first step.
     """
     main = jax.process_index() == 0
     console = (console or Console()) if main else Console(quiet=True)
@@ -301,12 +306,14 @@ class _Run:
         if start < config.steps:
             batches = self.data.train_batches(start)
         for step in range(start, config.steps):
+            # Before the clustering: a state saved because the data failed has not seen it.
+            with self._rescued(step, state, unread):
+                batch = put_batch(self.mesh, next(batches))
             event = self.phases.event(step)
             if event is not None:
                 with self._paused(state):
                     state = programs.cluster[event](state)
             phase = self.phases(step)
-            batch = put_batch(self.mesh, next(batches))
             state, metrics = self.profiler.run(step, programs.train[phase], state, batch)
             done = step + 1
             unread.append((done, phase, metrics))
@@ -316,11 +323,12 @@ class _Run:
             flip = not last and self.phases(done) != phase
             reporting = done % log.every == 0 or saving or evaluating or last or flip
             stopping = self._stopping(reporting)
-            if reporting or stopping:
-                self._report(unread)
-            if evaluating or last:
-                with self._paused(state):
-                    self._evaluate(programs, state, done)
+            with self._rescued(done, state, unread):
+                if reporting or stopping:
+                    self._report(unread)
+                if evaluating or last:
+                    with self._paused(state):
+                        self._evaluate(programs, state, done)
             if stopping:
                 return state, done
             if saving:
@@ -345,8 +353,32 @@ class _Run:
         with self.logger.pause():
             yield
 
+    @contextlib.contextmanager
+    def _rescued(
+        self, step: int, state: TrainState, unread: list[tuple[int, Phase, dict[str, jax.Array]]]
+    ) -> Iterator[None]:
+        """Saves the steps done when reading data, or writing the log, fails, and says so."""
+        try:
+            yield
+        except (ValueError, OSError) as error:
+            # A save needs all processes, and the others do not know of this one's trouble.
+            if step and jax.process_count() == 1:
+                self._require_finite(unread)
+                self._save(step, state)
+                self.checkpointer.wait()
+                raise RescuedError(
+                    f"{error}; step {step} is saved, continue with --resume"
+                ) from error
+            raise
+
     def _report(self, unread: list[tuple[int, Phase, dict[str, jax.Array]]]) -> None:
         """Logs the newest of the unread steps, after checking all of them."""
+        self._require_finite(unread)
+        step, phase, metrics = unread[-1]
+        self.logger.log(step, phase, {k: np.asarray(v).tolist() for k, v in metrics.items()})
+        unread.clear()
+
+    def _require_finite(self, unread: list[tuple[int, Phase, dict[str, jax.Array]]]) -> None:
         for step, _, metrics in unread:
             for name in ("loss", "grad_norm"):
                 value = float(metrics[name])
@@ -356,9 +388,6 @@ class _Run:
                         f"checkpoint: {'none' if self.saved is None else f'step {self.saved}'}, "
                         f"in {self.folder}"
                     )
-        step, phase, metrics = unread[-1]
-        self.logger.log(step, phase, {k: np.asarray(v).tolist() for k, v in metrics.items()})
-        unread.clear()
 
     def _evaluate(self, programs: Programs, state: TrainState, step: int) -> None:
         views = dict(programs.evaluate)

@@ -77,14 +77,14 @@ def run(config: Config, arguments: Arguments, console: Console) -> int:
     from train.checkpoint import CheckpointError
     from train.determinism import make_deterministic
     from train.distributed import initialize
-    from train.loop import NonFiniteError, train
+    from train.loop import NonFiniteError, RescuedError, train
 
     if config.deterministic:
         make_deterministic(config.output)
     initialize()
     try:
         train(config, resume=arguments.resume, console=console)
-    except (NonFiniteError, CheckpointError) as error:
+    except (NonFiniteError, RescuedError, CheckpointError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     return 0

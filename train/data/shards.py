@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import hashlib
 import lzma
+import mmap
 import os
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -51,6 +52,15 @@ class TokenShard:
         if self._file.endswith(".npy"):
             return np.load(self._file, mmap_mode="r")
         return np.memmap(self._file, dtype=np.dtype(self.dtype).newbyteorder("<"), mode="r")
+
+    def require_whole(self) -> None:
+        """Raises ValueError if the mapped file has shrunk: reading beyond its end is fatal."""
+        mapped = self.tokens.base
+        if isinstance(mapped, mmap.mmap) and mapped.size() < len(mapped):
+            raise ValueError(
+                f"token shard {self.path} has shrunk from {len(mapped)} to {mapped.size()} bytes "
+                "since it was opened"
+            )
 
     def __getstate__(self) -> dict[str, object]:
         # A memory map would be pickled with all of its data; the other process maps it itself.

@@ -33,7 +33,8 @@ class Windows:
 
         Raises:
             IndexError: a number out of range.
-            ValueError: a token id that is not in the vocabulary, with path and position.
+            ValueError: a token id that is not in the vocabulary, with path and position, or a
+                shard that was truncated since it was opened.
         """
         indices = np.asarray(indices, np.int64)
         if indices.size and not 0 <= indices.min() <= indices.max() < len(self):
@@ -42,6 +43,8 @@ class Windows:
         windows = np.empty((len(indices), self._length), np.uint32)
         which = np.searchsorted(self._ends, indices, side="right")
         starts = (indices - np.concatenate([[0], self._ends])[which]) * self._stride
+        for number in set(which.tolist()):
+            self._spans[number].shard.require_whole()
         for row, span, start in zip(windows, which.tolist(), starts.tolist(), strict=True):
             row[:] = self._spans[span].tokens[start : start + self._length]
         if windows.size and windows.max() >= self._vocab_size:

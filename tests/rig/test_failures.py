@@ -1,0 +1,216 @@
+"""What goes wrong around a run ends in one clear line, and the steps that were done are kept.
+
+Elsewhere: full disks, unwritable folders, truncated and bit-flipped files of checkpoints in
+`tests/train/test_checkpoint_damage.py`; damaged, missing and mixed-up shards at the start of a run
+in `tests/train/test_data_sources.py`; a learning rate that explodes in `tests/train/test_loop.py`.
+"""
+
+import errno
+import json
+import os
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import train.loop
+import train.step
+from train import main
+from train.data import shards
+from train.metrics import RunLogger
+
+STEPS, CHECKPOINT = 8, 3
+ARGUMENTS = [
+    *("--config", "tiny", "--steps", str(STEPS), "--batch-size", "2", "--sequence-length", "16"),
+    *("--model.width", "16", "--model.num-layers", "1", "--model.num-heads", "1"),
+    *("--model.hidden", "16", "--schedule.warmup-steps", "0", "--schedule.sparse-fraction", "0"),
+    *("--optimizer.warmup-steps", "1", "--log.eval-windows", "2", "--log.eval-every", "0"),
+    *("--log.every", "1", "--checkpoint.every", str(CHECKPOINT), "--data.no-shuffle"),
+    *("--data.threads", "1", "--data.read-ahead", "1"),
+]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _compile_once(tmp_path_factory):
+    """Runs of this module share their compiled programs."""
+    from jax.experimental.compilation_cache import compilation_cache
+
+    options = {
+        "jax_compilation_cache_dir": str(tmp_path_factory.mktemp("compiled")),
+        "jax_persistent_cache_min_compile_time_secs": 0.0,
+        "jax_persistent_cache_min_entry_size_bytes": -1,
+    }
+    before = {name: getattr(jax.config, name) for name in options}
+    for name, value in options.items():
+        jax.config.update(name, value)
+    compilation_cache.reset_cache()
+    yield
+    for name, value in before.items():
+        jax.config.update(name, value)
+    compilation_cache.reset_cache()
+
+
+@pytest.fixture
+def source(tmp_path):
+    """A shard of bytes, with validation in another."""
+    tokens = np.random.default_rng(0).integers(0, 256, 5000).astype("<u2")
+    tokens.tofile(tmp_path / "train.bin")
+    tokens[:500].tofile(tmp_path / "val.bin")
+    return tmp_path / "train.bin"
+
+
+@pytest.fixture
+def run(tmp_path, source, capsys):
+    """Runs the command line; returns the exit code, standard output and the lines of errors."""
+
+    def run(*arguments, output="out"):
+        data = ["--data.source", str(source), "--data.validation", str(tmp_path / "val.bin")]
+        code = main.main([*ARGUMENTS, *data, "--output", str(tmp_path / output), *arguments])
+        out, err = capsys.readouterr()
+        return code, out, err.splitlines()
+
+    return run
+
+
+def losses(tmp_path, output="out"):
+    lines = (tmp_path / output / "tiny" / "metrics.jsonl").read_text().splitlines()
+    return {r["step"]: r["loss"] for r in map(json.loads, lines) if r["kind"] == "train"}
+
+
+def checkpoints(tmp_path, output="out"):
+    folder = tmp_path / output / "tiny" / "checkpoints"
+    return sorted(int(path.name) for path in folder.iterdir() if path.name.isdecimal())
+
+
+def finishes(run, tmp_path, start):
+    """The run goes on from `start` and ends as one that nothing had happened to."""
+    code, out, err = run("--resume")
+    assert (code, err) == (0, [])
+    assert f"continuing at step {start}" in " ".join(out.split())
+    assert run(output="undisturbed")[0] == 0
+    assert losses(tmp_path) == losses(tmp_path, "undisturbed")
+
+
+def test_a_nan_in_a_gradient_is_named_and_never_saved(run, tmp_path, source, monkeypatch):
+    # The row that step 5 (the fourth of a row a sample, two a step) reads first.
+    row = np.fromfile(source, "<u2")[8 * 17 :][:16].astype(np.int32)
+    accumulate = train.step._accumulate
+
+    def poisoned(gradient, batch, parts):
+        result, grads = accumulate(gradient, batch, parts)
+        bad = jnp.all(batch["inputs"][0] == row)
+        first, *rest = jax.tree.leaves(grads)
+        first = first.at[(0,) * first.ndim].set(jnp.where(bad, jnp.nan, first.ravel()[0]))
+        return result, jax.tree.unflatten(jax.tree.structure(grads), [first, *rest])
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train.step, "_accumulate", poisoned)
+        # Looked at every fourth step only, and still no later step hides it.
+        code, _, err = run("--log.every", "4")
+    assert code == 1
+    assert err == [
+        "error: grad_norm is nan at step 5 of 8; last good checkpoint: step 3, in "
+        f"{tmp_path / 'out' / 'tiny'}"
+    ]
+    assert checkpoints(tmp_path) == [3]
+    code, _, err = run("--resume")
+    assert (code, err) == (0, [])
+    assert run(output="undisturbed")[0] == 0
+    mine, undisturbed = losses(tmp_path), losses(tmp_path, "undisturbed")
+    assert mine == {step: undisturbed[step] for step in mine}
+    assert mine.keys() >= {4, 5, 6, 7, 8}
+
+
+def test_a_shard_truncated_during_the_run(run, tmp_path, source, monkeypatch):
+    """Memory beyond the end of a mapped file must not be touched: that is a bus error."""
+    whole = source.read_bytes()
+    log = RunLogger.log
+
+    def truncate(logger, step, *args, **kwargs):
+        if step == 4:
+            os.truncate(source, 100)
+        return log(logger, step, *args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(RunLogger, "log", truncate)
+        code, _, [line] = run()
+    assert code == 1
+    assert f"error: token shard {source} has shrunk from 10000 to 100 bytes" in line
+    [done] = [step for step in checkpoints(tmp_path) if step > CHECKPOINT]
+    assert line.endswith(f"; step {done} is saved, continue with --resume")
+    # Still truncated: other data than the run's. Missing: no data.
+    code, _, [line] = run("--resume")
+    assert code == 2
+    assert "other data" in line
+    source.unlink()
+    code, _, [line] = run("--resume")
+    assert code == 2
+    assert "train.bin' does not exist" in line
+    source.write_bytes(whole)
+    finishes(run, tmp_path, done)
+
+
+def test_a_token_beyond_the_vocabulary_during_the_run(run, tmp_path, source, monkeypatch):
+    # In a source too large to be looked at whole when it is opened.
+    monkeypatch.setattr(shards, "_WHOLE_TOKENS", 50)
+    monkeypatch.setattr(shards, "_SAMPLES", 2)
+    monkeypatch.setattr(shards, "_SAMPLE_TOKENS", 10)
+    good = np.fromfile(source, "<u2")
+    bad = good.copy()
+    bad[10 * 17 + 3] = 999  # read by the sixth step
+    bad.tofile(source)
+    code, _, [line] = run()
+    assert code == 1
+    assert f"train.bin: token id 999 at position {10 * 17 + 3}" in line
+    assert line.endswith("; step 5 is saved, continue with --resume")
+    good.tofile(source)
+    finishes(run, tmp_path, 5)
+
+
+def test_a_log_that_cannot_be_written(run, tmp_path, monkeypatch):
+    write = RunLogger._write
+
+    def full(logger, record):
+        if record["step"] == 5:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(logger.path))
+        write(logger, record)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(RunLogger, "_write", full)
+        code, _, [line] = run()
+    assert code == 1
+    assert "No space left on device" in line
+    assert "metrics.jsonl" in line
+    assert line.endswith("; step 5 is saved, continue with --resume")
+    code, _, err = run("--resume")
+    assert (code, err) == (0, [])
+    assert sorted(losses(tmp_path)) == [1, 2, 3, 4, 6, 7, 8]  # of step 5 only the line is lost
+
+
+def test_a_checkpoint_that_cannot_be_written(run, tmp_path, monkeypatch):
+    from train.checkpoint import manifest
+
+    write = manifest.write
+
+    def full(folder):
+        if int(folder.name) == 6:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        write(folder)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(manifest, "write", full)
+        code, _, [line] = run()
+    assert code == 1
+    assert "cannot save the checkpoint of step 6" in line
+    assert "No space left on device" in line
+    assert checkpoints(tmp_path) == [3]
+    finishes(run, tmp_path, 3)
+
+
+def test_an_output_folder_that_cannot_be_made(run, tmp_path):
+    (tmp_path / "out").write_text("a file")
+    code, _, [line] = run()
+    assert code == 2
+    assert line.startswith("error: ")
+    assert str(tmp_path / "out") in line
