@@ -29,6 +29,14 @@ TEXTS = [
 LONG = "One sentence that is longer than the positions the model was trained on. " * 3
 
 
+@pytest.fixture(autouse=True, scope="module")
+def _no_environment_report():
+    """The harness asks PyTorch, where there is one, for seconds of facts about this machine."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("lm_eval.evaluator.add_env_info", lambda results: None)
+        yield
+
+
 @pytest.fixture(name="folder", scope="module")
 def _folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("runs") / "run"
@@ -289,9 +297,31 @@ def test_command_line(folder, tasks, tmp_path, monkeypatch, capsys):
     assert "|choose|" in capsys.readouterr().out.replace(" ", "")
     (file,) = (tmp_path / "out").rglob("results_*.json")
     assert json.loads(file.read_text())["config"]["model"] == "sparsejax"
-    arguments[1] = "run=/nowhere"
-    assert main(["run", *arguments]) == 2
-    assert "error: run '/nowhere' has no folder checkpoints/" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("given", "passed_on"),
+    [
+        (["--tasks", "a"], ["--model", "sparsejax", "--tasks", "a"]),
+        (["run", "--tasks", "a"], ["run", "--model", "sparsejax", "--tasks", "a"]),
+        (["--model", "hf", "--tasks", "a"], ["--model", "hf", "--tasks", "a"]),
+        (["-M", "hf"], ["-M", "hf"]),
+        (["ls", "tasks"], ["ls", "tasks"]),
+    ],
+)
+def test_command_lines_for_the_harness(monkeypatch, capsys, given, passed_on):
+    """What the harness is told; and its refusals become one line."""
+    seen = []
+
+    def harness():
+        seen.extend(sys.argv)
+        raise ValueError("run '/nowhere' has no folder checkpoints/")
+
+    monkeypatch.setattr(sys, "argv", sys.argv)
+    monkeypatch.setattr("lm_eval.__main__.cli_evaluate", harness)
+    assert main(given) == 2
+    assert seen == ["lm_eval", *passed_on]
+    assert capsys.readouterr().err == "error: run '/nowhere' has no folder checkpoints/\n"
 
 
 def test_without_the_harness(monkeypatch, capsys):
