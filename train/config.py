@@ -8,8 +8,9 @@ combinations before anything starts.
 from __future__ import annotations
 
 import dataclasses
+import math
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 from sparsejax.spec import Sparsity
 from train.data.config import DataConfig
@@ -219,8 +220,15 @@ class Config:
 
     @property
     def sparse_steps(self) -> int:
-        """Length of the sparse phase in steps."""
-        return round(self.schedule.sparse_fraction * self.steps)
+        """Length of the sparse phase in steps.
+
+        Raises:
+          ValueError: the fraction is not one.
+        """
+        fraction = self.schedule.sparse_fraction
+        if not 0 <= fraction <= 1:
+            raise ValueError(f"schedule.sparse_fraction={fraction} must be in [0, 1]")
+        return round(fraction * self.steps)
 
     @property
     def tokens_per_step(self) -> int:
@@ -239,6 +247,7 @@ def resolve(config: Config, *, tokenizer_vocab_size: int) -> Config:
     Raises:
       ValueError: as `validate`.
     """
+    _require_representable(config)
     model = config.model
     if model.vocab_size is None:
         model = dataclasses.replace(model, vocab_size=-(-tokenizer_vocab_size // 128) * 128)
@@ -254,6 +263,23 @@ def resolve(config: Config, *, tokenizer_vocab_size: int) -> Config:
     return config
 
 
+def _require_representable(config: Any, prefix: str = "") -> None:
+    """Refuses infinities and NaN, and integers that overflow the device's 32 bits.
+
+    A larger seed would not fail: JAX drops its upper bits, and two seeds would be the same.
+    """
+    for field_ in dataclasses.fields(config):
+        name, value = f"{prefix}{field_.name}", getattr(config, field_.name)
+        if dataclasses.is_dataclass(value):
+            _require_representable(value, f"{name}.")
+        elif isinstance(value, float) and not math.isfinite(value):
+            raise ValueError(f"{name}={value} must be finite")
+        elif isinstance(value, int) and name == "seed" and not 0 <= value < 2**32:
+            raise ValueError(f"{name}={value} must be between 0 and 2^32 - 1")
+        elif isinstance(value, int) and name != "seed" and abs(value) >= 2**31:
+            raise ValueError(f"{name}={value} does not fit into 32 bits")
+
+
 def validate(config: Config, *, tokenizer_vocab_size: int | None = None) -> None:
     """Refuses a configuration that cannot run, before anything starts.
 
@@ -264,6 +290,7 @@ def validate(config: Config, *, tokenizer_vocab_size: int | None = None) -> None
     Raises:
       ValueError: one line that names the offending values.
     """
+    _require_representable(config)
     model, schedule, optimizer = config.model, config.schedule, config.optimizer
     for name, value in (
         ("steps", config.steps),
@@ -294,6 +321,16 @@ def validate(config: Config, *, tokenizer_vocab_size: int | None = None) -> None
         if value < 0:
             raise ValueError(f"{name}={value} must not be negative")
     parse_steps(config.profile.steps, steps=config.steps)
+    for name, number in (
+        ("model.norm_eps", model.norm_eps),
+        ("optimizer.eps", optimizer.eps),
+        ("optimizer.weight_decay", optimizer.weight_decay),
+        ("optimizer.clip_norm", optimizer.clip_norm),
+    ):
+        if number < 0:
+            raise ValueError(f"{name}={number} must not be negative")
+    if not model.rope_theta > 0:
+        raise ValueError(f"model.rope_theta={model.rope_theta} must be positive")
     for name, fraction in (
         ("optimizer.b1", optimizer.b1),
         ("optimizer.b2", optimizer.b2),
@@ -311,8 +348,6 @@ def validate(config: Config, *, tokenizer_vocab_size: int | None = None) -> None
             f"batch_size={config.batch_size} must be a multiple of "
             f"micro_batches={config.micro_batches}"
         )
-    if not 0 <= schedule.sparse_fraction <= 1:
-        raise ValueError(f"schedule.sparse_fraction={schedule.sparse_fraction} must be in [0, 1]")
     if schedule.warmup_steps + config.sparse_steps > config.steps:
         raise ValueError(
             f"schedule.warmup_steps={schedule.warmup_steps} and the {config.sparse_steps} sparse "
