@@ -13,7 +13,7 @@ from train.config import Config, ModelConfig, ScheduleConfig, resolve
 from train.mesh import check_mesh
 
 # Runs all three phases with a refresh on each mesh given as JSON [[data, fsdp, tensor, shards],
-# ...] and prints losses, gradient norms and loads. The batch has micro-batches, too.
+# ...] and prints losses, gradient norms and loads; with one shard in two micro-batches.
 RUNS = """
     import dataclasses, json, sys
     import jax, numpy as np
@@ -28,7 +28,7 @@ RUNS = """
     def run(data, fsdp, tensor, shards):
         config = resolve(
             Config(
-                steps=7, batch_size=8, sequence_length=16, micro_batches=1,
+                steps=7, batch_size=8, sequence_length=16, micro_batches=3 - shards,
                 model=ModelConfig(width=32, num_layers=2, num_heads=4, loss_chunk=16),
                 sparsity=Sparsity(m=8, v=8, bias_rate=0.01, kmeans_iterations=3, shards=shards),
                 schedule=ScheduleConfig(warmup_steps=2, sparse_fraction=0.5),
