@@ -258,7 +258,7 @@ def bandwidth(collective: Collective) -> float:
 def partitioned(config: Any, phase: str, devices: int, *, packed: bool) -> tuple[str, dict]:
     """HLO of one micro-batch's step after partitioning, and the mesh's sizes.
 
-    Needs `_simulate` before the first use of JAX.
+    Needs `_simulate` before the first use of JAX, and changes settings of the process.
     """
     import jax
     import jax.numpy as jnp
@@ -274,6 +274,8 @@ def partitioned(config: Any, phase: str, devices: int, *, packed: bool) -> tuple
         # Kernels that run on a CPU, in the place of a GPU's: the same packed layouts.
         routed_ffn_grouped.choose = lambda *_, **__: "reference"  # type: ignore[assignment]
         routed_ffn_grouped.recheck = lambda found, *_, **__: found  # type: ignore[assignment]
+    # A program from the cache is not partitioned again, and leaves no text.
+    jax.config.update("jax_enable_compilation_cache", False)
     mesh = make_mesh(config.mesh, config.batch_size)
     check_mesh(config, mesh)
     optimizer = make_optimizer(config)

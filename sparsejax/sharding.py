@@ -109,16 +109,21 @@ def gathered(w: Array, dtype: DTypeLike, stored: P, axes: MeshAxes | None) -> Ar
     return _gathered(w, jnp.dtype(dtype), stored, axes)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3))
-def _gathered(w: Array, dtype: jnp.dtype, stored: P, axes: MeshAxes) -> Array:
+def _gather_rounded(w: Array, dtype: jnp.dtype, stored: P, axes: MeshAxes) -> Array:
     whole = P(*(None if name == axes.shard else name for name in stored))
     rounded = jax.lax.with_sharding_constraint(w.astype(dtype), stored)
     # Without the barrier the two placements are merged, and the gather may come first.
     return jax.lax.with_sharding_constraint(jax.lax.optimization_barrier(rounded), whole)
 
 
+@partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3))
+def _gathered(w: Array, dtype: jnp.dtype, stored: P, axes: MeshAxes) -> Array:
+    return _gather_rounded(w, dtype, stored, axes)
+
+
 def _gathered_fwd(w, dtype, stored, axes):
-    return _gathered(w, dtype, stored, axes), jnp.zeros((0,), w.dtype)
+    # Plain operations, not the rule within itself, so that checkpoint policies can tell them.
+    return _gather_rounded(w, dtype, stored, axes), jnp.zeros((0,), w.dtype)
 
 
 def _gathered_bwd(dtype, stored, axes, like, g):

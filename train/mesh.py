@@ -121,6 +121,11 @@ def check_mesh(config: Config, mesh: Mesh) -> None:
         )
 
 
+def on_mesh() -> bool:
+    """Whether the program being traced is for several devices."""
+    return sharding.current_mesh(FFN_AXES) is not None
+
+
 def constrain(x: jax.Array, spec: P) -> jax.Array:
     """An activation, placed by `spec`; as it is on one device."""
     return sharding.constrain(x, spec, FFN_AXES)

@@ -21,7 +21,7 @@ from train.backend import compute_dtype
 from train.config import ModelConfig
 from train.embedding import embed
 from train.init import linear_init
-from train.mesh import ACT_BTD, FFN_AXES, constrain, gathered
+from train.mesh import ACT_BTD, FFN_AXES, constrain, gathered, on_mesh
 
 # Packed weights and routing statistics are pytrees that sparsejax defines; None in a dense phase.
 Packed = Any
@@ -111,6 +111,15 @@ REMAT_POLICIES = {
     "full": jax.checkpoint_policies.nothing_saveable,
 }
 
+# What makes a gathered weight from a stored one, up to the product that reads it.
+_GATHERING = {"sharding_constraint", "optimization_barrier", "convert_element_type", "transpose"}
+
+
+def _all_but_gathered(primitive: Any, *_: Any, **__: Any) -> bool:
+    """Keeps everything but weights gathered over fsdp: they are gathered again for the backward
+    pass, or each device would hold the whole model."""
+    return primitive.name not in _GATHERING
+
 
 class Llama(nnx.Module):
     """Token ids (B, S) to final hidden states (B, S, D) in the compute dtype; see `train.loss` for
@@ -155,6 +164,8 @@ class Llama(nnx.Module):
         apply: Any = block
 
         policy = REMAT_POLICIES[config.remat]
+        if policy is None and on_mesh():
+            policy = _all_but_gathered
         if policy is not None:
             apply = jax.checkpoint(
                 block, policy=policy, static_argnums=0, prevent_cse=not config.scan_layers

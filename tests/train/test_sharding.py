@@ -85,13 +85,13 @@ def compare(meshes):
 @pytest.mark.slow
 def test_one_two_and_eight_devices_with_clusters_of_each_tensor_shard():
     """Two shards, clustered on one device or on two along tensor: the same function."""
-    compare([[1, 1, 1, 2], [1, 1, 2, 2], [2, 2, 2, 2]])
+    compare([[1, 1, 1, 2], [1, 2, 1, 2], [2, 2, 2, 2]])
 
 
 @pytest.mark.slow
-def test_one_four_and_eight_devices_with_one_clustering():
+def test_one_and_four_devices_with_one_clustering():
     """Clusters over all neurons do not depend on tensor either."""
-    compare([[1, 1, 1, 1], [1, 4, 1, 1], [1, 2, 4, 1]])
+    compare([[1, 1, 1, 1], [1, 2, 2, 1]])
 
 
 def resolved(**changes) -> Config:
@@ -186,3 +186,45 @@ def test_a_sharded_sparse_step_lowers_for_gpus_with_the_kernels_inside():
     assert text.count("mosaic_gpu") > 5
     assert "all_gather" in text
     assert "reduce_scatter" in text
+
+
+COLLECTIVES = """
+    import dataclasses, json
+    import configs
+    from benchmarks.collectives import collectives, one_micro_batch, partitioned
+    from sparsejax.spec import Sparsity
+
+    base = configs.get("tiny")
+    model = dataclasses.replace(
+        base.model, width=256, num_heads=4, num_layers=3, vocab_size=384)
+    base = dataclasses.replace(
+        base, sequence_length=128, model=model, sparsity=Sparsity(m=8, v=64))
+    config = one_micro_batch(base, 4, 1, fsdp=4)
+    for phase in ("dense", "sparse"):
+        text, mesh = partitioned(config, phase, 4, packed=phase == "sparse")
+        sent = {}
+        for c in collectives(text, mesh):
+            sent[c.kind] = sent.get(c.kind, 0) + c.sent
+        print("sent", json.dumps(sent))
+"""
+
+
+@pytest.mark.slow
+def test_what_a_step_moves():
+    """Byte for byte: weights in bf16, once for each pass; packed ones in the sparse step. Without
+    rematerialisation too, where gathered weights must not be kept for the backward pass."""
+    out = run_script(COLLECTIVES, devices=4)
+    dense, sparse = (json.loads(line[5:]) for line in out.splitlines() if line[:4] == "sent")
+    d, h, v, layers, tokens = 256, 1024, 384, 3, 128
+    attention, ffn = layers * 4 * d * d, layers * 2 * h * d
+    # Both passes gather the layers' weights; the head's loss has its gradient in one. Token ids
+    # of four devices are gathered for the embedding and its gradient.
+    rest = 2 * 2 * attention + 2 * d * v + 2 * 4 * (4 * tokens)
+    assert dense["all-gather"] == 3 / 4 * (2 * 2 * ffn + rest)
+    assert sparse["all-gather"] == 3 / 4 * (6.25 / 2 * ffn + rest)
+    gradients = 3 / 4 * 2 * (attention + ffn + d * v)
+    assert dense["reduce-scatter"] == sparse["reduce-scatter"] == gradients
+    # Rows of the embedding, there and back.
+    assert dense["all-to-all"] == sparse["all-to-all"] == 3 / 4 * 2 * 2 * tokens * d
+    # What is left is small: norms, counts, sums.
+    assert sparse["all-reduce"] < 0.01 * sparse["all-gather"] + 50_000
