@@ -138,7 +138,7 @@ class Decoder:
         rows = bucket(len(prompts))
         lengths = np.ones(rows, np.int32)
         lengths[: len(prompts)] = [len(prompt) for prompt in prompts]
-        tokens = np.zeros((rows, bucket(int(lengths.max()), 16)), np.int32)
+        tokens = np.zeros((rows, bucket(max(map(len, prompts)), 16)), np.int32)
         for row, prompt in enumerate(prompts):
             tokens[row, : len(prompt)] = prompt
         capacity = tokens.shape[1] + -(-max_tokens // CHUNK) * CHUNK
