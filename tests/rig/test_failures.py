@@ -51,48 +51,64 @@ def _compile_once(tmp_path_factory):
     compilation_cache.reset_cache()
 
 
+def data(folder):
+    """Writes a shard of bytes, and validation in another; the arguments that name them."""
+    tokens = np.random.default_rng(0).integers(0, 256, 5000).astype("<u2")
+    source, validation = folder / "train.bin", folder / "val.bin"
+    tokens.tofile(source)
+    tokens[:500].tofile(validation)
+    return ["--data.source", str(source), "--data.validation", str(validation)]
+
+
 @pytest.fixture
 def source(tmp_path):
-    """A shard of bytes, with validation in another."""
-    tokens = np.random.default_rng(0).integers(0, 256, 5000).astype("<u2")
-    tokens.tofile(tmp_path / "train.bin")
-    tokens[:500].tofile(tmp_path / "val.bin")
+    """The shard that `run` trains on."""
     return tmp_path / "train.bin"
 
 
 @pytest.fixture
-def run(tmp_path, source, capsys):
+def run(tmp_path, capsys):
     """Runs the command line; returns the exit code, standard output and the lines of errors."""
+    named = data(tmp_path)
+    output = tmp_path / "out"
 
-    def run(*arguments, output="out"):
-        data = ["--data.source", str(source), "--data.validation", str(tmp_path / "val.bin")]
-        code = main.main([*ARGUMENTS, *data, "--output", str(tmp_path / output), *arguments])
+    def run(*arguments):
+        code = main.main([*ARGUMENTS, *named, "--output", str(output), *arguments])
         out, err = capsys.readouterr()
         return code, out, err.splitlines()
 
     return run
 
 
-def losses(tmp_path, output="out"):
-    lines = (tmp_path / output / "tiny" / "metrics.jsonl").read_text().splitlines()
+def losses(tmp_path):
+    lines = (tmp_path / "out" / "tiny" / "metrics.jsonl").read_text().splitlines()
     return {r["step"]: r["loss"] for r in map(json.loads, lines) if r["kind"] == "train"}
 
 
-def checkpoints(tmp_path, output="out"):
-    folder = tmp_path / output / "tiny" / "checkpoints"
+def checkpoints(tmp_path):
+    folder = tmp_path / "out" / "tiny" / "checkpoints"
     return sorted(int(path.name) for path in folder.iterdir() if path.name.isdecimal())
 
 
-def finishes(run, tmp_path, start):
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory):
+    """Losses, by step, of a run that nothing happens to."""
+    folder = tmp_path_factory.mktemp("undisturbed")
+    assert main.main([*ARGUMENTS, *data(folder), "--output", str(folder / "out")]) == 0
+    return losses(folder)
+
+
+def finishes(run, tmp_path, start, undisturbed):
     """The run goes on from `start` and ends as one that nothing had happened to."""
     code, out, err = run("--resume")
     assert (code, err) == (0, [])
     assert f"continuing at step {start}" in " ".join(out.split())
-    assert run(output="undisturbed")[0] == 0
-    assert losses(tmp_path) == losses(tmp_path, "undisturbed")
+    assert losses(tmp_path) == undisturbed
 
 
-def test_a_nan_in_a_gradient_is_named_and_never_saved(run, tmp_path, source, monkeypatch):
+def test_a_nan_in_a_gradient_is_named_and_never_saved(
+    run, tmp_path, source, undisturbed, monkeypatch
+):
     # The row that step 5 (the fourth of a row a sample, two a step) reads first.
     row = np.fromfile(source, "<u2")[8 * 17 :][:16].astype(np.int32)
     accumulate = train.step._accumulate
@@ -116,13 +132,12 @@ def test_a_nan_in_a_gradient_is_named_and_never_saved(run, tmp_path, source, mon
     assert checkpoints(tmp_path) == [3]
     code, _, err = run("--resume")
     assert (code, err) == (0, [])
-    assert run(output="undisturbed")[0] == 0
-    mine, undisturbed = losses(tmp_path), losses(tmp_path, "undisturbed")
+    mine = losses(tmp_path)
     assert mine == {step: undisturbed[step] for step in mine}
     assert mine.keys() >= {4, 5, 6, 7, 8}
 
 
-def test_a_shard_truncated_during_the_run(run, tmp_path, source, monkeypatch):
+def test_a_shard_truncated_during_the_run(run, tmp_path, source, undisturbed, monkeypatch):
     """Memory beyond the end of a mapped file must not be touched: that is a bus error."""
     whole = source.read_bytes()
     log = RunLogger.log
@@ -148,10 +163,12 @@ def test_a_shard_truncated_during_the_run(run, tmp_path, source, monkeypatch):
     assert code == 2
     assert "train.bin' does not exist" in line
     source.write_bytes(whole)
-    finishes(run, tmp_path, done)
+    finishes(run, tmp_path, done, undisturbed)
 
 
-def test_a_token_beyond_the_vocabulary_during_the_run(run, tmp_path, source, monkeypatch):
+def test_a_token_beyond_the_vocabulary_during_the_run(
+    run, tmp_path, source, undisturbed, monkeypatch
+):
     # In a source too large to be looked at whole when it is opened.
     monkeypatch.setattr(shards, "_WHOLE_TOKENS", 50)
     monkeypatch.setattr(shards, "_SAMPLES", 2)
@@ -165,7 +182,7 @@ def test_a_token_beyond_the_vocabulary_during_the_run(run, tmp_path, source, mon
     assert f"train.bin: token id 999 at position {10 * 17 + 3}" in line
     assert line.endswith("; step 5 is saved, continue with --resume")
     good.tofile(source)
-    finishes(run, tmp_path, 5)
+    finishes(run, tmp_path, 5, undisturbed)
 
 
 def test_a_log_that_cannot_be_written(run, tmp_path, monkeypatch):
@@ -188,7 +205,7 @@ def test_a_log_that_cannot_be_written(run, tmp_path, monkeypatch):
     assert sorted(losses(tmp_path)) == [1, 2, 3, 4, 6, 7, 8]  # of step 5 only the line is lost
 
 
-def test_a_checkpoint_that_cannot_be_written(run, tmp_path, monkeypatch):
+def test_a_checkpoint_that_cannot_be_written(run, tmp_path, undisturbed, monkeypatch):
     from train.checkpoint import manifest
 
     write = manifest.write
@@ -205,7 +222,7 @@ def test_a_checkpoint_that_cannot_be_written(run, tmp_path, monkeypatch):
     assert "cannot save the checkpoint of step 6" in line
     assert "No space left on device" in line
     assert checkpoints(tmp_path) == [3]
-    finishes(run, tmp_path, 3)
+    finishes(run, tmp_path, 3, undisturbed)
 
 
 def test_an_output_folder_that_cannot_be_made(run, tmp_path):
