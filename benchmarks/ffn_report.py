@@ -6,11 +6,8 @@ import math
 import pathlib
 from typing import Any
 
-import matplotlib
-
-matplotlib.use("Agg")
-
-import matplotlib.pyplot as plt
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
 from rich.console import Console
 from rich.table import Table
 
@@ -173,9 +170,10 @@ def plot(result: Row, file: pathlib.Path) -> None:
         return
     blocks = result["settings"]["blocks"]
     passes = ("forward", "forward+backward")
-    figure, axes = plt.subplots(
-        len(passes), len(models), figsize=(1.5 + 5 * len(models), 7), sharey="row", squeeze=False
-    )
+    # Not pyplot: a report must not switch the backend of a notebook that imports it.
+    figure = Figure(figsize=(1.5 + 5 * len(models), 7))
+    FigureCanvasAgg(figure)
+    axes = figure.subplots(len(passes), len(models), sharey="row", squeeze=False)
     width = 0.84 / len(names)
     for axis, (which, model) in zip(
         axes.flat, ((p, m) for p in passes for m in models), strict=True
@@ -211,4 +209,3 @@ def plot(result: Row, file: pathlib.Path) -> None:
     figure.tight_layout(rect=(0, 0, 1, 0.945))
     file.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(file, dpi=150)
-    plt.close(figure)

@@ -7,11 +7,8 @@ import pathlib
 import statistics
 from typing import Any
 
-import matplotlib
-
-matplotlib.use("Agg")
-
-import matplotlib.pyplot as plt
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
 from rich.console import Console
 from rich.table import Table
 
@@ -145,9 +142,10 @@ def plot(result: Row, file: pathlib.Path) -> None:
         return
     datasets = sorted({data for _, data in groups}, reverse=True)
     names = [n for n in _contenders(result) if any(n in g for g in groups.values())]
-    figure, axes = plt.subplots(
-        len(datasets), 1, figsize=(10, 3.4 * len(datasets)), sharey=True, squeeze=False
-    )
+    # Not pyplot: a report must not switch the backend of a notebook that imports it.
+    figure = Figure(figsize=(10, 3.4 * len(datasets)))
+    FigureCanvasAgg(figure)
+    axes = figure.subplots(len(datasets), 1, sharey=True, squeeze=False)
     for axis, data in zip(axes[:, 0], datasets, strict=True):
         products = [p for p, d in groups if d == data]
         width = 0.8 / len(names)
@@ -186,4 +184,3 @@ def plot(result: Row, file: pathlib.Path) -> None:
     figure.tight_layout()
     file.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(file, dpi=150)
-    plt.close(figure)
