@@ -200,6 +200,9 @@ class _Run:
         """The whole run, from restoring to the summary."""
         state, start = self._start(resume)
         self._header(start)
+        if start == self.config.steps:
+            self.console.print("  finished already: nothing to do", highlight=False)
+            return Result(self.folder, start, True, self.losses)
         programs = self._compile(state)
         main = jax.process_index() == 0
         self.logger = RunLogger(

@@ -105,6 +105,18 @@ def test_the_same_run_twice_gives_the_same_losses(run, tmp_path):
     assert losses(again.folder) == losses(first.folder)
 
 
+def test_resuming_a_finished_run_does_nothing_at_once(run, tmp_path):
+    config, first = run
+    folder = shutil.copytree(first.folder, tmp_path / "small")
+    console = Console(record=True, file=io.StringIO(), width=200)
+    again = train(dataclasses.replace(config, output=str(tmp_path)), resume=True, console=console)
+    assert (again.folder, again.step, again.finished) == (folder, 30, True)
+    said = console.export_text()
+    assert "finished already" in said
+    assert "compiled" not in said
+    assert records(folder) == records(first.folder)
+
+
 def test_a_run_killed_before_its_first_checkpoint_resumes_from_the_start(tmp_path):
     config = small(
         tmp_path, steps=2, schedule=ScheduleConfig(), checkpoint=CheckpointConfig(every=0)
