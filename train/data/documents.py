@@ -67,6 +67,11 @@ def read_documents(path: str, jsonl_field: str, advance: Advance) -> Iterator[tu
             raise ValueError(f"{path} is not a complete compressed file: {error}") from None
 
 
+def encodable(text: str) -> str:
+    """The text with "?" for lone halves of surrogate pairs, which JSON can spell, UTF-8 not."""
+    return text if text.isascii() else text.encode("utf-8", errors="replace").decode("utf-8")
+
+
 def _plain_name(path: str) -> str:
     return path.removesuffix(".xz").removesuffix(".gz")
 
@@ -126,7 +131,4 @@ def _json_lines(path: str, file: IO[bytes], field: str) -> Iterator[tuple[str, b
             raise ValueError(
                 f"{path}, line {number}: field {field!r} is {type(text).__name__}, not a string"
             )
-        # JSON can spell half a surrogate pair, which no UTF-8 text contains.
-        if not text.isascii():
-            text = text.encode("utf-8", errors="replace").decode("utf-8")
-        yield text, True
+        yield encodable(text), True

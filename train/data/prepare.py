@@ -1,10 +1,11 @@
 """Turns text into tokenised shards with a description beside them."""
 
+import dataclasses
 import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO, Literal
 
@@ -12,7 +13,8 @@ import numpy as np
 
 from train.data.cache import partial_path, remove
 from train.data.documents import check_text_file, read_documents
-from train.data.progress import file_progress
+from train.data.hub import DatasetSelection, open_dataset
+from train.data.progress import document_progress, file_progress
 from train.data.shards import Span, TokenShard, hold_out_tail
 from train.data.tokenizer import Tokenizer
 
@@ -60,36 +62,111 @@ def prepare(
     """
     if not inputs:
         raise ValueError("no input files")
-    if not 0 <= validation_fraction < 1:
-        raise ValueError(f"{validation_fraction=} must be in [0, 1)")
-    if shard_tokens < 1:
-        raise ValueError(f"{shard_tokens=} must be at least 1")
     for path in inputs:
         check_text_file(path)
-    if dtype == "auto":
-        dtype = "uint16" if tokenizer.vocab_size <= 1 << 16 else "uint32"
-    if tokenizer.vocab_size - 1 > np.iinfo(dtype).max:
-        raise ValueError(f"{dtype=} cannot hold a vocabulary of {tokenizer.vocab_size} tokens")
+    target = _Target(Path(output), tokenizer, dtype, validation_fraction, shard_tokens, overwrite)
+    target.check()
+    with file_progress("Tokenising", inputs, quiet=quiet) as advance:
+        return target.write(
+            (piece for path in inputs for piece in read_documents(path, jsonl_field, advance)),
+            inputs[0] if len(inputs) == 1 else str(list(inputs)),
+        )
 
-    output = Path(output)
-    if output.exists():
-        if not overwrite:
-            raise FileExistsError(f"{output} exists already (--overwrite replaces it)")
-        if not (output / META).is_file():
-            raise FileExistsError(f"{output} was not written by prepare, so it is not replaced")
-    try:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        folder = partial_path(output)
-        folder.mkdir()
-    except OSError as error:
-        raise ValueError(f"cannot write {output}: {error.strerror}") from None
-    try:
-        writer = _Writer(folder, dtype, shard_tokens)
-        source = hashlib.sha256()
-        with file_progress("Tokenising", inputs, quiet=quiet) as advance:
-            pieces = (
-                piece for path in inputs for piece in read_documents(path, jsonl_field, advance)
+
+def prepare_dataset(
+    selection: DatasetSelection,
+    tokenizer: Tokenizer,
+    output: str | os.PathLike[str],
+    *,
+    dtype: Literal["auto", "uint16", "uint32"] = "auto",
+    validation_fraction: float = 0.0,
+    shard_tokens: int = 1 << 28,
+    overwrite: bool = False,
+    quiet: bool = False,
+) -> dict[str, Any]:
+    """Tokenises a data set of the library `datasets` into a folder of shards.
+
+    The data set is read once, as a stream and in its own order, so that nothing of it has to fit
+    in memory or on disk and the same revision always gives the same shards. The folder is that of
+    `prepare`; "dataset" in its meta.json is `DatasetStream.description`, and "source" there is a
+    hash of the text itself, also for local data sets, which have no revision.
+
+    Args:
+        selection: the data set and what to read of it.
+        tokenizer, output, dtype, validation_fraction, shard_tokens, overwrite, quiet: as for
+            `prepare`.
+
+    Returns:
+        The content of meta.json.
+
+    Raises:
+        FileNotFoundError, FileExistsError, ValueError: one line naming data set, path and value.
+    """
+    target = _Target(Path(output), tokenizer, dtype, validation_fraction, shard_tokens, overwrite)
+    target.check()  # before anything is asked of the network
+    stream = open_dataset(selection)
+    name = f"dataset {selection.name}"
+    with document_progress("Tokenising", stream.total, quiet=quiet) as progress:
+        return target.write(stream.pieces(), name, progress, {"dataset": stream.description})
+
+
+@dataclasses.dataclass
+class _Target:
+    """A folder of shards to write; the fields are the arguments of `prepare`."""
+
+    output: Path
+    tokenizer: Tokenizer
+    dtype: str
+    validation_fraction: float
+    shard_tokens: int
+    overwrite: bool
+
+    def check(self) -> None:
+        """Refuses wrong arguments before any input is read, and resolves the type."""
+        if not 0 <= self.validation_fraction < 1:
+            raise ValueError(f"validation_fraction={self.validation_fraction} must be in [0, 1)")
+        if self.shard_tokens < 1:
+            raise ValueError(f"shard_tokens={self.shard_tokens} must be at least 1")
+        vocab_size = self.tokenizer.vocab_size
+        if self.dtype == "auto":
+            self.dtype = "uint16" if vocab_size <= 1 << 16 else "uint32"
+        if vocab_size - 1 > np.iinfo(self.dtype).max:
+            raise ValueError(
+                f"dtype={self.dtype!r} cannot hold a vocabulary of {vocab_size} tokens"
             )
+        if self.output.exists():
+            if not self.overwrite:
+                raise FileExistsError(f"{self.output} exists already (--overwrite replaces it)")
+            if not (self.output / META).is_file():
+                raise FileExistsError(
+                    f"{self.output} was not written by prepare, so it is not replaced"
+                )
+
+    def write(
+        self,
+        pieces: Iterator[tuple[str, bool]],
+        name: str,
+        progress: Callable[[int, int], None] = lambda documents, tokens: None,
+        description: dict[str, Any] | None = None,
+    ) -> dict[str, Any]:
+        """Writes the folder; returns the content of its meta.json.
+
+        Args:
+            pieces: (text, last) as `read_documents` yields them.
+            name: of the input, for errors.
+            progress: is told the documents and tokens written so far.
+            description: more entries of meta.json, read when all pieces are.
+        """
+        output, tokenizer, dtype = self.output, self.tokenizer, self.dtype
+        try:
+            output.parent.mkdir(parents=True, exist_ok=True)
+            folder = partial_path(output)
+            folder.mkdir()
+        except OSError as error:
+            raise ValueError(f"cannot write {output}: {error.strerror}") from None
+        try:
+            writer = _Writer(folder, dtype, self.shard_tokens)
+            source = hashlib.sha256()
             for texts, ends in _batched(pieces):
                 for text, end, ids in zip(texts, ends, tokenizer.encode_batch(texts), strict=True):
                     source.update(text.encode("utf-8"))
@@ -98,34 +175,38 @@ def prepare(
                         source.update(b"\0")
                         writer.write(np.array([tokenizer.eos_id], np.uint32))
                         writer.documents += 1
-        shards = writer.close()
-        if not shards:
-            raise ValueError(f"no text in {inputs[0] if len(inputs) == 1 else list(inputs)}")
-        train, validation = _split(folder, shards, validation_fraction, tokenizer.eos_id, dtype)
-        meta = {
-            "format": FORMAT,
-            "dtype": dtype,
-            "vocab_size": tokenizer.vocab_size,
-            "eos_id": tokenizer.eos_id,
-            "tokenizer": tokenizer.fingerprint,
-            "source": source.hexdigest(),
-            "documents": writer.documents,
-            "tokens": sum(train.values()),
-            "validation_tokens": sum(validation.values()),
-            "train": train,
-            "validation": validation,
-        }
-        if tokenizer.file is not None:
-            shutil.copyfile(tokenizer.file, folder / "tokenizer.json")
-        (folder / META).write_text(json.dumps(meta, indent=1) + "\n", encoding="utf-8")
-        if output.exists():
-            remove(output)
-        os.replace(folder, output)
-        return meta
-    except OSError as error:
-        raise ValueError(f"cannot write {output}: {error}") from None
-    finally:
-        remove(folder)
+                progress(writer.documents, writer.tokens)
+            shards = writer.close()
+            if not shards:
+                raise ValueError(f"no text in {name}")
+            train, validation = _split(
+                folder, shards, self.validation_fraction, tokenizer.eos_id, dtype
+            )
+            meta = {
+                "format": FORMAT,
+                "dtype": dtype,
+                "vocab_size": tokenizer.vocab_size,
+                "eos_id": tokenizer.eos_id,
+                "tokenizer": tokenizer.fingerprint,
+                "source": source.hexdigest(),
+                **(description or {}),
+                "documents": writer.documents,
+                "tokens": sum(train.values()),
+                "validation_tokens": sum(validation.values()),
+                "train": train,
+                "validation": validation,
+            }
+            if tokenizer.file is not None:
+                shutil.copyfile(tokenizer.file, folder / "tokenizer.json")
+            (folder / META).write_text(json.dumps(meta, indent=1) + "\n", encoding="utf-8")
+            if output.exists():
+                remove(output)
+            os.replace(folder, output)
+            return meta
+        except OSError as error:
+            raise ValueError(f"cannot write {output}: {error}") from None
+        finally:
+            remove(folder)
 
 
 def read_meta(folder: Path) -> dict[str, Any] | None:
@@ -177,6 +258,10 @@ class _Writer:
         self._lengths: list[int] = []
         self._file: BinaryIO | None = None
         self.documents = 0
+
+    @property
+    def tokens(self) -> int:
+        return sum(self._lengths)
 
     def write(self, ids: np.ndarray) -> None:
         while len(ids):

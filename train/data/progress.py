@@ -1,4 +1,4 @@
-"""Progress bars over files, on the error stream, so that pipes stay clean."""
+"""Progress bars over files and documents, on the error stream, so that pipes stay clean."""
 
 import contextlib
 import os
@@ -11,6 +11,7 @@ from rich.progress import (
     DownloadColumn,
     Progress,
     TextColumn,
+    TimeElapsedColumn,
     TimeRemainingColumn,
     TransferSpeedColumn,
 )
@@ -55,3 +56,27 @@ def file_progress(what: str, paths: Sequence[str], *, quiet: bool = False) -> It
     finally:
         if started:
             progress.stop()
+
+
+@contextlib.contextmanager
+def document_progress(
+    what: str, total: int | None, *, quiet: bool = False
+) -> Iterator[Callable[[int, int], None]]:
+    """Shows documents, tokens and time, and how much is left if `total` documents are known.
+
+    Yields:
+        A function that takes the documents and the tokens done so far.
+    """
+    if quiet:
+        yield lambda documents, tokens: None
+        return
+    with Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TextColumn("{task.completed:,.0f} documents, {task.fields[tokens]:,} tokens"),
+        TimeElapsedColumn(),
+        *([TimeRemainingColumn()] if total is not None else []),
+        console=Console(stderr=True),
+    ) as progress:
+        task = progress.add_task(what, total=total, tokens=0)
+        yield lambda documents, tokens: progress.update(task, completed=documents, tokens=tokens)
