@@ -29,13 +29,9 @@ needs_datasets = pytest.mark.skipif(
 )
 
 
-def stream(folder: Path) -> np.ndarray:
+def documents(folder: Path, part: str = "train") -> list[str]:
     meta = json.loads((folder / "meta.json").read_text())
-    return np.concatenate([np.fromfile(folder / name, meta["dtype"]) for name in meta["train"]])
-
-
-def documents(folder: Path) -> list[str]:
-    tokens = stream(folder)
+    tokens = np.concatenate([np.fromfile(folder / name, meta["dtype"]) for name in meta[part]])
     ends = np.flatnonzero(tokens == ByteTokenizer.eos_id)
     assert ends[-1] == len(tokens) - 1
     return [ByteTokenizer().decode(part) for part in np.split(tokens, ends[:-1] + 1)]
@@ -102,9 +98,12 @@ def test_folder_by_the_command_line_offline(tmp_path):
         assert data.train_tokens + data.validation_tokens == meta["tokens"]
 
     # Ends while the library would go on reading.
-    few = ["--split", "test+train", "--max-documents", "3", "--validation-fraction", "0.5"]
-    assert "3 documents" in run("--output", "few", *few)
-    assert documents(tmp_path / "few") == ["held out", TEXTS[0]]
+    few = ["--max-documents", "2", "--validation-fraction", "0.5"]
+    assert "2 documents" in run("--output", "few", *few)
+    assert documents(tmp_path / "few") == [TEXTS[0]]
+    assert documents(tmp_path / "few", "validation") == [TEXTS[1]]
+    run("--output", "other", "--split", "test")
+    assert documents(tmp_path / "other") == ["held out"]
 
 
 @needs_datasets
@@ -237,7 +236,7 @@ def test_number_of_rows_to_come(fake):
         return open_dataset(DatasetSelection(name="owner/name", **fields)).total
 
     assert (total(), total(max_documents=5), total(max_documents=50)) == (20, 5, 20)
-    assert total(split="train+test") is None
+    assert total(split="test") is None
 
 
 def test_columns_may_be_unknown(fake):

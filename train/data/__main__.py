@@ -38,7 +38,7 @@ class Prepare:
     """Branch, tag or commit of the data set on the hub. None is the newest."""
 
     split: str = "train"
-    """Split of the data set, or several joined with "+"."""
+    """Split of the data set."""
 
     text_field: str = "text"
     """Column of the data set that holds the document."""

@@ -38,7 +38,7 @@ class DatasetSelection:
     """Configuration (subset) of the data set; None is its default."""
 
     split: str = "train"
-    """Split, or several joined with "+"."""
+    """Name of the split."""
 
     text_field: str = "text"
     """Column that holds the document."""
