@@ -16,7 +16,7 @@ What shaped it, on an H100 at m 8192, n 16384, k 2048 (effective TFLOP/s):
   Without the copies, or without the barrier, the same loop ran at 710 and 600: warps that meet at a
   barrier all copy at once, and the tensor cores wait;
 * the ring below, where a pair of mbarriers for each stage lets warps run a stage apart, and copies
-  are spread between products: 590 to 618 in three sessions. All copies at once cost 2%, and waiting
+  are spread between products: 590 to 618 in three runs. All copies at once cost 2%, and waiting
   with try_wait, which suspends the warp, instead of test_wait 3%.
 Products alone, from registers, with this epilogue, run at 730 (k 2048) to 840 (k 8192).
 """

@@ -9,7 +9,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
 
-# One cache for all processes of a session; code that runs for milliseconds needs no optimiser.
+# One cache for all processes of a test run; code that runs for milliseconds needs no optimiser.
 _CACHE = tempfile.gettempdir() + "/sparsejax-test-cache"
 _FLAGS = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
 

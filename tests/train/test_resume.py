@@ -55,24 +55,24 @@ DRIVER = """
 
 
 @pytest.fixture(scope="module")
-def workplace(tmp_path_factory):
+def area(tmp_path_factory):
     """A folder for the runs and one that keeps compiled programs between processes."""
     return tmp_path_factory.mktemp("resume")
 
 
-def launch(workplace, output, *arguments, happening=None, code=0):
+def launch(area, output, *arguments, happening=None, code=0):
     """Runs the trainer; checks its exit code and returns what it printed and its errors."""
     program = ["-m", "train.main"]
     if happening:
         program = ["-c", textwrap.dedent(DRIVER), *map(str, happening)]
-    folders = ["--output", str(workplace / output), "--data.cache", str(workplace / "data")]
+    folders = ["--output", str(area / output), "--data.cache", str(area / "data")]
     result = subprocess.run(
         [sys.executable, *program, *ARGUMENTS, *folders, *arguments],
         cwd=ROOT,
         env=os.environ
         | {
             "JAX_PLATFORMS": "cpu",
-            "JAX_COMPILATION_CACHE_DIR": str(workplace / "compiled"),
+            "JAX_COMPILATION_CACHE_DIR": str(area / "compiled"),
             "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
             "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
             "COLUMNS": "200",
@@ -84,9 +84,9 @@ def launch(workplace, output, *arguments, happening=None, code=0):
     return result.stdout, result.stderr
 
 
-def records(workplace, output):
+def records(area, output):
     """What was logged, without the times: the bits of every loss and norm, step by step."""
-    lines = (workplace / output / "tiny" / "metrics.jsonl").read_text().splitlines()
+    lines = (area / output / "tiny" / "metrics.jsonl").read_text().splitlines()
     timing = ("elapsed", "tokens_per_second", "step_seconds", "mfu", "eta_seconds")
     return [
         {name: value for name, value in record.items() if name not in timing}
@@ -95,9 +95,9 @@ def records(workplace, output):
     ]
 
 
-def checkpoints(workplace, output):
+def checkpoints(area, output):
     """Steps of the complete checkpoints, oldest first."""
-    folder = workplace / output / "tiny" / "checkpoints"
+    folder = area / output / "tiny" / "checkpoints"
     return sorted(int(path.name) for path in folder.iterdir() if path.name.isdecimal())
 
 
@@ -107,10 +107,10 @@ def continued_at(out):
 
 
 @pytest.fixture(scope="module")
-def undisturbed(workplace):
+def undisturbed(area):
     """What an uninterrupted run logged."""
-    launch(workplace, "undisturbed")
-    logged = records(workplace, "undisturbed")
+    launch(area, "undisturbed")
+    logged = records(area, "undisturbed")
     train = [record for record in logged if record["kind"] == "train"]
     assert [record["step"] for record in train] == list(range(1, 21))
     assert [record["phase"] for record in train] == ["dense"] * 6 + ["sparse"] * 8 + ["dense"] * 6
@@ -118,51 +118,51 @@ def undisturbed(workplace):
     return logged
 
 
-def test_killed_runs_continue_bit_for_bit(workplace, undisturbed):
+def test_killed_runs_continue_bit_for_bit(area, undisturbed):
     def check(out, start, logged_to):
         assert continued_at(out) == start
-        assert records(workplace, "killed") == undisturbed[:logged_to]
+        assert records(area, "killed") == undisturbed[:logged_to]
 
     # Within the warm-up.
-    launch(workplace, "killed", happening=("kill", 4), code=-9)
-    assert checkpoints(workplace, "killed") == [3]
+    launch(area, "killed", happening=("kill", 4), code=-9)
+    assert checkpoints(area, "killed") == [3]
     # At the flip: the first sparse step is done, the newest checkpoint is from before the
     # clustering.
-    out, _ = launch(workplace, "killed", "--resume", happening=("kill", 7), code=-9)
+    out, _ = launch(area, "killed", "--resume", happening=("kill", 7), code=-9)
     check(out, start=3, logged_to=7)
     # Within the sparse phase, after a second clustering that the checkpoint has not seen.
-    out, _ = launch(workplace, "killed", "--resume", happening=("kill", 11), code=-9)
+    out, _ = launch(area, "killed", "--resume", happening=("kill", 11), code=-9)
     check(out, start=6, logged_to=11)
     # During a save.
-    out, _ = launch(workplace, "killed", "--resume", happening=("save", 12), code=-9)
+    out, _ = launch(area, "killed", "--resume", happening=("save", 12), code=-9)
     check(out, start=9, logged_to=12)
-    assert checkpoints(workplace, "killed") == [3, 6, 9]
+    assert checkpoints(area, "killed") == [3, 6, 9]
     # After the flip back, the newest checkpoint being from before it; the save of 12 is repeated.
-    out, _ = launch(workplace, "killed", "--resume", happening=("kill", 15), code=-9)
+    out, _ = launch(area, "killed", "--resume", happening=("kill", 15), code=-9)
     check(out, start=9, logged_to=15)
     # While a save may be under way.
-    out, _ = launch(workplace, "killed", "--resume", happening=("race", 16), code=-9)
+    out, _ = launch(area, "killed", "--resume", happening=("race", 16), code=-9)
     check(out, start=12, logged_to=16)
-    before, newest = checkpoints(workplace, "killed")[-2:]
+    before, newest = checkpoints(area, "killed")[-2:]
     assert newest in (12, 15)
 
     # A damaged checkpoint costs some steps, and a warning; SIGTERM costs nothing.
-    folder = workplace / "killed" / "tiny" / "checkpoints" / f"{newest:08d}"
+    folder = area / "killed" / "tiny" / "checkpoints" / f"{newest:08d}"
     largest = max((p for p in folder.rglob("*") if p.is_file()), key=lambda p: p.stat().st_size)
     data = bytearray(largest.read_bytes())
     data[len(data) // 2] ^= 1
     largest.write_bytes(data)
-    out, err = launch(workplace, "killed", "--resume", happening=("term", 16))
+    out, err = launch(area, "killed", "--resume", happening=("term", 16))
     check(out, start=before, logged_to=17)
     warnings = [line for line in err.splitlines() if "damaged" in line]
     assert len(warnings) == 1
     assert f"skipping damaged checkpoint {folder}: " in warnings[0]
     assert "stopped by a signal after step 17" in out
-    assert checkpoints(workplace, "killed")[-1] == 17
+    assert checkpoints(area, "killed")[-1] == 17
 
-    out, err = launch(workplace, "killed", "--resume")
+    out, err = launch(area, "killed", "--resume")
     assert continued_at(out) == 17
-    assert records(workplace, "killed") == undisturbed
+    assert records(area, "killed") == undisturbed
     assert "damaged" not in err
 
 
@@ -173,13 +173,13 @@ def test_killed_runs_continue_bit_for_bit(workplace, undisturbed):
         (("--schedule.warmup-steps", "7"), "schedule.warmup_steps: 6 in the checkpoint, 7 now"),
     ],
 )
-def test_a_checkpoint_of_another_config_is_refused(workplace, undisturbed, change, difference):
-    _, err = launch(workplace, "undisturbed", "--resume", *change, code=2)
+def test_a_checkpoint_of_another_config_is_refused(area, undisturbed, change, difference):
+    _, err = launch(area, "undisturbed", "--resume", *change, code=2)
     assert err.splitlines() == [f"error: the checkpoint is of another config: {difference}"]
-    assert records(workplace, "undisturbed") == undisturbed
+    assert records(area, "undisturbed") == undisturbed
 
 
-def test_without_a_checkpoint_there_is_nothing_to_resume(workplace):
-    _, err = launch(workplace, "nowhere", "--resume", code=2)
+def test_without_a_checkpoint_there_is_nothing_to_resume(area):
+    _, err = launch(area, "nowhere", "--resume", code=2)
     assert len(err.splitlines()) == 1
     assert err.startswith("error: nothing to resume")
