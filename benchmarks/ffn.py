@@ -14,12 +14,10 @@ checked against float32 before they are timed.
 
 from __future__ import annotations
 
-import argparse
 import concurrent.futures
 import dataclasses
 import functools
 import json
-import pathlib
 import sys
 import time
 from collections.abc import Callable
@@ -30,6 +28,7 @@ import jax
 from benchmarks import ffn_contenders as networks
 from benchmarks import ffn_report, ffn_stages
 from benchmarks.capture import CaptureConfig, FfnTensors, capture
+from benchmarks.command_line import contenders, make_parser
 from benchmarks.environment import environment
 from benchmarks.failures import Failures
 from benchmarks.ffn_problem import errors, gated, operand_shapes, preparation, tensor_shapes
@@ -348,45 +347,18 @@ def run(settings: Settings, save: Callable[[dict[str, Any]], None]) -> dict[str,
 
 def main(arguments: list[str] | None = None) -> None:
     """The command line."""
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.ffn",
-        description="Times routed 2:4 feed-forward networks on the default JAX device.",
-    )
-    parser.add_argument("--out", required=True, type=pathlib.Path, help="result file, .json")
-    parser.add_argument("--plot", type=pathlib.Path, help="plot file; default: next to --out, .png")
-    parser.add_argument(
-        "--smoke", action="store_true", help="tiny shapes: does it run, not how fast"
-    )
-    parser.add_argument(
-        "--backends", nargs="+", choices=registry.BACKENDS, help="default: by device"
+    parser = make_parser(
+        "ffn", "Times routed 2:4 feed-forward networks on the default JAX device.", steps=200
     )
     parser.add_argument("--models", nargs="+", choices=("llama1b", "llama7b"), help="default: both")
     parser.add_argument("--blocks", nargs="+", type=int, default=[8, 16, 32], help="values of M")
-    parser.add_argument("--rounds", type=int, default=7, help="samples of each contender")
-    parser.add_argument("--round-ms", type=float, default=30.0, help="time of a sample")
-    parser.add_argument("--steps", type=int, default=200, help="of the training before capture")
     parser.add_argument(
         "--seconds", type=float, default=110.0, help="after which only 2:4 networks are timed"
     )
     options = parser.parse_args(arguments)
-    if options.out.suffix != ".json":
-        parser.error(f"--out {options.out} must end in .json")
-    if options.rounds < 1 or options.round_ms <= 0 or options.steps < 1:
-        parser.error("--rounds, --round-ms and --steps must be positive")
+    backends, sampling = contenders(parser, options)
     if not set(options.blocks) <= {8, 16, 32}:
         parser.error(f"--blocks {options.blocks} must be of 8, 16, 32")
-    on_gpu = jax.default_backend() == "gpu"
-    if not on_gpu and not options.smoke:
-        parser.error(
-            f"the default device is {jax.devices()[0].device_kind!r}, no GPU: only --smoke runs"
-        )
-    backends = options.backends
-    if backends is None:
-        # The reference is no contender on a GPU: it is there to be right.
-        backends = [b for b in registry.available_backends() if b != "reference" or not on_gpu]
-    sampling = Sampling(options.rounds, options.round_ms / 1e3)
-    if options.smoke:
-        sampling = Sampling(rounds=2, round_seconds=1e-3)
     models = smoke_models() if options.smoke else full_models(options.steps)
     if options.models and not options.smoke:
         models = tuple(m for m in models if m.name in options.models)
@@ -394,7 +366,7 @@ def main(arguments: list[str] | None = None) -> None:
         models=models,
         blocks=tuple(dict.fromkeys(options.blocks)),
         v=64 if options.smoke else 128,
-        backends=tuple(backends),
+        backends=backends,
         sampling=sampling,
         seconds=options.seconds,
         smoke=options.smoke,

@@ -10,7 +10,6 @@ against float32 before it is timed. Rates count the FLOPs of the dense product.
 
 from __future__ import annotations
 
-import argparse
 import concurrent.futures
 import dataclasses
 import functools
@@ -25,6 +24,7 @@ import jax
 
 from benchmarks import report
 from benchmarks.capture import CaptureConfig, FfnTensors, capture
+from benchmarks.command_line import contenders, make_parser
 from benchmarks.contenders import compile_dense, compile_sparse, measure_product
 from benchmarks.cusparselt import CuSparseLt, unavailable
 from benchmarks.environment import environment
@@ -223,46 +223,18 @@ def save_json(result: dict[str, Any], file: pathlib.Path) -> None:
 
 def main(arguments: list[str] | None = None) -> None:
     """The command line."""
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.gemm",
-        description="Times 2:4 products and packing on the default JAX device.",
+    parser = make_parser(
+        "gemm", "Times 2:4 products and packing on the default JAX device.", steps=250
     )
-    parser.add_argument("--out", required=True, type=pathlib.Path, help="result file, .json")
-    parser.add_argument("--plot", type=pathlib.Path, help="plot file; default: next to --out, .png")
-    parser.add_argument(
-        "--smoke", action="store_true", help="tiny shapes: does it run, not how fast"
-    )
-    parser.add_argument(
-        "--backends", nargs="+", choices=registry.BACKENDS, help="default: by device"
-    )
-    parser.add_argument("--rounds", type=int, default=7, help="samples of each contender")
-    parser.add_argument("--round-ms", type=float, default=30.0, help="time of a sample")
-    parser.add_argument("--steps", type=int, default=250, help="of the training before capture")
     parser.add_argument("--no-torch", action="store_true", help="leave cuSPARSELt out")
     parser.add_argument("--require-tuned", action="store_true", help="fail on a tuned-table miss")
     options = parser.parse_args(arguments)
-    if options.out.suffix != ".json":
-        parser.error(f"--out {options.out} must end in .json")
-    if options.rounds < 1 or options.round_ms <= 0 or options.steps < 1:
-        parser.error("--rounds, --round-ms and --steps must be positive")
-    on_gpu = jax.default_backend() == "gpu"
-    if not on_gpu and not options.smoke:
-        parser.error(
-            f"the default device is {jax.devices()[0].device_kind!r}, no GPU: only --smoke runs"
-        )
-
-    backends = options.backends
-    if backends is None:
-        # The reference is no contender on a GPU, where it is a dense product and more.
-        backends = [b for b in registry.available_backends() if b != "reference" or not on_gpu]
-    sampling = Sampling(options.rounds, options.round_ms / 1e3)
-    if options.smoke:
-        sampling = Sampling(rounds=2, round_seconds=1e-3)
+    backends, sampling = contenders(parser, options)
     settings = Settings(
         models=smoke_models() if options.smoke else full_models(options.steps),
-        backends=tuple(backends),
+        backends=backends,
         sampling=sampling,
-        torch=on_gpu and not options.no_torch,
+        torch=jax.default_backend() == "gpu" and not options.no_torch,
         require_tuned=options.require_tuned,
         smoke=options.smoke,
     )
