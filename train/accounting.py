@@ -10,6 +10,7 @@ import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from sparsejax.routing.tokens import padded_tokens as routed_rows
 from sparsejax.spec import GROUP
 from train.config import Config
 
@@ -186,7 +187,8 @@ def sparse_flops(config: Config) -> Flops:
 
     Routing leaves 4 / M of each of the FFN's products, a 2:4 operand halves its product. SwiGLU has
     no sparse step: its numbers are the dense ones. Padding of the experts' tokens to multiples of V
-      is not counted; see `padded_tokens`.
+    is not counted; see `padded_tokens`. Every group of neurons (a shard of the clusters, or a
+    device of the tensor axis) chooses among E experts of its own.
 
     Raises:
       ValueError: the vocabulary is not resolved.
@@ -195,7 +197,8 @@ def sparse_flops(config: Config) -> Flops:
     if config.model.ffn == "swiglu":
         return dense
     experts = config.sparsity.num_experts
-    similarities = config.tokens_per_step * config.model.width * experts * config.model.num_layers
+    centers = experts * neuron_groups(config)
+    similarities = config.tokens_per_step * config.model.width * centers * config.model.num_layers
     router = 2 * similarities if experts > 1 else 0
     return dataclasses.replace(
         dense,
@@ -248,16 +251,46 @@ def recomputed_flops(config: Config, *, sparse: bool = False) -> int:
     return ffn + (flops.projections + flops.attention) // 3 + flops.router
 
 
-def padded_tokens(config: Config) -> int:
-    """Returns the rows that the experts' products of a sparse step are laid out for.
+def neuron_groups(config: Config) -> int:
+    """Returns the groups of neurons that are laid out each on its own: shards of the clusters or
+    devices of the tensor axis, whichever are more."""
+    return max(config.sparsity.num_shards, config.mesh.tensor)
 
-    In each micro-batch the tokens of each of E experts are padded to a multiple of V.
+
+def device_tokens(config: Config, devices: int | None = None) -> int:
+    """Returns the tokens that a device routes together: its part of one micro-batch.
+
+    Args:
+      config: the run.
+      devices: all devices; None for as few as the configuration allows.
+
+    Raises:
+      ValueError: as `mesh_shape`.
+    """
+    shape = mesh_shape(config, devices)
+    return config.tokens_per_micro_batch // (shape.data * shape.fsdp)
+
+
+def padded_tokens(config: Config, devices: int | None = None) -> int:
+    """Returns the rows that the experts' products of a sparse step are laid out for, over all
+    devices that share the batch.
+
+    On each device and in each micro-batch the tokens of each of E experts are padded to a multiple
+    of V (`sparsejax.routing.tokens.padded_tokens`).
+
+    Args:
+      config: the run.
+      devices: all devices; None for as few as the configuration allows.
+
+    Raises:
+      ValueError: as `mesh_shape`.
     """
     s = config.sparsity
     if s.num_experts == 1:
         return config.tokens_per_step
-    rows = config.tokens_per_micro_batch + s.num_experts * (s.v - 1)
-    return config.micro_batches * (-(-rows // s.v) * s.v)
+    tokens = device_tokens(config, devices)
+    parts = config.tokens_per_step // tokens
+    return parts * routed_rows(tokens, s.num_experts, s.v)
 
 
 def mfu(flops: float, seconds: float, peak_flops: float) -> float:
@@ -342,7 +375,7 @@ def memory(config: Config, *, devices: int | None = None, sparse: bool = False) 
     # Norm gains are replicated, everything else is sharded over both axes.
     held = (count.total - count.norms) // sharded + count.norms
     size = 4 if m.compute_dtype == "float32" else 2  # "auto" is bfloat16 on a GPU
-    tokens = config.tokens_per_micro_batch // (shape.data * shape.fsdp)
+    tokens = device_tokens(config, devices)
 
     # Without rematerialisation every layer's cast weights wait for the backward pass; with it one
     # layer's do.
@@ -368,7 +401,7 @@ def memory(config: Config, *, devices: int | None = None, sparse: bool = False) 
         # Micro-batches add up in one copy while the next is made.
         gradients=BYTES_FLOAT32 * held * (2 if config.micro_batches > 1 else 1),
         weight_copies=int(copies),
-        activations=int(tokens * _activation_bytes(config, shape.tensor, size, sparse)),
+        activations=int(tokens * _activation_bytes(config, shape, size, sparse)),
         logits_chunk=logits,
     )
 
@@ -392,9 +425,9 @@ def run_summary(config: Config) -> RunSummary:
     )
 
 
-def _activation_bytes(config: Config, tensor: int, size: int, sparse: bool) -> float:
+def _activation_bytes(config: Config, mesh: MeshShape, size: int, sparse: bool) -> float:
     """Bytes a token on one device that the forward pass keeps, all layers."""
-    m, s = config.model, config.sparsity
+    m, s, tensor = config.model, config.sparsity, mesh.tensor
     width, hidden = m.width, m.ffn_hidden // tensor
     query, key = m.num_heads * m.head_dim // tensor, m.kv_heads * m.head_dim // tensor
     heads = m.num_heads // tensor
@@ -411,7 +444,7 @@ def _activation_bytes(config: Config, tensor: int, size: int, sparse: bool) -> f
         products = live * (2 if m.gated else 1) * size
         # The gated form keeps the chosen halves, and a byte for each group to say which.
         ffn = products / 2 + live / GROUP if m.gated and s.activations else products
-        ffn *= padded_tokens(config) / config.tokens_per_step
+        ffn *= padded_tokens(config, mesh.size) / config.tokens_per_step
         outputs = products
     else:
         # relu^2: relu, its mask and the square; gated, the gate and the product too; swiglu: both

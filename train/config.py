@@ -237,7 +237,7 @@ class Config:
 
     @property
     def tokens_per_micro_batch(self) -> int:
-        """Tokens T that are routed together: one micro-batch over all devices."""
+        """Tokens of one micro-batch over all devices; each device routes its part together."""
         return self.tokens_per_step // self.micro_batches
 
 

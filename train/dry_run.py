@@ -235,8 +235,9 @@ def _bound(config: Config, dense: accounting.Flops, sparse: accounting.Flops) ->
 
 def _products(config: Config) -> Table:
     m, s = config.model, config.sparsity
-    tokens = config.tokens_per_micro_batch
-    rows, live = tokens // s.num_experts, s.live_neurons(m.ffn_hidden)
+    groups = accounting.neuron_groups(config)
+    rows = accounting.device_tokens(config) // s.num_experts
+    live = s.live_neurons(m.ffn_hidden) // groups
     table = _table(
         "FFN products of a sparse step",
         ("", "left"),
@@ -258,7 +259,7 @@ def _products(config: Config) -> Table:
             f"({left:,} x {inner:,}) ({inner:,} x {right:,})",
             f"1/{p.dense_flops / p.sparse_flops:g}",
         )
-    caption = f"The live part is that of one of {s.num_experts} experts in one layer" + (
+    caption = f"The live part is that of one of {s.num_experts * groups} experts in one layer" + (
         ", at an even load." if s.num_experts > 1 else "."
     )
     if s.num_experts > 1:

@@ -172,6 +172,28 @@ def test_padded_tokens():
     assert accounting.padded_tokens(tiny(sparsity=Sparsity(routing=False))) == 256
 
 
+def test_each_device_pads_its_own_tokens_and_scores_its_own_experts():
+    config = dataclasses.replace(tiny(), mesh=MeshConfig(data=1, fsdp=2))
+    assert accounting.padded_tokens(config) == 2 * (128 + 4 * 16)
+    # As many replicas as there are devices, where the configuration leaves it open.
+    config = dataclasses.replace(tiny(), batch_size=4, mesh=MeshConfig(fsdp=2))
+    assert accounting.padded_tokens(config, devices=4) == 4 * (128 + 4 * 16)
+    split = dataclasses.replace(config, micro_batches=2)
+    assert accounting.padded_tokens(split) == 2 * accounting.padded_tokens(tiny(), devices=2)
+    # Devices of the tensor axis hold other neurons, not other tokens.
+    tensor = tiny(sparsity=Sparsity(m=16, v=16))
+    tensor = dataclasses.replace(tensor, mesh=MeshConfig(data=1, tensor=2))
+    assert accounting.padded_tokens(tensor) == accounting.padded_tokens(tiny())
+    router = 2 * 256 * 64 * 4 * 3
+    assert accounting.sparse_flops(tensor).router == 2 * router
+    shards = tiny(sparsity=Sparsity(m=16, v=16, shards=4))
+    assert accounting.sparse_flops(shards).router == 4 * router
+    # On the same run, smaller parts have more padding in memory too.
+    parts = [dataclasses.replace(tiny(), batch_size=8, mesh=MeshConfig(data=n)) for n in (1, 8)]
+    whole, own = (accounting.memory(part, sparse=True) for part in parts)
+    assert own.activations > whole.activations / 8
+
+
 def test_memory_of_the_optimiser_state():
     count = accounting.parameters(llama1b())
     estimate = accounting.memory(llama1b())
