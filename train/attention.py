@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from train import scopes
 from train.backend import attention_implementation
 from train.config import ModelConfig
 from train.init import linear_init
@@ -62,13 +63,14 @@ class Attention(nnx.Module):
         """(B, S, D) to (B, S, D), and the keys and values of these S positions."""
         config = self.config
         q, k, v = self._project(x)
-        y = jax.nn.dot_product_attention(
-            q,
-            k,
-            v,
-            is_causal=True,
-            implementation=attention_implementation(config.attention, x.dtype, config.head_dim),
-        )
+        with jax.named_scope(scopes.ATTENTION):
+            y = jax.nn.dot_product_attention(
+                q,
+                k,
+                v,
+                is_causal=True,
+                implementation=attention_implementation(config.attention, x.dtype, config.head_dim),
+            )
         return self._mix(y), KeyValues(k, v)
 
     def decode(
@@ -102,11 +104,14 @@ class Attention(nnx.Module):
         theta, head_dim = self.config.rope_theta, self.config.head_dim
 
         def heads(name: str) -> jax.Array:
-            y = x @ gathered(getattr(self, name)[...], x.dtype, name)
+            with jax.named_scope(scopes.PROJECTIONS):
+                y = x @ gathered(getattr(self, name)[...], x.dtype, name)
             return constrain(y.reshape(*x.shape[:2], -1, head_dim), ACT_BTNH)
 
-        q, k = rope(heads("q"), theta, position), rope(heads("k"), theta, position)
-        return q, k, heads("v")
+        q, k, v = (heads(name) for name in ("q", "k", "v"))
+        with jax.named_scope(scopes.ROPE):
+            return rope(q, theta, position), rope(k, theta, position), v
 
     def _mix(self, y: jax.Array) -> jax.Array:
-        return y.reshape(*y.shape[:2], -1) @ gathered(self.out[...], y.dtype, "out")
+        with jax.named_scope(scopes.PROJECTIONS):
+            return y.reshape(*y.shape[:2], -1) @ gathered(self.out[...], y.dtype, "out")

@@ -78,10 +78,13 @@ def run(config: Config, arguments: Arguments, console: Console) -> int:
     from train.determinism import make_deterministic
     from train.distributed import initialize
     from train.loop import NonFiniteError, RescuedError, train
+    from train.runtime import keep_compiled, reserve_memory
 
     if config.deterministic:
         make_deterministic(config.output)
+    reserve_memory()
     initialize()
+    keep_compiled(config.data.cache)
     try:
         train(config, resume=arguments.resume, console=console)
     except (NonFiniteError, RescuedError, CheckpointError) as error:

@@ -16,6 +16,7 @@ from flax import nnx
 
 from sparsejax.nn.routed_ffn import RoutedFFN, RoutingStats
 from sparsejax.spec import Sparsity
+from train import scopes
 from train.attention import Attention, KeyValues
 from train.backend import compute_dtype
 from train.config import ModelConfig
@@ -36,9 +37,10 @@ class RMSNorm(nnx.Module):
         self.scale = nnx.Param(jnp.ones((width,), jnp.float32))
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        y = x.astype(jnp.float32)
-        y = y * jax.lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + self.eps)
-        return (y * self.scale[...]).astype(x.dtype)
+        with jax.named_scope(scopes.NORM):
+            y = x.astype(jnp.float32)
+            y = y * jax.lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + self.eps)
+            return (y * self.scale[...]).astype(x.dtype)
 
 
 class SwiGLU(nnx.Module):
@@ -101,7 +103,9 @@ class Block(nnx.Module):
         return self._feed_forward(x + y, packed)[0], cache
 
     def _feed_forward(self, x: jax.Array, packed: Packed) -> tuple[jax.Array, Stats]:
-        y, stats = self.ffn(self.norm_ffn(x), packed)
+        x_norm = self.norm_ffn(x)
+        with jax.named_scope(scopes.FFN):
+            y, stats = self.ffn(x_norm, packed)
         return x + y, stats
 
 
@@ -156,7 +160,8 @@ class Llama(nnx.Module):
           packed: what `pack` returns, or None for the dense function.
         """
         config = self.config
-        x = embed(self.embedding[...], tokens, compute_dtype(config))
+        with jax.named_scope(scopes.EMBEDDING):
+            x = embed(self.embedding[...], tokens, compute_dtype(config))
 
         def block(graph: Any, state: Any, x: jax.Array, packed: Packed):
             return nnx.merge(graph, state)(x, packed)
@@ -235,4 +240,5 @@ class Llama(nnx.Module):
     def pack(self) -> Packed:
         """Thresholds and packs the FFN weights of every layer: once per optimiser step of a
         sparse phase."""
-        return self.map_ffn(lambda ffn: ffn.pack())
+        with jax.named_scope(scopes.FFN):
+            return self.map_ffn(lambda ffn: ffn.pack())

@@ -14,6 +14,7 @@ from flax import nnx
 from sparsejax.routing import update_bias
 from sparsejax.schedule import Phase
 from sparsejax.sharding import permute_rows
+from train import scopes
 from train.config import Config
 from train.loss import cross_entropy
 from train.mesh import FFN_AXES
@@ -30,13 +31,14 @@ def _loss(graph: nnx.GraphDef, config: Config, params, routing, packed, batch: B
     """Mean loss of a batch (weighted by batch["mask"] if there is one), and routing statistics."""
     model = nnx.merge(graph, params, routing)
     hidden, stats = model(batch["inputs"], packed)
-    loss = cross_entropy(
-        hidden.reshape(-1, hidden.shape[-1]),
-        model.head[...],
-        batch["targets"].reshape(-1),
-        batch["mask"].reshape(-1) if "mask" in batch else None,
-        chunk=config.model.loss_chunk,
-    )
+    with jax.named_scope(scopes.HEAD):
+        loss = cross_entropy(
+            hidden.reshape(-1, hidden.shape[-1]),
+            model.head[...],
+            batch["targets"].reshape(-1),
+            batch["mask"].reshape(-1) if "mask" in batch else None,
+            chunk=config.model.loss_chunk,
+        )
     return loss, stats
 
 
@@ -73,11 +75,13 @@ def make_train_step(
             return jax.value_and_grad(loss, has_aux=True)(state.params)
 
         (loss, stats), grads = _accumulate(gradient, batch, config.micro_batches)
-        norm = optax.tree.norm(grads)
-        if config.optimizer.clip_norm:
-            scale = jnp.minimum(1.0, config.optimizer.clip_norm / jnp.maximum(norm, 1e-12))
-            grads = jax.tree.map(lambda g: g * scale, grads)
-        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+        with jax.named_scope(scopes.OPTIMIZER):
+            norm = optax.tree.norm(grads)
+            if config.optimizer.clip_norm:
+                scale = jnp.minimum(1.0, config.optimizer.clip_norm / jnp.maximum(norm, 1e-12))
+                grads = jax.tree.map(lambda g: g * scale, grads)
+            updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+            params = optax.apply_updates(state.params, updates)
         metrics = {
             "loss": loss,
             "grad_norm": norm,
@@ -97,7 +101,7 @@ def make_train_step(
             dataclasses.replace(
                 state,
                 step=state.step + 1,
-                params=optax.apply_updates(state.params, updates),
+                params=params,
                 routing=routing,
                 opt_state=opt_state,
             ),

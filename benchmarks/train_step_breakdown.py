@@ -1,0 +1,179 @@
+"""Where the time of a step goes: device operations of a profile, summed by the model's parts.
+
+The trainer names its parts (`train.scopes`), and XLA keeps the names in the metadata of the
+compiled program's instructions. A profile holds, for each kernel that ran, the instruction it came
+from: kernels of Pallas, cuDNN and cuBLAS too. A fusion counts where its own metadata says, which is
+that of its root.
+"""
+
+from __future__ import annotations
+
+import pathlib
+import re
+import tempfile
+import warnings
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+
+from train import scopes
+
+REST = "rest"
+
+# Instructions that run others: those are in the profile themselves.
+_CONTROL = frozenset({"while", "conditional", "call"})
+
+_COMPUTATION = re.compile(r"^(?:ENTRY )?%?([\w.\-]+) \(.*\) -> .* \{$")
+_INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%?([\w.\-]+) = .*?\s([\w\-]+)\(")
+_OP_NAME = re.compile(r'op_name="((?:[^"\\]|\\.)*)"')
+_CALLS = re.compile(r"calls=%?([\w.\-]+)")
+_WORDS = re.compile(r"[/()]+")
+
+
+@dataclass(frozen=True)
+class Instruction:
+    """One instruction of a compiled program.
+
+    Attributes:
+      scope: part of the model; None where no name is known.
+      op_name: the traced operation, for people.
+      control: whether it only runs other instructions.
+    """
+
+    scope: str | None
+    op_name: str
+    control: bool
+
+
+def scope_of(op_name: str) -> str | None:
+    """The innermost part of the model in a name such as jit(step)/transpose(jvp(ffn))/dot."""
+    found = [word for word in _WORDS.split(op_name) if word in scopes.ALL]
+    return found[-1] if found else None
+
+
+def instructions(hlo: str) -> dict[str, Instruction]:
+    """The instructions of a compiled program by name.
+
+    Args:
+      hlo: `jax.stages.Compiled.as_text()`.
+    """
+    found: dict[str, Instruction] = {}
+    called: dict[str, str] = {}
+    inside: dict[str, Counter[str]] = {}
+    computation = ""
+    for line in hlo.splitlines():
+        if match := _COMPUTATION.match(line):
+            computation = match[1]
+        elif match := _INSTRUCTION.match(line):
+            name, opcode = match[1], match[2]
+            op = _OP_NAME.search(line)
+            scope = scope_of(op[1]) if op else None
+            found[name] = Instruction(scope, op[1] if op else "", opcode in _CONTROL)
+            if scope is not None:
+                inside.setdefault(computation, Counter())[scope] += 1
+            if calls := _CALLS.search(line):
+                called[name] = calls[1]
+    for name, body in called.items():
+        # A fusion of several results has a tuple for a root, and no name: most of its body decides.
+        if found[name].scope is None and body in inside:
+            scope = inside[body].most_common(1)[0][0]
+            found[name] = Instruction(scope, found[name].op_name, found[name].control)
+    return found
+
+
+def _device_events(profile: Any) -> list[tuple[str, str | None, float, dict[str, Any]]]:
+    """(kernel, instruction, seconds, stats) of everything that ran on a device; on a CPU, whose
+    operations are host events, of those."""
+    on_gpu = [plane for plane in profile.planes if plane.name.startswith("/device:GPU")]
+    planes = on_gpu or [plane for plane in profile.planes if plane.name.startswith("/host:CPU")]
+    events = []
+    with warnings.catch_warnings():
+        # The bindings' own types lack a __module__; nothing that a caller could change.
+        warnings.simplefilter("ignore", DeprecationWarning)
+        for plane in planes:
+            for line in plane.lines:
+                if on_gpu and not line.name.startswith("Stream"):
+                    continue
+                for event in line.events:
+                    stats = dict(event.stats)
+                    operation = stats.get("hlo_op")
+                    if on_gpu or operation is not None:
+                        events.append((event.name, operation, event.duration_ns * 1e-9, stats))
+    return events
+
+
+def summarise(profile: Any, hlo: str, steps: int, *, kernels: int = 40) -> dict[str, Any]:
+    """Seconds of a step by part of the model.
+
+    Args:
+      profile: `jax.profiler.ProfileData` of `steps` steps.
+      hlo: text of the compiled step.
+      steps: how many were profiled.
+      kernels: how many instructions to list, the longest first.
+
+    Returns:
+      parts: seconds of a step by part; those of no part are in "rest".
+      busy: their sum. unknown: seconds of kernels that no instruction was found for.
+      kernels: rows of instruction, part, op_name, kernel, calls and seconds of a step.
+    """
+    known = instructions(hlo)
+    parts: dict[str, float] = {}
+    rows: dict[str, dict[str, Any]] = {}
+    unknown = 0.0
+    for kernel, operation, seconds, _ in _device_events(profile):
+        # XLA names its own kernels after the instruction, with underscores.
+        name = operation or kernel
+        instruction = known.get(name) or known.get(name.split(",")[-1].strip())
+        if instruction is None:
+            unknown += seconds / steps
+            instruction = Instruction(None, "", False)
+        if instruction.control:
+            continue
+        part = instruction.scope or REST
+        parts[part] = parts.get(part, 0.0) + seconds / steps
+        row = rows.setdefault(
+            name,
+            {"instruction": name, "part": part, "op_name": instruction.op_name[-160:],
+             "kernel": kernel[:120], "calls": 0, "seconds": 0.0},
+        )  # fmt: skip
+        row["calls"] += 1 / steps
+        row["seconds"] += seconds / steps
+    longest = sorted(rows.values(), key=lambda row: -row["seconds"])[:kernels]
+    return {
+        "parts": {part: parts.get(part, 0.0) for part in (*scopes.ALL, REST)},
+        "busy": sum(parts.values()),
+        "unknown": unknown,
+        "kernels": longest,
+    }
+
+
+def measure(
+    run: Callable[[], Any], hlo: str, steps: int, keep: pathlib.Path | None = None
+) -> dict[str, Any]:
+    """Profiles `run` and sums up.
+
+    Args:
+      run: executes `steps` steps and waits for them.
+      hlo: text of the compiled step.
+      steps: how many.
+      keep: folder for the profile itself; None throws it away.
+
+    Returns:
+      As `summarise`.
+    """
+    options = jax.profiler.ProfileOptions()
+    options.python_tracer_level = 0
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = keep or pathlib.Path(temporary)
+        jax.profiler.start_trace(str(folder), profiler_options=options)
+        try:
+            run()
+        finally:
+            jax.profiler.stop_trace()
+        files = sorted(folder.rglob("*.xplane.pb"), key=lambda file: file.stat().st_mtime)
+        if not files:
+            raise RuntimeError(f"the profiler left no .xplane.pb in {folder}")
+        return summarise(jax.profiler.ProfileData.from_file(str(files[-1])), hlo, steps)

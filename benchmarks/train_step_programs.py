@@ -1,0 +1,375 @@
+"""Compiled train steps that take turns on one state."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import gc
+import math
+import shlex
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.sharding import Mesh, NamedSharding
+
+import train.main
+from sparsejax.nn.routed_ffn import RoutingState
+from sparsejax.schedule import Phase
+from train import accounting, hardware
+from train.config import Config, MeshConfig, resolve
+from train.data.pipeline import Data, open_data
+from train.mesh import BATCH_SPEC, check_mesh, make_mesh, put_batch, state_shardings
+from train.optimizer import make_optimizer
+from train.state import TrainState, abstract_state, build_model, init_state, model_graph
+from train.step import make_cluster_step, make_train_step
+
+Batch = dict[str, jax.Array]
+
+XLA = "--xla"
+
+
+def split_xla(arguments: Sequence[str]) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Arguments without and with `--xla`."""
+    others: list[str] = []
+    options: list[str] = []
+    value = False
+    for argument in arguments:
+        value_of_option = value
+        value = argument == XLA and not value_of_option
+        (options if value or value_of_option else others).append(argument)
+    return tuple(others), tuple(options)
+
+
+@dataclasses.dataclass(frozen=True)
+class Spec:
+    """A step to compile.
+
+    Attributes:
+      phase: dense or sparse.
+      overrides: arguments of the trainer's command line, and `--xla NAME=VALUE` for an option of
+        the compiler.
+    """
+
+    phase: Phase
+    overrides: tuple[str, ...] = ()
+
+    @staticmethod
+    def parse(phase: Phase, text: str) -> Spec:
+        """From one string, split as a shell would."""
+        return Spec(phase, tuple(shlex.split(text)))
+
+    @property
+    def name(self) -> str:
+        """For tables."""
+        return shlex.join(self.overrides) or "as configured"
+
+    @property
+    def compiler_options(self) -> dict[str, str | bool]:
+        """What `--xla` names; later ones win.
+
+        Raises:
+          ValueError: not of the form NAME=VALUE.
+        """
+        # A profile cannot tell the kernels of a CUDA graph apart, and steps of hundreds of
+        # milliseconds have no launch overhead to hide.
+        options: dict[str, str | bool] = {"xla_gpu_enable_command_buffer": ""}
+        for flag, text in zip(self.overrides, self.overrides[1:], strict=False):
+            if flag != XLA:
+                continue
+            name, equals, value = text.partition("=")
+            if not equals:
+                raise ValueError(f"{XLA} {text} must be NAME=VALUE")
+            options[name] = {"true": True, "false": False}.get(value, value)
+        return options
+
+    @property
+    def arguments(self) -> tuple[str, ...]:
+        """The rest: for the trainer's command line."""
+        return split_xla(self.overrides)[0]
+
+
+def _short(config: Config, warmup: int) -> Config:
+    """The run with an optimiser that moves within `warmup` steps.
+
+    The first steps of a long warm-up would leave the state where it was initialised. The rate is in
+    inverse proportion to the width, as updates of hidden matrices call for (arXiv 2203.03466).
+    """
+    o = config.optimizer
+    return dataclasses.replace(
+        config,
+        optimizer=dataclasses.replace(
+            o,
+            learning_rate=min(o.learning_rate, 0.6 / config.model.width),
+            warmup_steps=min(max(warmup // 4, 1), config.steps),
+            rewarm_steps=0,
+        ),
+    )
+
+
+@dataclasses.dataclass
+class Program:
+    """A compiled step.
+
+    Attributes:
+      spec: what was asked for.
+      config: the resolved run whose step this is.
+      step: compiled; donates its state.
+      compile_seconds: tracing and compiling.
+      memory: bytes by the compiler's own analysis; `total` is what the step needs at its peak.
+    """
+
+    spec: Spec
+    config: Config
+    step: Callable[..., Any]
+    hlo: Callable[[], str]
+    compile_seconds: float
+    memory: dict[str, int]
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of a step."""
+        return self.config.tokens_per_step
+
+    def mfu(self, seconds: float) -> float | None:
+        """Model FLOPs utilisation of a step (docs/accounting.md); None on an unknown chip."""
+        chip = hardware.chip(jax.devices()[0].device_kind)
+        if chip is None:
+            return None
+        flops = accounting.dense_flops(self.config).total
+        return accounting.mfu(flops, seconds, chip.bf16_flops * jax.device_count())
+
+
+class Out(Exception):
+    """A step does not fit into the device's memory."""
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether an error of JAX says that memory ran out."""
+    return "RESOURCE_EXHAUSTED" in str(error) or "out of memory" in str(error).lower()
+
+
+class Session:
+    """One state, the batches, and the steps that use them.
+
+    Dense steps are compiled for a state without routing, sparse ones for that of their M, so that
+    they share parameters and moments, which are far too large to have twice. `routing` is None
+    before the first flip.
+    """
+
+    def __init__(self, name: str, arguments: Sequence[str], warmup: int):
+        """Opens data and mesh.
+
+        Args:
+          name: of a configuration.
+          arguments: the trainer's command line, for all steps.
+          warmup: steps of training before anything is timed.
+        """
+        self._name, self._warmup = name, warmup
+        self._arguments, options = split_xla(arguments)
+        # For all steps; those of one step come later and win.
+        self._xla = Spec("dense", options)
+        self._stack = contextlib.ExitStack()
+        self._batches: dict[int, Iterator[Any]] = {}
+        self._opened: dict[int, Data] = {}
+        self.state: TrainState | None = None
+        self.routing: Any = None
+        self._routing_config: Config | None = None
+        base = self._parse(())
+        self.mesh: Mesh = make_mesh(base.mesh, base.batch_size // base.micro_batches)
+        self._stack.enter_context(jax.set_mesh(self.mesh))
+
+    def __enter__(self) -> Session:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stack.close()
+
+    def _parse(self, arguments: Sequence[str]) -> Config:
+        parsed = train.main.parse(["--config", self._name, *self._arguments, *arguments])
+        fields = {f.name: getattr(parsed, f.name) for f in dataclasses.fields(Config)}
+        config = _short(Config(**fields), self._warmup)
+        if jax.device_count() == 1:
+            # The configurations of large models name a mesh of several devices.
+            config = dataclasses.replace(config, mesh=MeshConfig())
+        return config
+
+    def _data(self, config: Config) -> Data:
+        rows = config.batch_size
+        if rows not in self._opened:
+            data = open_data(
+                config.data,
+                sequence_length=config.sequence_length,
+                global_batch=rows,
+                seed=config.seed,
+            )
+            self._opened[rows] = self._stack.enter_context(data)
+        return self._opened[rows]
+
+    def config(self, spec: Spec) -> Config:
+        """The resolved run of a step.
+
+        Raises:
+          ValueError: it cannot run.
+        """
+        config = self._parse(spec.arguments)
+        if spec.phase == "dense":
+            schedule = dataclasses.replace(config.schedule, sparse_fraction=0.0)
+            config = dataclasses.replace(config, schedule=schedule)
+        elif not config.sparse_steps:
+            raise ValueError(
+                f"schedule.sparse_fraction={config.schedule.sparse_fraction}: this run has no "
+                "sparse step"
+            )
+        config = resolve(config, tokenizer_vocab_size=self._data(config).vocab_size)
+        check_mesh(config, self.mesh)
+        return config
+
+    def describe_data(self, config: Config) -> str:
+        """One line for a report."""
+        return self._data(config).describe()
+
+    def batches(self, config: Config, count: int) -> list[Batch]:
+        """The next batches, on the device."""
+        rows = config.batch_size
+        if rows not in self._batches:
+            self._batches[rows] = iter(self._data(config).train_batches(0))
+        return [put_batch(self.mesh, next(self._batches[rows])) for _ in range(count)]
+
+    def compile(self, spec: Spec) -> Program:
+        """Compiles a step."""
+        config = self.config(spec)
+        whole = dataclasses.replace(spec, overrides=(*self._xla.overrides, *spec.overrides))
+        began = time.perf_counter()
+        optimizer = make_optimizer(config)
+        state = abstract_state(config, optimizer, self.mesh)
+        sharding = NamedSharding(self.mesh, BATCH_SPEC)
+        array = jax.ShapeDtypeStruct(
+            (config.batch_size, config.sequence_length), jnp.int32, sharding=sharding
+        )
+        shardings = jax.tree.map(lambda leaf: leaf.sharding, state)
+        function = make_train_step(config, model_graph(config), optimizer, spec.phase)
+        jitted = jax.jit(function, donate_argnums=0, out_shardings=(shardings, shardings.step))
+        lowered = jitted.lower(state, {"inputs": array, "targets": array})
+        compiled = lowered.compile(compiler_options=whole.compiler_options)
+        return Program(
+            spec,
+            config,
+            compiled,
+            lambda: compiled.as_text() or "",
+            time.perf_counter() - began,
+            _memory(compiled),
+        )
+
+    def start(self, config: Config) -> None:
+        """A new state; the old one is dropped first."""
+        self.drop()
+        dense = dataclasses.replace(
+            config, schedule=dataclasses.replace(config.schedule, sparse_fraction=0.0)
+        )
+        self.state = init_state(dense, make_optimizer(dense), self.mesh)
+        self._no_routing = self.state.routing
+
+    def drop(self) -> None:
+        """Frees the state."""
+        self.state, self.routing, self._routing_config = None, None, None
+        gc.collect()
+
+    def flip(self, config: Config) -> float:
+        """Clusters the neurons for a sparse phase of this run; returns seconds without
+        compiling."""
+        routing = _new_routing(config, self.mesh)
+        seconds = self._cluster(config, routing, begin=True)
+        self._routing_config = config
+        return seconds
+
+    def refresh(self, config: Config) -> float:
+        """Clusters again, from the present centres; returns seconds without compiling."""
+        assert self._routing_config is not None
+        return self._cluster(config, self.routing, begin=False)
+
+    def _cluster(self, config: Config, routing: Any, *, begin: bool) -> float:
+        assert self.state is not None
+        state = dataclasses.replace(self.state, routing=routing)
+        self.state = None
+        function = make_cluster_step(config, model_graph(config), begin=begin)
+        shardings = jax.tree.map(lambda leaf: leaf.sharding, state)
+        jitted = jax.jit(function, donate_argnums=0, out_shardings=shardings)
+        compiled = jitted.lower(state).compile()
+        jax.block_until_ready(state)
+        began = time.perf_counter()
+        state = jax.block_until_ready(compiled(state))
+        seconds = time.perf_counter() - began
+        self._keep(state)
+        return seconds
+
+    def _keep(self, state: TrainState) -> None:
+        self.routing = state.routing
+        self.state = dataclasses.replace(state, routing=self._no_routing)
+
+    def steps(self, program: Program, batches: Sequence[Batch]) -> tuple[float, list[float]]:
+        """Runs a step for each batch, without waiting between them.
+
+        Returns:
+          Seconds of one step, and the losses.
+
+        Raises:
+          Out: memory ran out; the state is gone.
+          FloatingPointError: a loss is no number.
+        """
+        assert self.state is not None
+        sparse = program.spec.phase == "sparse"
+        state = dataclasses.replace(self.state, routing=self.routing) if sparse else self.state
+        jax.block_until_ready((state, batches))
+        losses = []
+        # Nobody else holds the state while its buffers are donated from step to step.
+        self.state = None
+        try:
+            began = time.perf_counter()
+            for batch in batches:
+                state, metrics = program.step(state, batch)
+                losses.append(metrics["loss"])
+            jax.block_until_ready(state)
+            seconds = (time.perf_counter() - began) / len(batches)
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+            del state
+            self.drop()
+            raise Out(str(error).splitlines()[0]) from None
+        if sparse:
+            self._keep(state)
+        else:
+            self.state = state
+        found = [float(loss) for loss in losses]
+        if not all(map(math.isfinite, found)):
+            raise FloatingPointError(f"losses {found} of {program.spec.name}")
+        return seconds, found
+
+
+def _new_routing(config: Config, mesh: Mesh) -> Any:
+    """Routing state as a new run has it."""
+
+    def make() -> Any:
+        return nnx.split(build_model(config, jax.random.key(0)), nnx.Param, RoutingState)[2]
+
+    shapes = jax.eval_shape(make)
+    return jax.jit(make, out_shardings=state_shardings(mesh, shapes))()
+
+
+def _memory(compiled: Any) -> dict[str, int]:
+    analysis = compiled.memory_analysis()
+    arguments, outputs, aliased, temporaries = (
+        int(getattr(analysis, f"{name}_size_in_bytes"))
+        for name in ("argument", "output", "alias", "temp")
+    )
+    return {
+        "arguments": arguments,
+        "outputs": outputs,
+        "aliased": aliased,
+        "temporaries": temporaries,
+        "total": arguments + outputs - aliased + temporaries,
+    }
