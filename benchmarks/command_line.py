@@ -26,6 +26,9 @@ def make_parser(name: str, description: str, *, steps: int) -> argparse.Argument
     )
     parser.add_argument("--rounds", type=int, default=7, help="samples of each contender")
     parser.add_argument("--round-ms", type=float, default=30.0, help="time of a sample")
+    parser.add_argument(
+        "--settle-ms", type=float, default=60.0, help="time a contender runs before a sample"
+    )
     parser.add_argument("--steps", type=int, default=steps, help="of the training before capture")
     return parser
 
@@ -82,4 +85,6 @@ def contenders(
         backends = [b for b in registry.available_backends() if b != "reference" or not on_gpu]
     if options.smoke:
         return tuple(backends), Sampling(rounds=2, round_seconds=1e-3)
-    return tuple(backends), Sampling(options.rounds, options.round_ms / 1e3)
+    return tuple(backends), Sampling(
+        options.rounds, options.round_ms / 1e3, options.settle_ms / 1e3
+    )

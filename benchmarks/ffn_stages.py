@@ -13,7 +13,7 @@ from benchmarks.ffn_problem import Operands
 from benchmarks.timing import Sampling, interleaved, jax_timed
 from kernels import registry
 from sparsejax.ops import routed_ffn_grouped as grouped
-from sparsejax.routing import assign_tokens, from_expert_major, plan_tokens
+from sparsejax.routing import assign_tokens, plan_tokens
 from sparsejax.spec import Sparsity
 
 
@@ -41,15 +41,11 @@ STEP = (
     Stage("permute X", "stack"),
     Stage("Y2 = top2(relu(X W1)^2)", "up", product=True),
     Stage("Y3 = Y2 W2", "down", product=True),
-    Stage("permute Y3 back", "unstack"),
     Stage("permute dY3", "stack", backward=True),
     Stage("dY1 = 2 sqrt(Y2) (dY3 W2^T)", "up_backward", backward=True, product=True),
     Stage("dX = dY1 W1^T", "down", backward=True, product=True),
-    Stage("permute dX back", "unstack", backward=True),
-    Stage("permute X again", "stack", backward=True),
     Stage("dW2 = Y2^T dY3", "weight_gradient", backward=True, product=True),
     Stage("dW1 = dY1^T X", "weight_gradient", backward=True, product=True),
-    Stage("gradients to H x D", "ungroup", backward=True),
 )
 
 
@@ -71,13 +67,19 @@ class Stages:
             "route": route,
             "stack": lambda x, plan: grouped.stack(x, plan, sparsity),
             "up": module.up24,
-            "down": module.down24,
-            "unstack": lambda y, plan: grouped.unstack(y, plan.inverse.shape[0], plan),
+            "down": lambda values, metadata, w, plan: module.down24(
+                values,
+                metadata,
+                w,
+                plan.offsets,
+                plan.block_expert,
+                permutation=plan.permutation,
+                tokens=plan.inverse.shape[0],
+            ),
             "up_backward": module.up24_backward,
             "weight_gradient": lambda y, g, offsets: module.weight_gradient(
                 y, g, offsets, num_experts=experts
             ),
-            "ungroup": lambda a, b: (from_expert_major(a, 0), from_expert_major(b, 0)),
         }
         self.functions = {name: jax.jit(f) for name, f in functions.items()}
 
@@ -102,18 +104,15 @@ class Stages:
         y2, y2_values, y2_metadata = call("up", *up)
         up_backward = (values2, metadata2, dy, y2, y2_metadata, *layout)
         gradient = (y2, dy, plan.offsets)
-        dw = call("weight_gradient", *gradient)
-        down = (y2_values, y2_metadata, dense1, *layout)
+        down = (y2_values, y2_metadata, dense1, plan)
         return {
             "pack": pack,
             "route": route,
             "stack": (o.x, plan),
             "up": up,
             "down": down,
-            "unstack": (call("down", *down), plan),
             "up_backward": up_backward,
             "weight_gradient": gradient,
-            "ungroup": (dw, dw),
         }
 
     def compile(self, shapes: Operands) -> dict[str, Any]:

@@ -50,10 +50,15 @@ class Samples:
 
 @dataclass(frozen=True)
 class Sampling:
-    """How much is timed: `rounds` samples of each contender, of `round_seconds` each."""
+    """How much is timed: `rounds` samples of each contender, of `round_seconds` each.
+
+    `settle_seconds`: how long a contender runs before each of its samples, not counted, so that
+    clock and temperature are those of its own power and not of the contender's before it.
+    """
 
     rounds: int
     round_seconds: float
+    settle_seconds: float = 0.0
 
 
 def jax_timed(compiled: Callable[..., Any], *operands: Any) -> Timed:
@@ -79,17 +84,23 @@ def interleaved(calls: Mapping[str, Timed], sampling: Sampling) -> dict[str, Sam
       ValueError: no contender, no round or no time.
     """
     rounds, round_seconds = sampling.rounds, sampling.round_seconds
+    settle_seconds = sampling.settle_seconds
     if not calls or rounds < 1 or round_seconds <= 0:
         raise ValueError(f"{len(calls)=}, {rounds=} and {round_seconds=} must be positive")
-    executions = {}
+    if settle_seconds < 0:
+        raise ValueError(f"{settle_seconds=} must not be negative")
+    executions, settling = {}, {}
     for name, call in calls.items():
         call.seconds(2)
         estimate = max(call.seconds(2), 1e-9)
         executions[name] = max(2, math.ceil(round_seconds / estimate))
+        settling[name] = math.ceil(settle_seconds / estimate)
     names = list(calls)
     samples: dict[str, list[float]] = {name: [] for name in names}
     for r in range(rounds):
         first = r % len(names)
         for name in names[first:] + names[:first]:
+            if settling[name]:
+                calls[name].seconds(settling[name])
             samples[name].append(calls[name].seconds(executions[name]))
     return {name: Samples(tuple(times)) for name, times in samples.items()}

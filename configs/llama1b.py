@@ -15,8 +15,7 @@ def config() -> Config:
         model=ModelConfig(
             width=2048, num_layers=25, num_heads=16, vocab_size=128_256, remat="dots"
         ),
-        # The grouped kernels have not run on a GPU yet: --sparsity.backend hopper asks for them.
-        sparsity=Sparsity(m=16, v=128, backend="reference"),
+        sparsity=Sparsity(m=16, v=128),
         schedule=ScheduleConfig(warmup_steps=1000, sparse_fraction=0.5),
         optimizer=OptimizerConfig(learning_rate=3e-3, warmup_steps=5000, weight_decay=0.033),
         checkpoint=CheckpointConfig(every=500),

@@ -22,8 +22,7 @@ def config() -> Config:
         model=ModelConfig(
             width=4096, num_layers=32, num_heads=32, vocab_size=128_256, remat="dots"
         ),
-        # The grouped kernels have not run on a GPU yet: --sparsity.backend hopper asks for them.
-        sparsity=Sparsity(m=16, v=128, backend="reference"),
+        sparsity=Sparsity(m=16, v=128),
         schedule=ScheduleConfig(warmup_steps=1000, sparse_fraction=0.5),
         optimizer=OptimizerConfig(learning_rate=1e-3, warmup_steps=2000),
         mesh=MeshConfig(fsdp=8),

@@ -12,8 +12,7 @@ def config() -> Config:
         batch_size=32,
         sequence_length=1024,
         model=ModelConfig(width=512, num_layers=8, num_heads=8),
-        # The grouped kernels have not run on a GPU yet: --sparsity.backend hopper asks for them.
-        sparsity=Sparsity(m=16, v=128, backend="reference"),
+        sparsity=Sparsity(m=16, v=128),
         schedule=ScheduleConfig(warmup_steps=140, sparse_fraction=0.5),
         optimizer=OptimizerConfig(learning_rate=3e-3, warmup_steps=100),
         log=LogConfig(every=10, eval_every=200),

@@ -12,8 +12,7 @@ def config() -> Config:
         batch_size=8,
         sequence_length=256,
         model=ModelConfig(width=128, num_layers=2, num_heads=4),
-        # The grouped kernels have not run on a GPU yet: --sparsity.backend hopper asks for them.
-        sparsity=Sparsity(m=16, v=128, refresh_every=80, bias_rate=0.01, backend="reference"),
+        sparsity=Sparsity(m=16, v=128, refresh_every=80, bias_rate=0.01),
         schedule=ScheduleConfig(warmup_steps=60, sparse_fraction=0.5),
         optimizer=OptimizerConfig(learning_rate=4e-3, warmup_steps=20),
         log=LogConfig(every=10, eval_every=100, eval_windows=32),

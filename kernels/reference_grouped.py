@@ -137,6 +137,13 @@ def expert_major(w: Array, num_experts: int) -> Array:
     return split.swapaxes(0, 1).reshape(num_experts, hidden // num_experts, width)
 
 
+def interleaved(w: Array) -> Array:
+    """(E, h, D) to (H, D), neurons interleaved."""
+    experts, live, width = w.shape
+    split = w.reshape(experts, live // GROUP, GROUP, width)
+    return split.swapaxes(0, 1).reshape(experts * live, width)
+
+
 def pack_weight24(
     w: Array,
     *,
@@ -345,7 +352,7 @@ def up24_backward(
 def weight_gradient(
     y: Array, g: Array, offsets: Array, *, num_experts: int, config: None = None
 ) -> Array:
-    """Y_e^T G_e for the rows of each expert: dW2_e = Y2^T dY3, dW1_e = dY1^T X.
+    """Y_e^T G_e for the rows of each expert: dW2_e = Y2^T dY3, dW1_e = dY1^T X, as the weights lie.
 
     Args:
       y: (T_pad, h). g: (T_pad, D), of one dtype.
@@ -353,7 +360,7 @@ def weight_gradient(
       config: none for this backend.
 
     Returns:
-      (E, h, D) float32; zeros for an expert without rows.
+      (H, D) float32, neurons interleaved; zeros for an expert without rows.
 
     Raises:
       ValueError: the shapes do not fit.
@@ -368,7 +375,8 @@ def weight_gradient(
         # Both are masked: an unused row may hold anything, NaN as well.
         return None, _product(jnp.where(own, y, 0), jnp.where(own, g, 0), (0, 0))
 
-    return lax.scan(one, None, jnp.arange(num_experts, dtype=jnp.int32))[1]
+    _, dw = lax.scan(one, None, jnp.arange(num_experts, dtype=jnp.int32))
+    return interleaved(dw)
 
 
 def check_pack_weight24(*args, **kwargs) -> None:

@@ -44,7 +44,6 @@ from sparsejax.ops import routed_ffn_grouped
 from sparsejax.ops.packed_ffn import PackedFFN, PackedMatrix
 from sparsejax.ops.routed_ffn import _check_weights, _pack, _path
 from sparsejax.routing import assign_tokens, cluster_neurons, interleave, plan_tokens
-from sparsejax.routing.neurons import from_expert_major
 from sparsejax.spec import GROUP, Sparsity
 
 
@@ -197,8 +196,14 @@ class _Layout:
             return x
         return jax.lax.all_gather(x, name, axis=axis, tiled=True)
 
-    def scatter_gradient(self, dw: Array) -> Array:
-        """Partial (H, D) of this device's tokens to the whole sum's part that it stores."""
+    def scatter_gradient(self, dw: Array, dtype: DTypeLike) -> Array:
+        """Partial (H, D) of this device's tokens to the whole sum's part that it stores.
+
+        What moves between devices is rounded to `dtype`, as a dense layer's gradient is.
+        """
+        if self.size(*self.axes.batch) == 1:
+            return dw
+        dw = dw.astype(dtype)
         if self.size(self.axes.shard) > 1:
             dw = jax.lax.psum_scatter(dw, self.axes.shard, scatter_dimension=1, tiled=True)
         return self.psum(dw, *(name for name in self.axes.batch if name != self.axes.shard))
@@ -428,26 +433,26 @@ def _routed_ffn_fwd(x, w1, w2, wg, packed, centers, bias, kernels, layout):
     y, counts, saved = function(x, packed, centers, bias)
     # Of the master weights only the dtypes matter; arrays of no elements carry them.
     dtypes = tuple(None if w is None else jnp.zeros((0,), w.dtype) for w in (w1, w2, wg))
-    return (y, counts), (x, packed, saved, dtypes)
+    return (y, counts), (packed, saved, dtypes)
 
 
 def _routed_ffn_bwd(kernels, layout, residuals, cotangents):
-    x, packed, saved, dtypes = residuals
+    packed, saved, dtypes = residuals
     sparsity, path = layout.sparsity, _path(kernels)
 
-    def local(x, dy, packed, saved):
-        shape = x.shape
-        x, dy = (a.reshape(-1, shape[-1]) for a in (x, dy))
+    def local(dy, packed, saved):
+        shape = dy.shape
+        dy = dy.reshape(-1, shape[-1])
         packed = _gather(packed, layout)
         dx, parts = 0, []
         for g, (kept, plan) in enumerate(jax.tree.map(lambda a: a[0], saved)):
             part = _group(packed, g, layout.local_groups)
-            own, dw = path.backward(x, dy, kept, part, plan, sparsity, kernels)
+            own, dw = path.backward(dy, kept, part, plan, sparsity, kernels)
             dx = dx + own
-            parts.append([None if d is None else from_expert_major(d, 0) for d in dw])
-        dw = jax.tree.map(lambda *rows: jnp.concatenate(rows), *parts)
+            parts.append(dw)
+        dw = jax.tree.map(lambda *rows: jnp.concatenate(rows), *map(list, parts))
         dw = [
-            None if d is None else layout.scatter_gradient(d.astype(x.dtype)).astype(like.dtype)
+            None if d is None else layout.scatter_gradient(d, dy.dtype).astype(like.dtype)
             for d, like in zip(dw, dtypes, strict=True)
         ]
         return layout.psum(dx, layout.axes.tensor).reshape(shape), dw
@@ -456,10 +461,10 @@ def _routed_ffn_bwd(kernels, layout, residuals, cotangents):
     gated = dtypes[2] is not None
     function = layout.spmd(
         local,
-        (batch, batch, layout.packed_specs(packed.kernels, gated), P(layout.axes.names)),
+        (batch, layout.packed_specs(packed.kernels, gated), P(layout.axes.names)),
         (batch, [spec, spec, spec if gated else None]),
     )
-    dx, dw = function(x, cotangents[0], packed, saved)
+    dx, dw = function(cotangents[0], packed, saved)
     return dx, *dw, None, None, None
 
 

@@ -2,7 +2,8 @@
 
 Both operands are read as they lie, tokens along rows, so both are transposed by the MMA. A block's
 tile is 128 neurons by 256 columns; each of two warpgroups takes 64 neurons. The number of steps of
-a tile is its expert's number of tokens, read from the offsets.
+a tile is its expert's number of tokens, read from the offsets. Results are stored where the
+parameters have those neurons, interleaved with other experts'.
 """
 
 from __future__ import annotations
@@ -124,10 +125,13 @@ def _finish(stages: int):
     return finish
 
 
-@plgpu.inline_mgpu(arg_types=(common.ACC, common.REF, common.REF, *(common.SCALAR,) * 2))
-def _write(ctx, acc, out_s, out_g, row0, col0):
-    """Stores a warpgroup's 64 rows, 32 columns at a time; columns beyond the edge are dropped."""
-    row0, col0 = map(common.scalar, (row0, col0))
+@plgpu.inline_mgpu(arg_types=(common.ACC, common.REF, common.REF, *(common.SCALAR,) * 3))
+def _write(ctx, acc, out_s, out_g, block0, within0, col0):
+    """Stores a warpgroup's 64 rows, 32 columns at a time; columns beyond the edge are dropped.
+
+    The rows are 16 groups of four neurons of one expert, each in a block of neurons of its own.
+    """
+    block0, within0, col0 = map(common.scalar, (block0, within0, col0))
     (regs,) = common.accumulators(acc)
     warp, lane = common.warp_and_lane()
     row = common.add(common.mul(warp, 16), arith.shrui(lane, ptx.const32(2)))
@@ -151,7 +155,7 @@ def _write(ctx, acc, out_s, out_g, row0, col0):
         ctx.async_copy(
             src_ref=slot,
             dst_ref=out_g,
-            gmem_slice=(common.window(row0, 64), columns),
+            gmem_slice=(common.window(block0, 16), common.window(within0, 4), columns),
             swizzle=128,
             predicate=common.is_leader(),
             arrive=True,
@@ -185,7 +189,7 @@ def weight_gradient(
             pl.run_scoped,
             y_s=plgpu.SMEM((stages, _NEURONS // 64, _STEP, 64), y.dtype),
             g_s=plgpu.SMEM((stages, _COLUMNS // 64, _STEP, 64), y.dtype),
-            out_s=plgpu.SMEM((2, _SLOTS, 64, 32), jnp.float32),
+            out_s=plgpu.SMEM((2, _SLOTS, 16, 4, 32), jnp.float32),
             bars=plgpu.SMEM((2 * stages, 2), jnp.int32),
             collective_axes="wg",
         )
@@ -240,16 +244,17 @@ def weight_gradient(
                     carry = (zeros, *state, jnp.int32(-1))
                     acc, slot, parity, previous = lax.fori_loop(0, steps, one, carry)
                     acc = finish(acc, bars, previous)
-                    row0 = e * live + neuron0 + wg * 64
-                    _write(acc, out_s.at[wg], out_g, row0, column0)
+                    block0 = lax.div(neuron0 + wg * 64, jnp.int32(4))
+                    _write(acc, out_s.at[wg], out_g, block0, e * 4, column0)
                     return slot, parity
 
                 lax.fori_loop(0, own, tile, (jnp.int32(0), jnp.int32(0)))
                 plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
-    out_type = jax.ShapeDtypeStruct((num_experts * live, width), jnp.float32)
+    # (blocks of neurons, a block's neurons, D): one copy stores four neurons of many blocks.
+    out_type = jax.ShapeDtypeStruct((live // 4, 4 * num_experts, width), jnp.float32)
     call = common.kernel(body, out_type, blocks, 2, "weight_gradient_hopper")
-    return call(y, g, offsets).reshape(num_experts, live, width)
+    return call(y, g, offsets).reshape(num_experts * live, width)
 
 
 def _stages(config: common.GroupedConfig) -> int:

@@ -22,7 +22,7 @@ from kernels import registry
 from sparsejax.ops import routed_ffn_blocks, routed_ffn_grouped
 from sparsejax.ops.packed_ffn import PackedFFN, PackedMatrix
 from sparsejax.prune import soft_threshold
-from sparsejax.routing.neurons import from_expert_major, to_expert_major
+from sparsejax.routing.neurons import to_expert_major
 from sparsejax.routing.tokens import TokenPlan, padded_tokens
 from sparsejax.spec import Sparsity
 
@@ -106,15 +106,14 @@ def _routed_ffn_fwd(x, w1, w2, wg, packed, plan, sparsity, kernels):
     y, saved = _path(kernels).forward(x, packed, plan, sparsity, kernels)
     # Of the master weights only the dtypes matter; arrays of no elements carry them.
     dtypes = tuple(None if w is None else jnp.zeros((0,), w.dtype) for w in (w1, w2, wg))
-    return y, (x, saved, packed, plan, dtypes)
+    return y, (saved, packed, plan, dtypes)
 
 
 def _routed_ffn_bwd(sparsity, kernels, residuals, dy):
-    x, saved, packed, plan, dtypes = residuals
-    dx, dw = _path(kernels).backward(x, dy, saved, packed, plan, sparsity, kernels)
+    saved, packed, plan, dtypes = residuals
+    dx, dw = _path(kernels).backward(dy, saved, packed, plan, sparsity, kernels)
     dw1, dw2, dwg = (
-        None if d is None else from_expert_major(d, 0).astype(like.dtype)
-        for d, like in zip(dw, dtypes, strict=True)
+        None if d is None else d.astype(like.dtype) for d, like in zip(dw, dtypes, strict=True)
     )
     # None: no gradient into the packed weights (it goes straight through) nor into the plan.
     return dx, dw1, dw2, dwg, None, None
@@ -140,8 +139,9 @@ def routed_ffn(
     has the same support. Products accumulate in float32; Y2, its gradient and the results are
     rounded to x's dtype.
 
-    Saved for the backward pass: x as it came, T_pad h numbers in x's dtype (twice that for the
-    gated form without 2:4), 2:4 metadata where kernels made any, the plan and the packed weights.
+    Saved for the backward pass: x once (by kernels in the order of the plan), T_pad h numbers in
+    x's dtype (twice that for the gated form without 2:4), 2:4 metadata where kernels made any, the
+    plan and the packed weights.
 
     Args:
       x: (T, D), the dtype of `packed`.

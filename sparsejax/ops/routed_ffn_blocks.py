@@ -14,6 +14,7 @@ from jax import Array
 
 from sparsejax.ops.packed_ffn import PackedFFN
 from sparsejax.prune import select24
+from sparsejax.routing.neurons import from_expert_major
 from sparsejax.routing.tokens import TokenPlan
 from sparsejax.spec import Sparsity
 from sparsejax.vnm import kept_pairs, spread_pairs
@@ -46,6 +47,13 @@ class _Rows(NamedTuple):
     gate: Array | None = None
     positions: Array | None = None
     """(rows, h / 4) uint8, i0 | i1 << 2: where the kept halves belong."""
+
+
+class _Saved(NamedTuple):
+    """What `backward` needs of `forward`: the tokens (T, D) as they came, and their activations."""
+
+    x: Array
+    rows: _Rows
 
 
 def _dot(a: Array, b: Array, contract: tuple[int, int]) -> Array:
@@ -104,12 +112,13 @@ def _rows_of(x: Array, rows: Array) -> Array:
 
 def forward(
     x: Array, packed: PackedFFN, plan: TokenPlan | None, sparsity: Sparsity, kernels: None
-) -> tuple[Array, _Rows]:
-    """Y3 (T, D), and what `backward` needs beside the arguments."""
+) -> tuple[Array, _Saved]:
+    """Y3 (T, D), and what `backward` needs beside weights and plan."""
     del kernels
     weights = _weights(packed)
     if plan is None:
-        return _forward_rows(x, weights.expert(0), sparsity.activations)
+        y, rows = _forward_rows(x, weights.expert(0), sparsity.activations)
+        return y, _Saved(x, rows)
 
     # A block of V rows at a time: weights are read where they lie, nothing is masked out, and no
     # float32 copy of the activations outlives its block.
@@ -118,33 +127,34 @@ def forward(
         return None, _forward_rows(_rows_of(x, rows), weights.expert(e), sparsity.activations)
 
     blocks = plan.permutation.reshape(plan.block_expert.shape[0], -1)
-    _, (y, saved) = jax.lax.scan(block, None, (blocks, plan.block_expert))
-    return y.reshape(-1, x.shape[1])[plan.inverse], saved
+    _, (y, rows) = jax.lax.scan(block, None, (blocks, plan.block_expert))
+    return y.reshape(-1, x.shape[1])[plan.inverse], _Saved(x, rows)
 
 
 def backward(
-    x: Array,
     dy: Array,
-    saved: _Rows,
+    saved: _Saved,
     packed: PackedFFN,
     plan: TokenPlan | None,
     sparsity: Sparsity,
     kernels: None,
 ) -> tuple[Array, list[Array | None]]:
-    """dX (T, D) in x's dtype; dw1, dw2 and dwg (E, h, D) in float32."""
+    """dX (T, D) in x's dtype; dw1, dw2 and dwg (H, D) in float32."""
     del sparsity, kernels
+    x, saved_rows = saved
     weights = _weights(packed)
     if plan is None:
-        dx, *dw = _backward_rows(x, dy, saved, weights.expert(0))
-        return dx, [None if d is None else d[None] for d in dw]
+        dx, *dw = _backward_rows(x, dy, saved_rows, weights.expert(0))
+        return dx, dw
 
     def block(dw, inputs):
-        rows, e, saved_rows = inputs
-        dx, *own = _backward_rows(_rows_of(x, rows), _rows_of(dy, rows), saved_rows,
+        rows, e, own_rows = inputs
+        dx, *own = _backward_rows(_rows_of(x, rows), _rows_of(dy, rows), own_rows,
                                   weights.expert(e))  # fmt: skip
         return [None if d is None else d.at[e].add(o) for d, o in zip(dw, own, strict=True)], dx
 
     zeros = [None if w is None else jnp.zeros(w.shape, jnp.float32) for w in weights]
     blocks = plan.permutation.reshape(plan.block_expert.shape[0], -1)
-    dw, dx = jax.lax.scan(block, zeros, (blocks, plan.block_expert, saved))
+    dw, dx = jax.lax.scan(block, zeros, (blocks, plan.block_expert, saved_rows))
+    dw = [None if d is None else from_expert_major(d, 0) for d in dw]
     return dx.reshape(-1, x.shape[1])[plan.inverse], dw

@@ -9,7 +9,8 @@ definitions in `kernels.reference_grouped`):
     up24_backward     dY1 = 2 sqrt(Y2) (dY3 W2^T) on the support of Y2, packed likewise
     weight_gradient   dW2 = Y2^T dY3 and dW1^T = dY1^T X, expert by expert
 
-Tokens are permuted by XLA, before and after, so that it can fuse the gather with its neighbours.
+XLA permutes the tokens that come in, so that it can fuse the gather with its neighbours; down24
+stores what goes out where its token is.
 """
 
 from __future__ import annotations
@@ -42,8 +43,10 @@ class Sizes(NamedTuple):
 
 
 class Saved(NamedTuple):
-    """What `backward` needs beside the arguments of `forward`."""
+    """What `backward` needs of `forward`, beside weights and plan."""
 
+    x: Array
+    """(T_pad, D): the tokens in the order of the plan, so that they are permuted once."""
     y2: Array
     """(T_pad, h) in x's dtype."""
     metadata: Array
@@ -221,11 +224,12 @@ def stack(x: Array, plan: TokenPlan | None, sparsity: Sparsity) -> Array:
     return x.at[plan.permutation].get(mode="fill", fill_value=0, wrap_negative_indices=False)
 
 
-def unstack(y: Array, tokens: int, plan: TokenPlan | None) -> Array:
+def _down(functions, values, metadata, w, layout: _Layout, tokens: int, plan: TokenPlan | None):
+    """Y W (T, D) in the order of the tokens."""
     if plan is None:
-        return y[:tokens]
-    return y.at[plan.inverse].get(
-        mode="promise_in_bounds", unique_indices=True, wrap_negative_indices=False
+        return functions.down24(values, metadata, w, *layout)[:tokens]
+    return functions.down24(
+        values, metadata, w, *layout, permutation=plan.permutation, tokens=tokens
     )
 
 
@@ -236,22 +240,21 @@ def forward(
     sparsity: Sparsity,
     kernels: registry.Backend,
 ) -> tuple[Array, Saved]:
-    """Y3 (T, D), and what `backward` needs beside the arguments."""
+    """Y3 (T, D), and what `backward` needs."""
     functions = module(kernels)
 
     def network(x: Array, packed: PackedFFN, plan: TokenPlan | None) -> tuple[Array, Saved]:
-        layout = _layout(x.shape[0], plan, sparsity)
-        y2, values, metadata = functions.up24(
-            packed.w1.values, packed.w1.metadata, stack(x, plan, sparsity), *layout
-        )
-        y3 = functions.down24(values, metadata, packed.w2.dense, *layout)
-        return unstack(y3, x.shape[0], plan), Saved(y2, metadata)
+        tokens = x.shape[0]
+        layout = _layout(tokens, plan, sparsity)
+        x = stack(x, plan, sparsity)
+        y2, values, metadata = functions.up24(packed.w1.values, packed.w1.metadata, x, *layout)
+        y3 = _down(functions, values, metadata, packed.w2.dense, layout, tokens, plan)
+        return y3, Saved(x, y2, metadata)
 
     return _batchable(network, kernels)(x, packed, plan)
 
 
 def backward(
-    x: Array,
     dy: Array,
     saved: Saved,
     packed: PackedFFN,
@@ -259,11 +262,12 @@ def backward(
     sparsity: Sparsity,
     kernels: registry.Backend,
 ) -> tuple[Array, tuple[Array, Array, None]]:
-    """dX (T, D) in x's dtype; dw1 and dw2 (E, h, D) in float32, and None for dwg."""
+    """dX (T, D) in x's dtype; dw1 and dw2 (H, D) in float32, and None for dwg."""
     functions = module(kernels)
 
-    def network(x, dy, saved, packed, plan):
-        layout = _layout(x.shape[0], plan, sparsity)
+    def network(dy, saved, packed, plan):
+        tokens = dy.shape[0]
+        layout = _layout(tokens, plan, sparsity)
 
         def weight_gradient(y: Array, g: Array) -> Array:
             return functions.weight_gradient(y, g, layout.offsets, num_experts=sparsity.num_experts)
@@ -272,10 +276,8 @@ def backward(
         dy1, values = functions.up24_backward(
             packed.w2.values, packed.w2.metadata, dy, saved.y2, saved.metadata, *layout
         )
-        dx = functions.down24(values, saved.metadata, packed.w1.dense, *layout)
-        dw2 = weight_gradient(saved.y2, dy)
-        dw1 = weight_gradient(dy1, stack(x, plan, sparsity))
-        return unstack(dx, x.shape[0], plan), dw1, dw2
+        dx = _down(functions, values, saved.metadata, packed.w1.dense, layout, tokens, plan)
+        return dx, weight_gradient(dy1, saved.x), weight_gradient(saved.y2, dy)
 
-    dx, dw1, dw2 = _batchable(network, kernels)(x, dy, saved, packed, plan)
+    dx, dw1, dw2 = _batchable(network, kernels)(dy, saved, packed, plan)
     return dx, (dw1, dw2, None)

@@ -246,7 +246,7 @@ def test_rounds_interleave_and_rotate():
     starts = [name for i, name in enumerate(timed) if i == 0 or timed[i - 1] != name]
     # abc, bca, cab: the contender that ends a round never starts the next one.
     assert starts == list("abcbcacab")
-    for bad in (Sampling(0, 1.0), Sampling(1, 0.0)):
+    for bad in (Sampling(0, 1.0), Sampling(1, 0.0), Sampling(1, 1.0, -1.0)):
         with pytest.raises(ValueError, match="must be positive"):
             interleaved(calls, bad)
     with pytest.raises(ValueError, match="must be positive"):

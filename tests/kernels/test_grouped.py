@@ -70,7 +70,7 @@ def test_lowers_for_cuda(sizes):
         "up24": (y, packed, (rows // 64, live // 64, 128)),
         "down24": ((rows, d),),
         "up24_backward": (y, packed),
-        "weight_gradient": ((m // 4, live, d),),
+        "weight_gradient": ((hidden, d),),
         "pack_weight24": ((hidden, d // 2), (hidden // 64, d // 64, 128), (m // 4, live, d)),
     }
     for name, call in calls.items():

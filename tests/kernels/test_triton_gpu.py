@@ -2,6 +2,7 @@
 
 import functools
 import pathlib
+import re
 import shutil
 import struct
 import subprocess
@@ -146,14 +147,28 @@ def test_pack24_tilings(tiles_k):
 
 
 def machine_code(executable: bytes) -> bytes:
-    """The last device binary (ELF) in a serialized executable that holds this kernel."""
-    start = executable.rindex(b"\x7fELF")
-    sections, segments = (struct.unpack_from("<Q", executable, start + at)[0] for at in (40, 32))
-    segment_size, segment_count, section_size, section_count = struct.unpack_from(
-        "<4H", executable, start + 54
-    )
-    end = max(sections + section_size * section_count, segments + segment_size * segment_count)
-    return executable[start : start + end]
+    """The largest device binary (ELF of machine 190, CUDA's) in a serialized executable."""
+    found = b""
+    for match in re.finditer(rb"\x7fELF\x02", executable):
+        start = match.start()
+        if struct.unpack_from("<H", executable, start + 18)[0] != 190:
+            continue
+        segments, sections = struct.unpack_from("<QQ", executable, start + 32)
+        segment_size, segment_count, section_size, section_count = struct.unpack_from(
+            "<4H", executable, start + 54
+        )
+        size = max(sections + section_size * section_count, segments + segment_size * segment_count)
+        # In a newer layout the section headers come first: sections say where they end.
+        for i in range(section_count):
+            header = start + sections + i * section_size
+            kind = struct.unpack_from("<I", executable, header + 4)[0]
+            offset, length = struct.unpack_from("<QQ", executable, header + 24)
+            if kind != 8:  # SHT_NOBITS takes no room.
+                size = max(size, offset + length)
+        if size > len(found):
+            found = executable[start : start + size]
+    assert found
+    return found
 
 
 @pytest.mark.skipif(shutil.which("cuobjdump") is None, reason="needs cuobjdump of the CUDA toolkit")
@@ -169,9 +184,9 @@ def test_spmm24_runs_on_sparse_tensor_cores(tmp_path: pathlib.Path):
     assert executable is not None
     cubin = tmp_path / "spmm24.cubin"
     cubin.write_bytes(machine_code(executable.serialize()))
-    sass = subprocess.run(
-        ["cuobjdump", "-sass", str(cubin)], check=True, capture_output=True, text=True
-    ).stdout
+    dump = subprocess.run(["cuobjdump", "-sass", str(cubin)], capture_output=True, text=True)
+    assert dump.returncode == 0, dump.stderr
+    sass = dump.stdout
     # Two k32 steps a round.
     assert sass.count("HMMA.SP.16832.F32.BF16") >= 2 * config.frags_m * config.frags_n
     assert "LDSM" in sass

@@ -85,7 +85,7 @@ def test_both_paths_agree_in_bfloat16(sparsity):
 
 
 def test_what_is_saved_for_the_backward_pass():
-    """x once as it came, T_pad h numbers, metadata, the plan; nothing of T_pad x D."""
+    """x once, T_pad h numbers, metadata and the plan; nothing of T x H."""
     sparsity = Sparsity(m=16, v=V)
     x, _, w1, w2 = map(jnp.array, problem())
     plan = make_plan(experts_of("even", 4), sparsity)
@@ -95,7 +95,7 @@ def test_what_is_saved_for_the_backward_pass():
     rows, live = plan.permutation.size, H // 4
     held = sorted(a.size for a in jax.tree.leaves(vjp))
     metadata = rows // 64 * (live // 64) * 128
-    own = [x.size, rows * live, metadata, 0, 0]
+    own = [rows * x.shape[1], rows * live, metadata, 0, 0]
     given = [a.size for a in jax.tree.leaves((packed, plan))]
     # Given arrays may be left out where they are not needed.
     for size in own:
