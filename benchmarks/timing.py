@@ -85,10 +85,11 @@ def interleaved(calls: Mapping[str, Timed], sampling: Sampling) -> dict[str, Sam
     """
     rounds, round_seconds = sampling.rounds, sampling.round_seconds
     settle_seconds = sampling.settle_seconds
-    if not calls or rounds < 1 or round_seconds <= 0:
-        raise ValueError(f"{len(calls)=}, {rounds=} and {round_seconds=} must be positive")
-    if settle_seconds < 0:
-        raise ValueError(f"{settle_seconds=} must not be negative")
+    if not calls or rounds < 1 or round_seconds <= 0 or settle_seconds < 0:
+        raise ValueError(
+            f"{len(calls)=}, {rounds=} and {round_seconds=} must be positive, "
+            f"{settle_seconds=} not negative"
+        )
     executions, settling = {}, {}
     for name, call in calls.items():
         call.seconds(2)
