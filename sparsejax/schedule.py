@@ -7,7 +7,7 @@ steps, for use inside optax chains.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from typing import Literal
 
@@ -70,6 +70,10 @@ class PhaseSchedule:
             return "begin"
         return "refresh" if self.refresh_every and done % self.refresh_every == 0 else None
 
+    def flip(self, step: int) -> Phase | None:
+        """The phase that takes over from another one at this step; None at every other step."""
+        return self(step) if step > 0 and self(step) != self(step - 1) else None
+
     def spans(self, steps: int) -> Iterator[Span]:
         """The phases of a run of `steps` steps, in order, without empty ones."""
         edges = (0, self.warmup_steps, self.sparse_stop, steps)
@@ -90,10 +94,19 @@ def sparsity_schedule(phases: PhaseSchedule) -> optax.Schedule:
 
 
 def rewarm_at_flips(
-    schedule: optax.Schedule, phases: PhaseSchedule, rewarm_steps: int
+    schedule: optax.Schedule,
+    phases: PhaseSchedule,
+    rewarm_steps: int,
+    at: Collection[Phase] = ("sparse", "dense"),
 ) -> optax.Schedule:
-    """Brings a learning rate back linearly from zero over `rewarm_steps` steps after each change of
+    """Brings a learning rate back linearly from zero over `rewarm_steps` steps after changes of
     phase.
+
+    Args:
+      schedule: the learning rate.
+      phases: when the phases change.
+      rewarm_steps: length in steps; 0 leaves the schedule alone.
+      at: the phases that begin with it.
 
     Raises:
       ValueError: if `rewarm_steps` is negative.
@@ -102,7 +115,8 @@ def rewarm_at_flips(
         raise ValueError(f"{rewarm_steps=} must not be negative")
     if not rewarm_steps or not phases.sparse_steps:
         return schedule
-    flips = [step for step in (phases.warmup_steps, phases.sparse_stop) if step > 0]
+    ends = {"sparse": phases.warmup_steps, "dense": phases.sparse_stop}
+    flips = [step for phase, step in ends.items() if phase in at and step > 0]
 
     def rewarmed(step: jax.typing.ArrayLike) -> jax.Array:
         step = jnp.asarray(step)

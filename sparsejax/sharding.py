@@ -43,7 +43,14 @@ from kernels import registry
 from sparsejax.ops import routed_ffn_grouped
 from sparsejax.ops.packed_ffn import PackedFFN, PackedMatrix
 from sparsejax.ops.routed_ffn import _check_weights, _pack, _path
-from sparsejax.routing import assign_tokens, cluster_neurons, interleave, plan_tokens
+from sparsejax.routing import (
+    assign_tokens,
+    cluster_neurons,
+    fit_bias,
+    interleave,
+    plan_tokens,
+    token_scores,
+)
 from sparsejax.spec import GROUP, Sparsity
 
 
@@ -527,6 +534,66 @@ def cluster(
 
     spec = layout.router_spec
     return layout.spmd(local, (layout.weight_spec, spec), (spec, spec, P()))(w1, centers)
+
+
+def reroute(
+    x: Array,
+    previous: tuple[Array, Array] | None,
+    centers: Array,
+    bias: Array,
+    sparsity: Sparsity,
+    *,
+    hidden: int,
+    fit: bool,
+    axes: MeshAxes | None = MeshAxes(),
+) -> tuple[Array, Array]:
+    """Biases for new centres, and how many tokens the change sends elsewhere.
+
+    Scores of all tokens are gathered for a fit (E numbers a token; rare), so that it does not
+    depend on the mesh; the biases are the same on every device to the last bit.
+
+    Args:
+      x: (B, ..., D), inputs of the network; the leading axis over the batch axes.
+      previous: (centers, bias) before the change, or None.
+      centers: (S E, D) float32. bias: (S E,) float32.
+      sparsity: with routing. hidden: H.
+      fit: whether the biases are fitted to these tokens (`sparsejax.routing.fit_bias`).
+      axes: the mesh's axes.
+
+    Returns:
+      biases (S E,) float32, and the share of tokens (and shards) whose expert is another than under
+      `previous`, scalar float32, zero without.
+    """
+    width = x.shape[-1]
+    layout = _layout(sparsity, axes, width, hidden)
+    axes, experts, own_clusters = layout.axes, sparsity.num_experts, layout.own_clusters
+
+    def local(x: Array, previous: Any, centers: Array, bias: Array) -> tuple[Array, Array]:
+        tokens = x.reshape(-1, width)
+        biases, moved = [], jnp.float32(0)
+        clusterings = centers.shape[0] // experts
+        for g in range(clusterings):
+            own = slice(g * experts, (g + 1) * experts)
+            scores, new = token_scores(tokens, centers[own], sparsity.metric), bias[own]
+            if fit:
+                everywhere = scores
+                for name in axes.batch:
+                    everywhere = layout.all_gather(everywhere, name, 0)
+                new = fit_bias(everywhere, new)
+            biases.append(new)
+            if previous is not None:
+                was = assign_tokens(tokens, previous[0][own], previous[1][own], sparsity.metric)
+                now = jnp.argmax(scores + new, axis=1)
+                moved += jnp.mean(now != was, dtype=jnp.float32) / clusterings
+        names = (*axes.batch, axes.tensor) if own_clusters else axes.batch
+        churn = layout.psum(moved, *names) / layout.size(*names)
+        same = axes.batch if own_clusters else axes.names
+        return layout.from_first(jnp.concatenate(biases), *same), churn
+
+    spec = layout.router_spec
+    before = None if previous is None else (spec, spec)
+    function = layout.spmd(local, (P(axes.batch), before, spec, spec), (spec, P()))
+    return function(x, previous, centers, bias)
 
 
 def permute_rows(

@@ -55,6 +55,14 @@ class Sparsity:
     bias_rate: float = 0.001
     """Largest change a step of an expert's routing bias, in units of the score (a cosine)."""
 
+    fit_bias: bool = True
+    """Fit the routing biases on the batch at hand whenever the neurons are clustered, so that loads
+    are even from the first step; False leaves it to bias_rate, over many steps."""
+
+    reestimate_beta: bool = False
+    """Set the scales of the 2:4 weights anew at each refresh; False freezes those of the start of
+    the sparse phase."""
+
     kmeans_iterations: int = 10
     """Iterations of balanced k-means at the start of the sparse phase and at each refresh."""
 

@@ -10,13 +10,16 @@ from __future__ import annotations
 import dataclasses
 import math
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
+from sparsejax.schedule import Phase
 from sparsejax.spec import Sparsity
 from train.data.config import DataConfig
 from train.profiling import parse_steps
 
 Ffn = Literal["relu2", "relu2_gated", "swiglu"]
+Flips = Literal["none", "sparse", "dense", "both"]
+"""Changes of phase: to sparse, and back to dense."""
 
 
 @dataclass(frozen=True)
@@ -97,6 +100,9 @@ class ScheduleConfig:
     sparse_fraction: float = 0.0
     """Share of the whole run's steps that are sparse, right after the warm-up; 0 trains densely
     throughout."""
+    rescale_dense: bool = False
+    """At the flip back to dense, estimate beta again and multiply each FFN matrix by the frozen
+    beta over the new one, so that the dense network continues at the sparse one's scale."""
 
 
 @dataclass(frozen=True)
@@ -110,8 +116,13 @@ class OptimizerConfig:
     final_fraction: float = 0.1
     """Learning rate at the end, as a fraction of the peak."""
     rewarm_steps: int = 0
-    """Steps over which the learning rate is brought back linearly from zero after each change of
-    phase; 0 leaves it alone."""
+    """Steps over which the learning rate is brought back linearly from zero after changes of phase;
+    0 leaves it alone."""
+    rewarm_at: Flips = "both"
+    """Changes of phase after which it is brought back: that to sparse, that to dense, or both."""
+    reset_moments: Flips = "none"
+    """Changes of phase at which Adam's moments, and its count of steps, start over from zero; none
+    keeps them."""
     b1: float = 0.9
     """Decay of the first moment."""
     b2: float = 0.95
@@ -145,6 +156,9 @@ class CheckpointConfig:
     """Steps between checkpoints; 0 saves only at the end."""
     keep: int = 3
     """Checkpoints kept; older ones are deleted."""
+    final: bool = True
+    """Save the state at the end of the run. Without it a finished run cannot be used or continued:
+    for studies, of which only the log is wanted."""
 
 
 @dataclass(frozen=True)
@@ -195,7 +209,7 @@ class Config:
     sequence_length: int = 256
     """Tokens of a sequence."""
     seed: int = 0
-    """Seeds initialisation and data order."""
+    """Seeds initialisation, and the order of the data unless data.seed does."""
     deterministic: bool = False
     """Bit-exact repeats and resumes on a GPU too, at some cost in speed: deterministic XLA
     operations and attention."""
@@ -219,6 +233,11 @@ class Config:
     """Traces of steps."""
 
     @property
+    def data_seed(self) -> int:
+        """Seeds the order of the data."""
+        return self.seed if self.data.seed is None else self.data.seed
+
+    @property
     def sparse_steps(self) -> int:
         """Length of the sparse phase in steps.
 
@@ -239,6 +258,12 @@ class Config:
     def tokens_per_micro_batch(self) -> int:
         """Tokens of one micro-batch over all devices; each device routes its part together."""
         return self.tokens_per_step // self.micro_batches
+
+
+def flips(where: Flips) -> tuple[Phase, ...]:
+    """The phases that begin at these changes."""
+    phases: tuple[Phase, ...] = ("sparse", "dense")
+    return tuple(phase for phase in phases if where in (phase, "both"))
 
 
 def resolve(config: Config, *, tokenizer_vocab_size: int) -> Config:
@@ -274,9 +299,10 @@ def _require_representable(config: Any, prefix: str = "") -> None:
             _require_representable(value, f"{name}.")
         elif isinstance(value, float) and not math.isfinite(value):
             raise ValueError(f"{name}={value} must be finite")
-        elif isinstance(value, int) and name == "seed" and not 0 <= value < 2**32:
-            raise ValueError(f"{name}={value} must be between 0 and 2^32 - 1")
-        elif isinstance(value, int) and name != "seed" and abs(value) >= 2**31:
+        elif isinstance(value, int) and field_.name == "seed":
+            if not 0 <= value < 2**32:
+                raise ValueError(f"{name}={value} must be between 0 and 2^32 - 1")
+        elif isinstance(value, int) and abs(value) >= 2**31:
             raise ValueError(f"{name}={value} does not fit into 32 bits")
 
 
@@ -320,6 +346,16 @@ def validate(config: Config, *, tokenizer_vocab_size: int | None = None) -> None
     ):
         if value < 0:
             raise ValueError(f"{name}={value} must not be negative")
+    for name, where in (
+        ("optimizer.rewarm_at", optimizer.rewarm_at),
+        ("optimizer.reset_moments", optimizer.reset_moments),
+    ):
+        if where not in get_args(Flips):
+            raise ValueError(f"{name}={where!r} must be one of {get_args(Flips)}")
+    if schedule.rescale_dense and config.sparse_steps and not config.sparsity.weights:
+        raise ValueError(
+            "schedule.rescale_dense=True needs sparsity.weights=True: beta scales 2:4 weights"
+        )
     parse_steps(config.profile.steps, steps=config.steps)
     for name, number in (
         ("model.norm_eps", model.norm_eps),

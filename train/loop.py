@@ -26,6 +26,7 @@ from train.config import Config, resolve, validate
 from train.data.pipeline import Data, open_data
 from train.distributed import any_process
 from train.evaluate import evaluate
+from train.flip import make_cluster_event, make_flip_step
 from train.loggers import open_sinks, require_packages
 from train.mesh import BATCH_SPEC, check_mesh, data_share, make_mesh, put_batch
 from train.metrics import RunLogger
@@ -35,7 +36,7 @@ from train.profiling import Profiler, parse_steps
 from train.run_folder import CHECKPOINTS, new_folder, resumable_folder, write_config
 from train.signals import StopRequest
 from train.state import TrainState, abstract_state, init_state, model_graph
-from train.step import make_cluster_step, make_eval_step, make_train_step
+from train.step import make_eval_step, make_train_step
 
 
 class NonFiniteError(RuntimeError):
@@ -71,11 +72,13 @@ class Programs:
       train: the train step of each phase.
       evaluate: the evaluation step of each view.
       cluster: what groups the neurons before a step, by event.
+      flip: what else a phase begins with; phases that begin with nothing else are left out.
     """
 
     train: dict[Phase, Callable]
     evaluate: dict[Phase, Callable]
     cluster: dict[Event, Callable]
+    flip: dict[Phase, Callable]
 
 
 def compile_programs(
@@ -109,9 +112,14 @@ def compile_programs(
             f"{phase} step", function, state, batch, donate_argnums=0, out_shardings=out
         )
 
-    def cluster(begin: bool) -> Callable:
-        function = make_cluster_step(config, graph, begin=begin)
-        name = "clustering" if begin else "cluster refresh"
+    def cluster(event: Event) -> Callable:
+        function = make_cluster_event(config, graph, event)
+        name = "clustering" if event == "begin" else "cluster refresh"
+        out = (shardings, everywhere)
+        return compiled(name, function, state, batch, donate_argnums=0, out_shardings=out)
+
+    def flip(phase: Phase, function: Callable) -> Callable:
+        name = f"flip to {phase}"
         return compiled(name, function, state, donate_argnums=0, out_shardings=shardings)
 
     def view(phase: Phase) -> Callable:
@@ -120,12 +128,15 @@ def compile_programs(
 
     sparse = phases.sparse_steps > 0
     wanted: dict[Phase, None] = dict.fromkeys(span.phase for span in phases.spans(config.steps))
-    programs = Programs({phase: step(phase) for phase in wanted}, {"dense": view("dense")}, {})
+    programs = Programs({phase: step(phase) for phase in wanted}, {"dense": view("dense")}, {}, {})
     if sparse:
         programs.evaluate["sparse"] = view("sparse")
-        programs.cluster["begin"] = cluster(True)
+        programs.cluster["begin"] = cluster("begin")
     if sparse and phases.refresh_every:
-        programs.cluster["refresh"] = cluster(False)
+        programs.cluster["refresh"] = cluster("refresh")
+    for phase in wanted:
+        if sparse and (function := make_flip_step(config, phase)) is not None:
+            programs.flip[phase] = flip(phase, function)
     return programs
 
 
@@ -155,7 +166,7 @@ def train(config: Config, *, resume: bool = False, console: Console | None = Non
         config.data,
         sequence_length=config.sequence_length,
         global_batch=config.batch_size,
-        seed=config.seed,
+        seed=config.data_seed,
         process_index=share,
         process_count=shares,
     ) as data:
@@ -224,9 +235,10 @@ class _Run:
         )
         with self.logger, self.profiler:
             state, step = self._steps(programs, state, start)
-            self._save(step, state)
-            self.checkpointer.wait()
             finished = step == self.config.steps
+            if self.config.checkpoint.final or not finished:
+                self._save(step, state)
+            self.checkpointer.wait()
             if finished:
                 self.logger.summary({"folder": str(self.folder)})
                 if main:
@@ -312,10 +324,7 @@ class _Run:
             # Before the clustering: a state saved because the data failed has not seen it.
             with self._rescued(step, state, unread):
                 batch = put_batch(self.mesh, next(batches))
-            event = self.phases.event(step)
-            if event is not None:
-                with self._paused(state):
-                    state = programs.cluster[event](state)
+            state, moved = self._between(programs, state, step, batch)
             phase = self.phases(step)
             state, metrics = self.profiler.run(step, programs.train[phase], state, batch)
             done = step + 1
@@ -327,6 +336,8 @@ class _Run:
             reporting = done % log.every == 0 or saving or evaluating or last or flip
             stopping = self._stopping(reporting)
             with self._rescued(done, state, unread):
+                if moved:
+                    self.logger.clusters(step, _on_host(moved))
                 if reporting or stopping:
                     self._report(unread)
                 if evaluating or last:
@@ -338,6 +349,22 @@ class _Run:
                 with self._paused(state):
                     self._save(done, state)
         return state, config.steps
+
+    def _between(
+        self, programs: Programs, state: TrainState, step: int, batch: Mapping[str, jax.Array]
+    ) -> tuple[TrainState, Mapping[str, jax.Array]]:
+        """What happens before a step, and what a clustering reports, empty where there is none."""
+        event, flip = self.phases.event(step), self.phases.flip(step)
+        moved: Mapping[str, jax.Array] = {}
+        if event is None and flip not in programs.flip:
+            return state, moved
+        with self._paused(state):
+            if event is not None:
+                state, moved = programs.cluster[event](state, batch)
+            if flip in programs.flip:
+                state = programs.flip[flip](state)
+            jax.block_until_ready(state)
+        return state, moved
 
     def _stopping(self, reporting: bool) -> bool:
         """Whether to stop after this step: the same on every process.
@@ -378,7 +405,7 @@ class _Run:
         """Logs the newest of the unread steps, after checking all of them."""
         self._require_finite(unread)
         step, phase, metrics = unread[-1]
-        self.logger.log(step, phase, {k: np.asarray(v).tolist() for k, v in metrics.items()})
+        self.logger.log(step, phase, _on_host(metrics))
         unread.clear()
 
     def _require_finite(self, unread: list[tuple[int, Phase, dict[str, jax.Array]]]) -> None:
@@ -405,3 +432,7 @@ class _Run:
             return
         self.checkpointer.save(step, state, {"data": self.data.fingerprint})
         self.saved = step
+
+
+def _on_host(metrics: Mapping[str, jax.Array]) -> dict[str, Any]:
+    return {name: np.asarray(value).tolist() for name, value in metrics.items()}

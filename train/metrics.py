@@ -206,6 +206,29 @@ class RunLogger:
         self._last_eval = dict(values)
         return record
 
+    def clusters(self, step: int, values: Mapping[str, Value]) -> dict[str, Any]:
+        """Prints and records what a clustering of the neurons moved.
+
+        Args:
+          step: steps done before it.
+          values: `neuron_churn`, and perhaps `token_churn`: for each layer the share of neurons, or
+            of a batch's tokens, whose expert is another one than before.
+
+        Returns:
+          The record as written: the values, and the mean over layers of each.
+        """
+        record: dict[str, Any] = {"kind": "clusters", "step": step}
+        record |= {key: _plain(value) for key, value in values.items()}
+        line = Text.assemble((self._step(step), "bold"), "  ", ("clusters", "yellow"))
+        for key in values:
+            mean = record[f"{key}_mean"] = sum(record[key]) / len(record[key])
+            line.append(f"  {key.replace('_', ' ')} {mean:.1%}")
+        record["elapsed"] = self._clock() - self._began
+        self._write(record)
+        self._print(line)
+        self._scalars(record, "clusters")
+        return record
+
     @contextlib.contextmanager
     def pause(self) -> Iterator[None]:
         """Leaves the time inside out of the rates: evaluation, checkpoints, compilation.

@@ -102,6 +102,16 @@ class Block(nnx.Module):
         y, cache = self.attention.decode(self.norm_attention(x), cache, position)
         return self._feed_forward(x + y, packed)[0], cache
 
+    def reroute(
+        self, x: jax.Array, packed: Packed, previous: Any, fit: bool
+    ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+        """As a call under new centres, with `RoutedFFN.reroute`'s biases in effect and returned."""
+        x = constrain(x + self.attention(self.norm_attention(x)), ACT_BTD)
+        bias, churn = self.ffn.reroute(self.norm_ffn(x), previous, fit=fit)
+        self.ffn.bias[...] = bias
+        y, _ = self._feed_forward(x, packed)
+        return constrain(y, ACT_BTD), (bias, churn)
+
     def _feed_forward(self, x: jax.Array, packed: Packed) -> tuple[jax.Array, Stats]:
         x_norm = self.norm_ffn(x)
         with jax.named_scope(scopes.FFN):
@@ -213,6 +223,26 @@ class Llama(nnx.Module):
         step = lambda block, x, packed, cache: block.decode(x, packed, cache, position)
         x, cache = self._scan(step, x, packed, cache)
         return self.norm(x)[:, 0], cache
+
+    def reroute(
+        self, tokens: jax.Array, packed: Packed, previous: Any, *, fit: bool
+    ) -> tuple[jax.Array, jax.Array]:
+        """Every layer's routing biases under its present centres, each layer seeing what the new
+        biases of those before it make of the tokens, and how much the change moves.
+
+        Args:
+          tokens: (B, S) int32 ids.
+          packed: what `pack` returns.
+          previous: (centers, bias) with a leading axis L before the change, or None.
+          fit: whether the biases are fitted to these tokens; False keeps them.
+
+        Returns:
+          biases (L, S E) float32, and the share of tokens that meet another expert than under
+          `previous`, (L,) float32.
+        """
+        x = embed(self.embedding[...], tokens, compute_dtype(self.config))
+        function = lambda block, *arguments: block.reroute(*arguments, fit)
+        return self._scan(function, x, packed, previous)[1]
 
     def _scan(self, function: Any, x: jax.Array, packed: Packed, *rest: Any) -> tuple[Any, Any]:
         """x through function(block, x, packed, *rest) of every layer, and the second results with

@@ -5,10 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import optax
 
 from sparsejax.schedule import PhaseSchedule, rewarm_at_flips
-from train.config import Config
+from train.config import Config, flips
 from train.tree import names
 
 NOT_DECAYED = {"embedding", "scale"}
@@ -16,10 +17,12 @@ NOT_DECAYED = {"embedding", "scale"}
 
 def phase_schedule(config: Config) -> PhaseSchedule:
     """The run's phases."""
+    # Without routing there are no clusters to refresh, but perhaps scales.
+    refreshes = config.sparsity.routing or config.sparsity.reestimate_beta
     return PhaseSchedule(
         warmup_steps=config.schedule.warmup_steps,
         sparse_steps=config.sparse_steps,
-        refresh_every=config.sparsity.refresh_every if config.sparsity.routing else 0,
+        refresh_every=config.sparsity.refresh_every if refreshes else 0,
     )
 
 
@@ -35,7 +38,9 @@ def learning_rate_schedule(config: Config) -> optax.Schedule:
         end_value=o.final_fraction * o.learning_rate,
     )
     # The optimiser counts from zero; its first step should already move.
-    return rewarm_at_flips(lambda step: cosine(step + 1), phase_schedule(config), o.rewarm_steps)
+    return rewarm_at_flips(
+        lambda step: cosine(step + 1), phase_schedule(config), o.rewarm_steps, flips(o.rewarm_at)
+    )
 
 
 def decay_mask(params: Any) -> Any:
@@ -57,3 +62,11 @@ def make_optimizer(config: Config) -> optax.GradientTransformation:
         weight_decay=o.weight_decay,
         mask=decay_mask,
     )
+
+
+def reset_moments(opt_state: Any) -> Any:
+    """AdamW's state with moments of zero and their count of steps started over; the schedule's own
+    count goes on."""
+    adam = lambda node: isinstance(node, optax.ScaleByAdamState)
+    zeros = lambda node: jax.tree.map(jnp.zeros_like, node) if adam(node) else node
+    return jax.tree.map(zeros, opt_state, is_leaf=adam)

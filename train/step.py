@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import optax
 from flax import nnx
 
+from sparsejax.nn.routed_ffn import RoutingUpdate
 from sparsejax.routing import update_bias
 from sparsejax.schedule import Phase
 from sparsejax.sharding import permute_rows
@@ -123,25 +124,32 @@ def make_cluster_step(
       config: the run.
       graph: the model's structure.
       begin: True at the start of the sparse phase, when the thresholding scales beta are set too;
-        False for a refresh, which starts from the present centres and keeps beta.
+        False for a refresh, which starts from the present centres and keeps beta (unless
+        sparsity.reestimate_beta).
     """
 
-    def cluster(state: TrainState) -> TrainState:
-        model = nnx.merge(graph, state.params, state.routing)
-        plan: Any = model.map_ffn(lambda ffn: ffn.begin_sparse() if begin else ffn.refresh())
-        if not config.model.scan_layers:
-            plan = jax.tree.map(lambda *leaves: jnp.stack(leaves), *plan)
-        rows = lambda w, p: permute_rows(w, p.permutation, config.sparsity, axes=FFN_AXES)
-        move = {"w1": rows, "wg": rows, "w2": rows}
-        new = {"centers": lambda _, p: p.centers, "beta": lambda _, p: p.beta}
-        return dataclasses.replace(
-            state,
-            params=map_ffn_leaves(state.params, move, plan),
-            opt_state=map_ffn_leaves(state.opt_state, move, plan),
-            routing=map_ffn_leaves(state.routing, new, plan),
-        )
+    return lambda state: clustered(config, graph, state, begin=begin)[0]
 
-    return cluster
+
+def clustered(
+    config: Config, graph: nnx.GraphDef, state: TrainState, *, begin: bool
+) -> tuple[TrainState, RoutingUpdate]:
+    """The state after `make_cluster_step`, and what changed, with a leading axis over the
+    layers."""
+    model = nnx.merge(graph, state.params, state.routing)
+    plan: Any = model.map_ffn(lambda ffn: ffn.begin_sparse() if begin else ffn.refresh())
+    if not config.model.scan_layers:
+        plan = jax.tree.map(lambda *leaves: jnp.stack(leaves), *plan)
+    rows = lambda w, p: permute_rows(w, p.permutation, config.sparsity, axes=FFN_AXES)
+    move = {"w1": rows, "wg": rows, "w2": rows}
+    new = {"centers": lambda _, p: p.centers, "beta": lambda _, p: p.beta}
+    state = dataclasses.replace(
+        state,
+        params=map_ffn_leaves(state.params, move, plan),
+        opt_state=map_ffn_leaves(state.opt_state, move, plan),
+        routing=map_ffn_leaves(state.routing, new, plan),
+    )
+    return state, plan
 
 
 def make_eval_step(

@@ -223,21 +223,22 @@ class RoutedFFN(nnx.Module):
         A pure function of the parameters; `apply_update` (and the same permutation on the moments
         of the optimiser) puts it into effect.
         """
-        sparsity = self._sparsity()
+        return self._update(None, self._beta())
+
+    def _beta(self) -> Array:
         w1, w2, wg = self._weights()
-        beta = jnp.ones((3,), jnp.float32)
-        if sparsity.weights:
-            gate = 1.0 if wg is None else soft_threshold_beta(wg, 1)
-            beta = jnp.stack([soft_threshold_beta(w1, 1), soft_threshold_beta(w2, 1), gate])
-        return self._update(None, beta)
+        if not self._sparsity().weights:
+            return jnp.ones((3,), jnp.float32)
+        gate = 1.0 if wg is None else soft_threshold_beta(wg, 1)
+        return jnp.stack([soft_threshold_beta(w1, 1), soft_threshold_beta(w2, 1), gate])
 
     def refresh(self) -> RoutingUpdate:
         """Clusters again, from the centres as they are, so that experts keep their identity.
 
-        beta stays as it is: it is frozen for the sparse phase.
+        beta stays as it is, frozen for the sparse phase, unless `Sparsity.reestimate_beta`.
         """
-        self._sparsity()
-        return self._update(self.centers[...], self.beta[...])
+        beta = self._beta() if self._sparsity().reestimate_beta else self.beta[...]
+        return self._update(self.centers[...], beta)
 
     def _update(self, centers: Array | None, beta: Array) -> RoutingUpdate:
         sparsity, w1 = self._sparsity(), self.w1[...]
@@ -256,6 +257,34 @@ class RoutedFFN(nnx.Module):
             self.wg[...] = wg
         self.centers[...] = update.centers
         self.beta[...] = update.beta
+
+    def reroute(
+        self, x: Array, previous: tuple[Array, Array] | None = None, *, fit: bool = True
+    ) -> tuple[Array, Array]:
+        """The experts' biases for the present centres, and what a change of centres moved.
+
+        Changes nothing; with routing only.
+
+        Args:
+          x: (..., D), inputs of this network; the leading axes are tokens.
+          previous: (centers, bias) before the last update, or None.
+          fit: fit the biases to these tokens, so that their loads are even; False keeps them.
+
+        Returns:
+          biases (S E,) float32, and the share of tokens that meet another expert than under
+          `previous`, scalar float32, zero without.
+        """
+        self._flat(x)
+        return sharding.reroute(
+            x.astype(self.dtype),
+            previous,
+            self.centers[...],
+            self.bias[...],
+            self._sparsity(),
+            hidden=self.hidden,
+            fit=fit,
+            axes=self.axes,
+        )
 
     def activation_capture(self, x: Array) -> ActivationCapture:
         """The share of the dense activations that routing and 2:4 leave. For evaluation: O(T H).

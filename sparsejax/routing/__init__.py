@@ -5,6 +5,7 @@ from sparsejax.routing.neurons import from_expert_major, interleave, permute_ffn
 from sparsejax.routing.tokens import (
     TokenPlan,
     assign_tokens,
+    fit_bias,
     plan_tokens,
     token_scores,
     update_bias,
@@ -16,6 +17,7 @@ __all__ = [
     "assign_tokens",
     "balanced_assignment",
     "cluster_neurons",
+    "fit_bias",
     "from_expert_major",
     "interleave",
     "permute_ffn",

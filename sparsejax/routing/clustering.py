@@ -37,11 +37,19 @@ def _unit(x: Array, axis: int) -> Array:
     return x * _inverse(jnp.linalg.norm(x, axis=axis, keepdims=True))
 
 
-def _prices(scores: Array, prices: Array, sweeps: int) -> Array:
+def balancing_prices(scores: Array, prices: Array, sweeps: int) -> Array:
     """Coordinate ascent on the dual of the balanced assignment problem.
 
-    An expert's price is set to the value at which exactly its share of the neurons prefers it, the
-    other prices being what they are. E sorts a sweep, no loop on the host.
+    An expert's price is set to the value at which exactly its share of the neurons (or tokens)
+    prefers it, the other prices being what they are. E sorts a sweep, no loop on the host.
+
+    Args:
+      scores: (E, N) float32, larger is better; N at least E.
+      prices: (E,) float32 to start from.
+      sweeps: passes over all experts.
+
+    Returns:
+      (E,) float32 of mean zero; `argmax(scores - prices[:, None], axis=0)` is about balanced.
     """
     num_experts, size = scores.shape
     share = size // num_experts
@@ -109,7 +117,7 @@ def balanced_assignment(
         prices = jnp.zeros((num_experts,), jnp.float32)
     if num_experts == 1:
         return jnp.zeros((size,), jnp.int32), prices
-    prices = _prices(scores, prices, sweeps)
+    prices = balancing_prices(scores, prices, sweeps)
     return _evict(scores - prices[:, None]), prices
 
 

@@ -10,7 +10,11 @@ import jax.numpy as jnp
 from jax import Array
 from jax.typing import ArrayLike
 
+from sparsejax.routing.clustering import balancing_prices
 from sparsejax.spec import Metric
+
+_SWEEPS = 8
+"""Passes over the experts' biases in one fit."""
 
 
 class TokenPlan(NamedTuple):
@@ -122,6 +126,33 @@ def update_bias(bias: Array, counts: Array, rate: ArrayLike) -> Array:
     step = jnp.clip((mean - load) * _inverse(mean), -1.0, 1.0)
     bias = bias + jnp.asarray(rate, jnp.float32) * step
     return bias - jnp.mean(bias, axis=-1, keepdims=True)
+
+
+def fit_bias(scores: Array, bias: Array) -> Array:
+    """The biases under which these tokens load all experts evenly.
+
+    Where `update_bias` takes many steps, this takes one: the prices of the balanced assignment
+    problem, with the opposite sign. For the start of a sparse phase, whose first batches would
+    otherwise meet a few experts only.
+
+    Args:
+      scores: (T, E) from `token_scores`, of a batch that is like those to come; T at least E.
+      bias: (E,) float32 to start from.
+
+    Returns:
+      (E,) float32 of mean zero.
+
+    Raises:
+      ValueError: fewer tokens than experts, or shapes that do not fit.
+    """
+    if scores.ndim != 2 or bias.shape != scores.shape[1:]:
+        raise ValueError(f"{scores.shape=} and {bias.shape=} must be (tokens, experts), (experts,)")
+    tokens, experts = scores.shape
+    if tokens < experts:
+        raise ValueError(f"{tokens=} must be at least {experts=}")
+    if experts == 1:
+        return bias
+    return -balancing_prices(scores.T, -bias, _SWEEPS)
 
 
 @partial(jax.jit, static_argnames=("num_experts", "v"))

@@ -236,3 +236,33 @@ def test_bad_arguments():
         make(sparsity=None).pack()
     with pytest.raises(ValueError, match="width=16"):
         make()(jnp.ones((3, 8)))
+
+
+@pytest.mark.parametrize("shards", [1, 2])
+def test_rerouting_evens_loads_and_counts_what_moves(shards):
+    module = make(sparsity=Sparsity(m=16, v=8, shards=shards))
+    module.apply_update(module.begin_sparse())
+    x = tokens(4, 64) + 2 * tokens(1, seed=9)
+    load = lambda: np.stack([np.bincount(e, minlength=4) for e in module.route(x).reshape(-1, 256)])
+    assert load().max() > 2 * 64
+    before = module.centers[...], module.bias[...]
+    was = np.asarray(module.route(x))
+    kept, churn = module.reroute(x, before, fit=False)
+    np.testing.assert_array_equal(kept, before[1])
+    assert float(churn) == 0
+    module.bias[...], churn = module.reroute(x, before)
+    assert np.abs(load() - 64).max() <= 2
+    np.testing.assert_allclose(churn, np.mean(was != module.route(x)), rtol=1e-6)
+    assert float(churn) > 0.2
+    # Without a state before there is nothing to compare with.
+    assert float(module.reroute(x)[1]) == 0
+
+
+def test_beta_is_estimated_again_where_it_is_asked_for():
+    module = make(sparsity=Sparsity(m=16, v=8, reestimate_beta=True))
+    module.apply_update(module.begin_sparse())
+    module.w1[...] = 2 * module.w1[...] ** 3
+    update = module.refresh()
+    w1 = np.asarray(module.w1[...])[np.asarray(update.permutation)]
+    np.testing.assert_allclose(update.beta[0], soft_threshold_beta(w1, 1), rtol=1e-5)
+    np.testing.assert_allclose(update.beta[1], module.beta[1], rtol=1e-6)

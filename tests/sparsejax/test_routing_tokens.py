@@ -7,7 +7,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sparsejax.routing import assign_tokens, plan_tokens, token_scores, update_bias
+from sparsejax.routing import (
+    assign_tokens,
+    fit_bias,
+    plan_tokens,
+    token_scores,
+    update_bias,
+)
 
 
 def oracle_plan(expert: np.ndarray, num_experts: int, v: int):
@@ -172,3 +178,31 @@ def test_bad_arguments():
         plan_tokens(jnp.zeros((3,), jnp.int32), 2, 0)
     with pytest.raises(ValueError, match="counts"):
         update_bias(jnp.zeros(3), jnp.zeros(4), 0.1)
+
+
+@pytest.mark.parametrize("metric", ["cosine", "l2"])
+@pytest.mark.parametrize("experts", [2, 8])
+def test_fitted_biases_even_the_load_of_their_tokens(experts, metric):
+    rng = np.random.default_rng(experts)
+    # Tokens around one direction: without biases almost all of them meet one expert.
+    x = jnp.array(rng.normal(size=(600, 16)) + 3 * rng.normal(size=16), jnp.float32)
+    centers = jnp.array(rng.normal(size=(experts, 16)), jnp.float32)
+    load = lambda bias: np.bincount(assign_tokens(x, centers, bias, metric), minlength=experts)
+    start = jnp.zeros((experts,), jnp.float32)
+    assert load(start).max() > 0.6 * 600
+    scores = token_scores(x, centers, metric)
+    bias = jax.jit(fit_bias)(scores, start)
+    assert np.abs(load(bias) - 600 / experts).max() <= 2
+    np.testing.assert_allclose(np.mean(bias), 0, atol=1e-6)
+    # From a good start it stays there; a constant in the scores changes nothing.
+    again = fit_bias(scores, bias)
+    np.testing.assert_allclose(again, bias, atol=1e-3)
+    np.testing.assert_allclose(fit_bias(scores + 5.0, start), bias, atol=1e-3)
+
+
+def test_biases_of_too_few_tokens_are_not_fitted():
+    with pytest.raises(ValueError, match="tokens=3 must be at least experts=4"):
+        fit_bias(jnp.zeros((3, 4)), jnp.zeros(4))
+    with pytest.raises(ValueError, match="must be"):
+        fit_bias(jnp.zeros((8, 4)), jnp.zeros(3))
+    np.testing.assert_array_equal(fit_bias(jnp.ones((8, 1)), jnp.zeros(1)), [0.0])

@@ -40,6 +40,15 @@ def test_events_come_at_the_start_and_then_every_r_steps(warmup, sparse, refresh
     assert events == expected
 
 
+@given(LENGTHS, LENGTHS, LENGTHS)
+def test_flips_are_where_the_phase_changes(warmup, sparse, after):
+    phases = PhaseSchedule(warmup, sparse)
+    steps = ["dense"] * warmup + ["sparse"] * sparse + ["dense"] * (after + 1)
+    expected = {i: p for i, p in enumerate(steps) if i and p != steps[i - 1]}
+    found = {i: p for i in range(len(steps)) if (p := phases.flip(i)) is not None}
+    assert found == expected
+
+
 def test_spans_of_a_run_shorter_than_its_schedule():
     assert list(PhaseSchedule(4, 8).spans(6)) == [Span("dense", 0, 4), Span("sparse", 4, 6)]
 
@@ -51,6 +60,9 @@ def test_rewarming_ramps_after_each_flip_only():
     expected = np.full(40, 2.0)
     expected[10:14] = expected[30:34] = 2.0 * np.arange(1, 5) / 4
     np.testing.assert_allclose(rates, expected)
+    dense_only = rewarm_at_flips(optax.constant_schedule(2.0), phases, 4, at=("dense",))
+    expected[10:14] = 2.0
+    np.testing.assert_allclose([float(dense_only(s)) for s in range(40)], expected)
 
 
 def test_bad_lengths_are_refused():

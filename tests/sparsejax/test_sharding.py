@@ -87,6 +87,20 @@ COMPARE = """
         if sparsity.num_experts > 1:
             n = sparsity.num_shards
             np.testing.assert_array_equal(counts.sum(0), np.concatenate(want[2][:n]))
+        if sparsity.num_experts > 1:
+            # Biases are fitted to the tokens of all devices.
+            state = data[5], data[6]
+            reroute = lambda x, state: sharding.reroute(
+                x, state, *state, sparsity, hidden=h, fit=True)
+            alone = jax.jit(reroute)(data[0], state)
+            with jax.set_mesh(mesh):
+                bias, churn = jax.jit(reroute)(put[0], (put[5], put[6]))
+            copies = [np.asarray(s.data) for s in bias.addressable_shards]
+            assert all((c == np.asarray(bias)[s.index]).all()
+                       for c, s in zip(copies, bias.addressable_shards))
+            np.testing.assert_allclose(bias, alone[0], atol=1e-5)
+            np.testing.assert_allclose(churn, alone[1], atol=1e-6)
+            assert 0 < float(churn) < 1
         print("ok", mesh_shape, sparsity.num_shards, gated, kernels)
 
     small = dict(b=8, s=6, d=32, h=64)

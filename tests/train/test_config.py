@@ -8,6 +8,7 @@ import configs
 from sparsejax.spec import Sparsity
 from train.config import Config, MeshConfig, ModelConfig, OptimizerConfig, ScheduleConfig
 from train.config import resolve as resolve_config
+from train.data.config import DataConfig
 
 BASE = Config(
     steps=100, batch_size=4, sequence_length=64, optimizer=OptimizerConfig(warmup_steps=5)
@@ -62,6 +63,17 @@ def test_unknown_configuration_lists_the_known():
             {"micro_batches": 4, "sparsity__v": 128},
             "tokens=64 must be a positive multiple of v=128",
         ),
+        ({"optimizer__rewarm_at": "end"}, "optimizer.rewarm_at='end' must be one of"),
+        ({"optimizer__reset_moments": "all"}, "optimizer.reset_moments='all' must be one of"),
+        (
+            {
+                "schedule": ScheduleConfig(sparse_fraction=0.5, rescale_dense=True),
+                "sparsity__weights": False,
+            },
+            "schedule.rescale_dense=True needs sparsity.weights=True",
+        ),
+        ({"data": DataConfig(seed=-1)}, "data.seed=-1 must be between 0 and 2"),
+        ({"seed": 2**32}, "seed=4294967296 must be between 0 and 2"),
         ({"sequence_length": 0}, "sequence_length=0 must be at least 1"),
         ({"checkpoint__every": -1}, "checkpoint.every=-1 must not be negative"),
         ({"mesh__tensor": 3}, "must be multiples of mesh.tensor=3"),

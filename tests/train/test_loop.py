@@ -10,6 +10,7 @@ import pytest
 from rich.console import Console
 
 import configs
+from train import loop
 from train.config import (
     CheckpointConfig,
     Config,
@@ -18,6 +19,7 @@ from train.config import (
     OptimizerConfig,
     ScheduleConfig,
 )
+from train.data.config import DataConfig
 from train.loop import NonFiniteError, train
 
 SILENT = Console(quiet=True)
@@ -64,6 +66,19 @@ def test_all_three_phases_run_and_the_loss_falls(run):
     assert steps[-1]["loss"] < steps[0]["loss"] - 1.0
     loads = [r["expert_load_max"] for r in steps if r["phase"] == "sparse"]
     assert all(1.0 <= load <= 2.0 for load in loads)
+
+
+def test_clusterings_say_what_they_moved(run):
+    _, result = run
+    moved = {r["step"]: r for r in records(result.folder) if r["kind"] == "clusters"}
+    # At the start of the sparse phase, and every six steps.
+    assert sorted(moved) == [8, 14, 20]
+    assert all(len(r["neuron_churn"]) == 2 for r in moved.values())
+    assert "token_churn" not in moved[8]
+    for step in (14, 20):
+        assert 0 < moved[step]["token_churn_mean"] < 1
+        mean = np.mean(moved[step]["token_churn"])
+        np.testing.assert_allclose(moved[step]["token_churn_mean"], mean)
 
 
 def test_both_views_are_evaluated_once_there_are_clusters(run):
@@ -115,6 +130,29 @@ def test_resuming_a_finished_run_does_nothing_at_once(run, tmp_path):
     assert "finished already" in said
     assert "compiled" not in said
     assert records(folder) == records(first.folder)
+
+
+def test_a_run_without_a_last_checkpoint_writes_none(tmp_path, monkeypatch):
+    data = DataConfig(seed=5)
+    seeds = []
+    open_data = loop.open_data
+    spy = lambda *args, seed, **options: (
+        seeds.append(seed) or open_data(*args, seed=seed, **options)
+    )
+    monkeypatch.setattr(loop, "open_data", spy)
+    config = small(
+        tmp_path,
+        steps=2,
+        schedule=ScheduleConfig(),
+        checkpoint=CheckpointConfig(every=0, final=False),
+        optimizer=OptimizerConfig(warmup_steps=1),
+        data=data,
+    )
+    result = train(config, console=SILENT)
+    assert result.finished
+    assert result.losses["loss_dense"] > 0
+    assert not (result.folder / "checkpoints").exists()
+    assert seeds == [5]
 
 
 def test_a_run_killed_before_its_first_checkpoint_resumes_from_the_start(tmp_path):

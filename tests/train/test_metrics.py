@@ -141,6 +141,15 @@ def test_a_record_of_the_resumed_step_is_replaced(tmp_path):
     assert records[1]["loss_dense"] == 2.0
 
 
+def test_what_a_clustering_moved(tmp_path):
+    log = logger(tmp_path)
+    record = log.clusters(40, {"neuron_churn": [0.5, 0.25], "token_churn": [0.0, 1.0]})
+    assert record["kind"] == "clusters"
+    assert (record["neuron_churn_mean"], record["token_churn_mean"]) == (0.375, 0.5)
+    assert read(log.path) == [record]
+    assert "neuron churn 37.5%  token churn 50.0%" in lines(log)[0]
+
+
 def test_a_new_run_starts_an_empty_file(tmp_path):
     logger(tmp_path).log(0, "dense", {"loss": 1.0})
     assert read(logger(tmp_path).path) == []

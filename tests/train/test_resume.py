@@ -22,6 +22,9 @@ ARGUMENTS = [
     *("--sparsity.refresh-every", "4", "--sparsity.v", "32", "--optimizer.warmup-steps", "3"),
     *("--log.every", "1", "--log.eval-every", "0", "--log.eval-windows", "4"),
     *("--checkpoint.every", "3"),
+    # Everything that may happen at a change of phase.
+    *("--optimizer.reset-moments", "both", "--optimizer.rewarm-steps", "2"),
+    *("--schedule.rescale-dense", "--sparsity.reestimate-beta", "--data.seed", "3"),
 ]
 
 # The command line, with something that happens at a given step:
@@ -115,13 +118,17 @@ def undisturbed(area):
     assert [record["step"] for record in train] == list(range(1, 21))
     assert [record["phase"] for record in train] == ["dense"] * 6 + ["sparse"] * 8 + ["dense"] * 6
     assert len({record["loss"] for record in train}) == 20
+    moved = [record["step"] for record in logged if record["kind"] == "clusters"]
+    assert moved == [6, 10]
     return logged
 
 
 def test_killed_runs_continue_bit_for_bit(area, undisturbed):
     def check(out, start, logged_to):
         assert continued_at(out) == start
-        assert records(area, "killed") == undisturbed[:logged_to]
+        steps = [(record["kind"], record["step"]) for record in undisturbed]
+        upto = steps.index(("train", logged_to)) + 1
+        assert records(area, "killed") == undisturbed[:upto]
 
     # Within the warm-up.
     launch(area, "killed", happening=("kill", 4), code=-9)

@@ -46,6 +46,10 @@ class DataConfig:
     shuffle: bool = True
     """Visit the windows in a new pseudo-random order every epoch; False reads them in order."""
 
+    seed: int | None = None
+    """Seeds the order of the windows. None takes the run's seed; with one of their own, runs that
+    differ in their initialisation read the same batches."""
+
     overlap: int = 0
     """Tokens that consecutive training windows share, 0 to sequence length. 1 makes every token
     of the source a target once. Validation windows never overlap."""

@@ -1,0 +1,105 @@
+"""What happens between two steps: clusterings with the batch at hand, and changes of phase."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from sparsejax.prune import soft_threshold_beta
+from sparsejax.schedule import Event, Phase
+from train.config import Config, flips
+from train.optimizer import reset_moments
+from train.state import TrainState
+from train.step import Batch, Metrics, clustered
+from train.tree import map_ffn_leaves
+
+EventFunction = Callable[[TrainState, Batch], tuple[TrainState, Metrics]]
+FlipFunction = Callable[[TrainState], TrainState]
+
+
+def make_cluster_event(config: Config, graph: nnx.GraphDef, event: Event) -> EventFunction:
+    """Clusters the neurons and sets the routing biases: (state, batch) to (state, what moved).
+
+    The batch is that of the step to come; the first of its micro-batches goes through the sparse
+    network once, forward, for the biases (`sparsity.fit_bias`) and to see which tokens move.
+
+    Args:
+      config: the run.
+      graph: the model's structure.
+      event: the start of the sparse phase, or a refresh.
+
+    Returns:
+      A function whose metrics are `neuron_churn`, (L,) float32, the share of neurons that changed
+      expert (at the start: place), and, with routing, at a refresh `token_churn`, (L,) float32, the
+      share of tokens that the new clusters and biases send to another expert.
+    """
+    sparsity, begin = config.sparsity, event == "begin"
+
+    def routers(model: Any) -> Any:
+        found = model.map_ffn(lambda ffn: (ffn.centers[...], ffn.bias[...]))
+        if config.model.scan_layers:
+            return found
+        return jax.tree.map(lambda *leaves: jnp.stack(leaves), *found)
+
+    def cluster(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+        before = None if begin else routers(nnx.merge(graph, state.params, state.routing))
+        state, plan = clustered(config, graph, state, begin=begin)
+        metrics = {"neuron_churn": plan.churn}
+        if sparsity.num_experts == 1 or (begin and not sparsity.fit_bias):
+            return state, metrics
+        # The rows of the first micro-batch, as the train step takes them.
+        ids = batch["inputs"]
+        ids = ids.reshape(-1, config.micro_batches, ids.shape[-1])[:, 0]
+        model = nnx.merge(graph, state.params, state.routing)
+        biases, churn = model.reroute(ids, model.pack(), before, fit=sparsity.fit_bias)
+        routing = map_ffn_leaves(state.routing, {"bias": lambda _, bias: bias}, biases)
+        if not begin:
+            metrics["token_churn"] = churn
+        return dataclasses.replace(state, routing=routing), metrics
+
+    return cluster
+
+
+def make_flip_step(config: Config, phase: Phase) -> FlipFunction | None:
+    """What a phase that follows another one begins with, besides clustering: state to state.
+
+    Returns:
+      The function, or None where the configuration leaves everything as it is.
+    """
+    reset = phase in flips(config.optimizer.reset_moments)
+    rescale = phase == "dense" and config.schedule.rescale_dense and config.sparsity.weights
+    if not (reset or rescale):
+        return None
+
+    def flip(state: TrainState) -> TrainState:
+        if rescale:
+            state = dataclasses.replace(state, params=_rescaled(state))
+        if reset:
+            state = dataclasses.replace(state, opt_state=reset_moments(state.opt_state))
+        return state
+
+    return flip
+
+
+def _rescaled(state: TrainState) -> Any:
+    """Parameters whose dense network continues the scale of the sparse one.
+
+    b' S(w) stands for w if b' is estimated from w as it is now; the sparse phase used b S(w), with
+    the scale b of its start, which then stands for (b / b') w.
+    """
+    betas = _betas(state.routing)
+    scaled = lambda i: lambda w, beta: w * (beta[i] / soft_threshold_beta(w, 1))
+    return map_ffn_leaves(state.params, {"w1": scaled(0), "w2": scaled(1), "wg": scaled(2)}, betas)
+
+
+def _betas(routing: Any) -> jax.Array:
+    """(L, 3) scales of all layers."""
+    blocks = routing["blocks"]
+    if "ffn" in blocks:
+        return blocks["ffn"]["beta"][...]
+    return jnp.stack([blocks[i]["ffn"]["beta"][...] for i in range(len(blocks))])
