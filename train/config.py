@@ -210,6 +210,9 @@ class Config:
     """Tokens of a sequence."""
     seed: int = 0
     """Seeds initialisation, and the order of the data unless data.seed does."""
+    init_from: str | None = None
+    """Folder of a run, trained here or imported, whose newest checkpoint gives the parameters to
+    start with; the model must be the same, optimiser and schedule start afresh."""
     deterministic: bool = False
     """Bit-exact repeats and resumes on a GPU too, at some cost in speed: deterministic XLA
     operations and attention."""

@@ -15,6 +15,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 from jax.sharding import Mesh, NamedSharding
 from rich.console import Console
 
@@ -27,6 +28,7 @@ from train.data.pipeline import Data, open_data
 from train.distributed import any_process
 from train.evaluate import evaluate
 from train.flip import make_cluster_event, make_flip_step
+from train.init_from import check_init_from, other_tokenizer, with_parameters_from
 from train.loggers import open_sinks, require_packages
 from train.mesh import BATCH_SPEC, check_mesh, data_share, make_mesh, put_batch
 from train.metrics import RunLogger
@@ -172,6 +174,8 @@ def train(config: Config, *, resume: bool = False, console: Console | None = Non
     ) as data:
         config = resolve(config, tokenizer_vocab_size=data.vocab_size)
         check_mesh(config, mesh)
+        if not resume:
+            check_init_from(config)
         find = resumable_folder if resume else new_folder
         folder = Path(on_process_zero(lambda: str(find(config))))
         checkpointer = Checkpointer(
@@ -256,7 +260,7 @@ class _Run:
         if not resume:
             if jax.process_index() == 0:
                 write_config(self.folder, self.config)
-            return init_state(self.config, optimizer, self.mesh), 0
+            return self._new_state(optimizer), 0
         restored = self.checkpointer.restore(abstract_state(self.config, optimizer, self.mesh))
         if restored is None:
             # Killed before its first checkpoint: whoever restarts it must not have to know.
@@ -264,7 +268,8 @@ class _Run:
                 f"[yellow]no complete checkpoint in {self.folder}: starting at step 0[/yellow]"
             )
             self.console.print(warning, highlight=False)
-            return init_state(self.config, optimizer, self.mesh), 0
+            check_init_from(self.config)
+            return self._new_state(optimizer), 0
         if restored.host["data"] != self.data.fingerprint:
             raise ValueError(
                 f"the checkpoint in {self.folder} was trained on other data: fingerprint "
@@ -272,6 +277,17 @@ class _Run:
             )
         self.saved = restored.step
         return restored.state, restored.step
+
+    def _new_state(self, optimizer: optax.GradientTransformation) -> TrainState:
+        state = init_state(self.config, optimizer, self.mesh)
+        if self.config.init_from is not None:
+            state, step = with_parameters_from(self.config, state, self.mesh)
+            source = self.config.init_from
+            self.console.print(f"parameters of {source}, step {step}", highlight=False)
+            if other_tokenizer(self.config, self.data.tokenizer):
+                warning = f"[yellow]{source} was trained with another tokenizer[/yellow]"
+                self.console.print(warning, highlight=False)
+        return state
 
     def _header(self, start: int) -> None:
         config, device = self.config, jax.devices()[0]

@@ -1,6 +1,7 @@
 """Export and import without transformers: files, names, dtypes, tokenizers, refusals."""
 
 import json
+import shlex
 import shutil
 
 import ml_dtypes
@@ -12,6 +13,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.train.run_helpers import write_run
+from train import main as train_command
+from train.config import resolve
 from train.data.config import DataConfig
 from train.data.tokenizer import ByteTokenizer
 from train.huggingface.__main__ import main
@@ -19,6 +22,7 @@ from train.huggingface.architecture import from_transformers
 from train.huggingface.export import export_run
 from train.huggingface.imports import import_model
 from train.huggingface.tokenizer_files import byte_tokenizer
+from train.init_from import check_init_from
 from train.trained import load_run
 
 safetensors = pytest.importorskip("safetensors", reason="needs the extra huggingface")
@@ -288,7 +292,13 @@ def test_command_line(tmp_path, capsys):
     run, model, back = (str(tmp_path / name) for name in ("run", "model", "back"))
     assert main(["export", "--run", run, "--output", model]) == 0
     assert main(["import", "--model", model, "--output", back, "--tokenizer", "bytes"]) == 0
-    assert f"train.generate --run {back}" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert f"train.generate --run {back}" in said
+    # The command to train it on builds its very model.
+    command = shlex.split(said.split("python -m train.main ")[1].split(" --data.source")[0])
+    arguments = train_command.parse(command)
+    assert arguments.init_from == back
+    check_init_from(resolve(arguments, tokenizer_vocab_size=257))
     for arguments, message in (
         (["export", "--run", run, "--output", model], "exists already"),
         (["export", "--run", run, "--output", model + "2", "--weights", "thresholded"], "sparse"),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shlex
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +13,7 @@ import tyro
 
 from train.huggingface.export import Dtype, Weights, export_run
 from train.huggingface.imports import import_model
+from train.run_folder import CONFIG_FILE
 from train.trained import load_run
 from train.version_check import require_jax
 
@@ -45,6 +48,20 @@ class Import:
     """Another tokenizer.json, or "bytes" for the built-in one."""
 
 
+def flags(folder: Path) -> list[str]:
+    """Arguments with which the trainer starts from an imported run: its model, its tokenizer."""
+    config = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
+    names = ("width", "num_layers", "num_heads", "num_kv_heads", "ffn", "hidden", "vocab_size")
+    found = ["--init-from", str(folder)]
+    for name in (*names, "rope_theta", "norm_eps"):
+        found += [f"--model.{name.replace('_', '-')}", str(config["model"][name])]
+    if config["data"]["tokenizer"] is not None:
+        found += ["--data.tokenizer", config["data"]["tokenizer"]]
+    if config["model"]["ffn"] == "swiglu":
+        found += ["--schedule.sparse-fraction", "0"]  # it has no sparse phase
+    return found
+
+
 def run(arguments: Export | Import) -> None:
     """Does one command and says what came of it.
 
@@ -54,6 +71,7 @@ def run(arguments: Export | Import) -> None:
     if isinstance(arguments, Import):
         folder = import_model(arguments.model, arguments.output, tokenizer=arguments.tokenizer)
         print(f'{folder}: try python -m train.generate --run {folder} --prompt "..."')
+        print(f"to train it on: python -m train.main {shlex.join(flags(folder))} --data.source ...")
         return
     import jax
 
