@@ -18,14 +18,15 @@ from jax.sharding import Mesh, NamedSharding
 
 import train.main
 from sparsejax.nn.routed_ffn import RoutingState
-from sparsejax.schedule import Phase
+from sparsejax.schedule import Event, Phase
 from train import accounting, hardware
 from train.config import Config, MeshConfig, resolve
 from train.data.pipeline import Data, open_data
+from train.flip import make_cluster_event
 from train.mesh import BATCH_SPEC, check_mesh, make_mesh, put_batch, state_shardings
 from train.optimizer import make_optimizer
 from train.state import TrainState, abstract_state, build_model, init_state, model_graph
-from train.step import make_cluster_step, make_train_step
+from train.step import make_train_step
 
 Batch = dict[str, jax.Array]
 
@@ -204,7 +205,7 @@ class Session:
                 config.data,
                 sequence_length=config.sequence_length,
                 global_batch=rows,
-                seed=config.seed,
+                seed=config.data_seed,
             )
             self._opened[rows] = self._stack.enter_context(data)
         return self._opened[rows]
@@ -282,26 +283,27 @@ class Session:
         """Clusters the neurons for a sparse phase of this run; returns seconds without
         compiling."""
         routing = _new_routing(config, self.mesh)
-        seconds = self._cluster(config, routing, begin=True)
+        seconds = self._cluster(config, routing, "begin")
         self._routing_config = config
         return seconds
 
     def refresh(self, config: Config) -> float:
         """Clusters again, from the present centres; returns seconds without compiling."""
         assert self._routing_config is not None
-        return self._cluster(config, self.routing, begin=False)
+        return self._cluster(config, self.routing, "refresh")
 
-    def _cluster(self, config: Config, routing: Any, *, begin: bool) -> float:
+    def _cluster(self, config: Config, routing: Any, event: Event) -> float:
         assert self.state is not None
         state = dataclasses.replace(self.state, routing=routing)
         self.state = None
-        function = make_cluster_step(config, model_graph(config), begin=begin)
+        (batch,) = self.batches(config, 1)
+        function = make_cluster_event(config, model_graph(config), event)
         shardings = jax.tree.map(lambda leaf: leaf.sharding, state)
-        jitted = jax.jit(function, donate_argnums=0, out_shardings=shardings)
-        compiled = jitted.lower(state).compile()
+        jitted = jax.jit(function, donate_argnums=0, out_shardings=(shardings, shardings.step))
+        compiled = jitted.lower(state, batch).compile()
         jax.block_until_ready(state)
         began = time.perf_counter()
-        state = jax.block_until_ready(compiled(state))
+        state, _ = jax.block_until_ready(compiled(state, batch))
         seconds = time.perf_counter() - began
         self._keep(state)
         return seconds

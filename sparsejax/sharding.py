@@ -43,6 +43,7 @@ from kernels import registry
 from sparsejax.ops import routed_ffn_grouped
 from sparsejax.ops.packed_ffn import PackedFFN, PackedMatrix
 from sparsejax.ops.routed_ffn import _check_weights, _pack, _path
+from sparsejax.remat import keep
 from sparsejax.routing import (
     assign_tokens,
     cluster_neurons,
@@ -438,6 +439,7 @@ def _routed_ffn_fwd(x, w1, w2, wg, packed, centers, bias, kernels, layout):
         (batch, P(layout.axes.batch, *layout.router_spec), P(layout.axes.names)),
     )
     y, counts, saved = function(x, packed, centers, bias)
+    saved = keep(saved)
     # Of the master weights only the dtypes matter; arrays of no elements carry them.
     dtypes = tuple(None if w is None else jnp.zeros((0,), w.dtype) for w in (w1, w2, wg))
     return (y, counts), (packed, saved, dtypes)

@@ -237,15 +237,15 @@ def ffn_products(config: Config) -> tuple[Product, ...]:
 def recomputed_flops(config: Config, *, sparse: bool = False) -> int:
     """Returns the FLOPs that rematerialisation adds to a step; MFU and shares leave them out.
 
-    `full` repeats the forward pass of every block, `dots` that of attention (its products have
-    batch dimensions).
+    `full` repeats the forward pass of every block, `dots` that of XLA's own attention (its products
+    have batch dimensions); "auto" is taken for cuDNN's, whose result is kept.
     """
     m = config.model
     flops = sparse_flops(config) if sparse else dense_flops(config)
     if m.remat == "none":
         return 0
     if m.remat == "dots":
-        return flops.attention // 3
+        return flops.attention // 3 if m.attention == "xla" else 0
     products = ffn_products(config)
     ffn = sum(p.sparse_flops if sparse else p.dense_flops for p in products if not p.backward)
     return ffn + (flops.projections + flops.attention) // 3 + flops.router
@@ -392,9 +392,9 @@ def memory(config: Config, *, devices: int | None = None, sparse: bool = False) 
         packed = size / 2 + METADATA_BYTES if s.weights else 0
         copies += count.ffn * (size + packed) / sharded
 
-    logits = (
-        min(m.loss_chunk, tokens) * _vocabulary(config) // shape.tensor * (BYTES_FLOAT32 + size)
-    )
+    # The logits and their gradient.
+    a_logit = (size if m.logits == "compute" else BYTES_FLOAT32) + size
+    logits = min(m.loss_chunk, tokens) * _vocabulary(config) // shape.tensor * a_logit
     return Memory(
         master_weights=BYTES_FLOAT32 * held,
         adam_moments=2 * BYTES_FLOAT32 * held,
@@ -447,15 +447,16 @@ def _activation_bytes(config: Config, mesh: MeshShape, size: int, sparse: bool) 
         ffn *= padded_tokens(config, mesh.size) / config.tokens_per_step
         outputs = products
     else:
-        # relu^2: relu, its mask and the square; gated, the gate and the product too; swiglu: both
-        # inputs, three inner values of silu and the product.
-        neuron = {"relu2": 2 * size + 1, "relu2_gated": 4 * size + 1, "swiglu": 6 * size}
+        # relu^2: itself; gated, the gate and the product too; swiglu: both inputs, three inner
+        # values of silu and the product.
+        neuron = {"relu2": size, "relu2_gated": 3 * size, "swiglu": 6 * size}
         ffn = hidden * neuron[m.ffn]
         outputs = hidden * (2 if m.gated else 1) * size
     block = norms + attention + ffn
     kept = block if m.remat == "none" else size * width  # at least the block's input
     if m.remat == "dots":
         kept += size * (query + 2 * key + 2 * width) + outputs
+        kept += 0 if m.attention == "xla" else size * query + statistics
     # One block at a time is differentiated, or made again: as much once more.
     return m.num_layers * kept + block
 

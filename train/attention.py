@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from sparsejax.remat import keep
 from train import scopes
 from train.backend import attention_implementation
 from train.config import ModelConfig
@@ -110,7 +111,8 @@ class Attention(nnx.Module):
 
         q, k, v = (heads(name) for name in ("q", "k", "v"))
         with jax.named_scope(scopes.ROPE):
-            return rope(q, theta, position), rope(k, theta, position), v
+            # Rotated ones are kept in place of the products, which nothing needs any more.
+            return keep(rope(q, theta, position)), keep(rope(k, theta, position)), v
 
     def _mix(self, y: jax.Array) -> jax.Array:
         with jax.named_scope(scopes.PROJECTIONS):

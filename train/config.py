@@ -54,7 +54,7 @@ class ModelConfig:
     them."""
     remat: Literal["none", "dots", "full"] = "none"
     """Rematerialisation in the backward pass: keep everything, keep only matrix products' outputs,
-    or recompute each block from its input."""
+    or recompute each block from its input. Results of attention kernels count as products'."""
     attention: Literal["auto", "cudnn", "xla"] = "auto"
     """Attention kernel: cuDNN flash attention, XLA's own, or cuDNN where it runs and XLA
     elsewhere."""
@@ -64,6 +64,9 @@ class ModelConfig:
     loss_chunk: int = 2048
     """Tokens whose logits exist at the same time in the cross-entropy; bounds the memory of
     large vocabularies."""
+    logits: Literal["float32", "compute"] = "float32"
+    """Type in which the cross-entropy stores a chunk's logits between product and softmax; compute
+    is that of activations, and halves their traffic. The softmax is computed in float32."""
 
     @property
     def kv_heads(self) -> int:

@@ -24,7 +24,7 @@ def embed(table: jax.Array, tokens: jax.Array, dtype: DTypeLike) -> jax.Array:
     """
     mesh = current_mesh(FFN_AXES)
     if mesh is None:
-        return table.astype(dtype)[tokens]
+        return table[tokens].astype(dtype)
     like = (table.shape, jnp.dtype(table.dtype))
     return _embed(table, tokens, jnp.dtype(dtype), mesh, like)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import math
 from typing import Any
@@ -10,6 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import AbstractMesh
 from jax.sharding import PartitionSpec as P
+from jax.typing import DTypeLike
 
 from sparsejax.sharding import current_mesh
 from train.mesh import FFN_AXES, SPECS, gathered
@@ -52,10 +54,17 @@ class _Alone:
         return 0
 
 
-def _chunk_loss(x: jax.Array, head: jax.Array, targets: jax.Array, weights: jax.Array, over: Any):
-    """Sum of weighted losses of one chunk, the float32 logits, log of the softmax's denominator,
-    and which column is the target."""
-    logits = jnp.dot(x, head, preferred_element_type=jnp.float32)
+def _chunk_loss(
+    x: jax.Array,
+    head: jax.Array,
+    targets: jax.Array,
+    weights: jax.Array,
+    over: Any,
+    dtype: jnp.dtype,
+):
+    """Sum of weighted losses of one chunk, its logits, log of the softmax's denominator, and which
+    column is the target. Logits are stored in `dtype`; everything else is float32."""
+    logits = jnp.dot(x, head, preferred_element_type=dtype).astype(jnp.float32)
     columns = over.first_column(logits.shape[-1]) + jnp.arange(logits.shape[-1])
     is_target = targets[:, None] == columns
     top = over.max_vocabulary(jnp.max(logits, axis=-1, keepdims=True))
@@ -73,25 +82,25 @@ def _chunks(x, targets, weights, chunk):
     )
 
 
-def _loss_alone(low, x, targets, weights, *, chunk, over):
+def _loss_alone(low, x, targets, weights, *, chunk, logits, over):
     """Sum of the losses; `low` the head (D, v) in x's dtype."""
 
     def body(total, args):
-        return total + _chunk_loss(args[0], low, args[1], args[2], over)[0], None
+        return total + _chunk_loss(args[0], low, args[1], args[2], over, logits)[0], None
 
     total, _ = jax.lax.scan(body, jnp.float32(0), _chunks(x, targets, weights, chunk))
     return over.sum_tokens(total)
 
 
-def _loss_and_gradients(low, x, targets, weights, *, chunk, over):
+def _loss_and_gradients(low, x, targets, weights, *, chunk, logits, over):
     """Sum of the losses, its gradient with respect to x, and to the head in float32."""
 
     # Both gradients are made while a chunk's logits exist: three products in all, none recomputed.
     def body(carry, args):
         total, grad_head = carry
         x_c, targets_c, weights_c = args
-        loss, logits, log_z, is_target = _chunk_loss(x_c, low, targets_c, weights_c, over)
-        d_logits = ((jnp.exp(logits - log_z) - is_target) * weights_c[:, None]).astype(x.dtype)
+        loss, y, log_z, is_target = _chunk_loss(x_c, low, targets_c, weights_c, over, logits)
+        d_logits = ((jnp.exp(y - log_z) - is_target) * weights_c[:, None]).astype(x.dtype)
         grad_head += jnp.dot(x_c.T, d_logits, preferred_element_type=jnp.float32)
         return (total + loss, grad_head), jnp.dot(d_logits, low.T)
 
@@ -101,13 +110,24 @@ def _loss_and_gradients(low, x, targets, weights, *, chunk, over):
     return over.sum_tokens(total), grad_x, over.scatter_head(grad_head, x.dtype)
 
 
-def _spread(function, mesh: AbstractMesh | None, chunk: int, out_specs: Any):
+@dataclasses.dataclass(frozen=True)
+class _Options:
+    """Static part of a call: tokens of a chunk, dtype of the logits, and the mesh."""
+
+    chunk: int
+    logits: jnp.dtype
+    mesh: AbstractMesh | None
+
+
+def _spread(function, options: _Options, out_specs: Any):
     """`function` on each device's tokens and columns of the head, if there is a mesh."""
+    mesh = options.mesh
+    function = functools.partial(function, chunk=options.chunk, logits=options.logits)
     if mesh is None:
-        return functools.partial(function, chunk=chunk, over=_Alone())
+        return functools.partial(function, over=_Alone())
     tokens = P(FFN_AXES.batch)
     return jax.shard_map(
-        functools.partial(function, chunk=chunk, over=_Spread()),
+        functools.partial(function, over=_Spread()),
         mesh=mesh,
         in_specs=(P(None, FFN_AXES.tensor), tokens, tokens, tokens),
         out_specs=out_specs,
@@ -115,21 +135,22 @@ def _spread(function, mesh: AbstractMesh | None, chunk: int, out_specs: Any):
     )
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
-def _summed_loss(x, head, targets, weights, chunk, mesh):
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
+def _summed_loss(x, head, targets, weights, options):
     low = gathered(head, x.dtype, "head")
-    return _spread(_loss_alone, mesh, chunk, P())(low, x, targets, weights)
+    return _spread(_loss_alone, options, P())(low, x, targets, weights)
 
 
-def _summed_loss_fwd(x, head, targets, weights, chunk, mesh):
+def _summed_loss_fwd(x, head, targets, weights, options):
     low = gathered(head, x.dtype, "head")
     out = (P(), P(FFN_AXES.batch), SPECS["head"])
-    function = _spread(_loss_and_gradients, mesh, chunk, out)
+    function = _spread(_loss_and_gradients, options, out)
     total, grad_x, grad_head = function(low, x, targets, weights)
     return total, (grad_x, grad_head.astype(head.dtype))
 
 
-def _summed_loss_bwd(chunk, mesh, saved, g):
+def _summed_loss_bwd(options, saved, g):
+    del options
     grad_x, grad_head = saved
     return (g * grad_x).astype(grad_x.dtype), (g * grad_head).astype(grad_head.dtype), None, None
 
@@ -144,6 +165,7 @@ def cross_entropy(
     weights: jax.Array | None = None,
     *,
     chunk: int,
+    logits_dtype: DTypeLike = jnp.float32,
 ) -> jax.Array:
     """Mean next-token cross-entropy in nats.
 
@@ -154,6 +176,8 @@ def cross_entropy(
       weights: (T,) float32 weights of the tokens, all one when None. Their sum divides the loss.
       chunk: tokens whose logits a device holds at the same time; the largest divisor of its tokens
         up to it is used.
+      logits_dtype: in which a chunk's logits are stored: products accumulate in float32, and loss
+        and softmax are float32 whatever it is.
 
     Returns:
       float32 scalar. Its gradients with respect to `x` and `head` are computed with the loss.
@@ -166,5 +190,6 @@ def cross_entropy(
         raise ValueError(f"{tokens=} must be a multiple of {devices=}")
     local = tokens // devices
     size = next(c for c in range(min(chunk, local), 0, -1) if local % c == 0)
+    options = _Options(size, jnp.dtype(logits_dtype), mesh)
     # Normalised before the sum, so that bf16 gradients of the chunks keep their scale.
-    return _summed_loss(x, head, targets, weights / jnp.maximum(jnp.sum(weights), 1.0), size, mesh)
+    return _summed_loss(x, head, targets, weights / jnp.maximum(jnp.sum(weights), 1.0), options)

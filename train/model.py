@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from sparsejax.nn.routed_ffn import RoutedFFN, RoutingStats
+from sparsejax.remat import products
 from sparsejax.spec import Sparsity
 from train import scopes
 from train.attention import Attention, KeyValues
@@ -121,7 +122,7 @@ class Block(nnx.Module):
 
 REMAT_POLICIES = {
     "none": None,
-    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "dots": products,
     "full": jax.checkpoint_policies.nothing_saveable,
 }
 

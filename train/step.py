@@ -39,6 +39,7 @@ def _loss(graph: nnx.GraphDef, config: Config, params, routing, packed, batch: B
             batch["targets"].reshape(-1),
             batch["mask"].reshape(-1) if "mask" in batch else None,
             chunk=config.model.loss_chunk,
+            logits_dtype=jnp.float32 if config.model.logits == "float32" else hidden.dtype,
         )
     return loss, stats
 

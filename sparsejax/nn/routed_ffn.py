@@ -13,6 +13,7 @@ from jax.typing import DTypeLike
 
 from sparsejax import sharding
 from sparsejax.ops.packed_ffn import PackedFFN
+from sparsejax.ops.relu2 import relu2
 from sparsejax.ops.routed_ffn import pack_ffn, routed_ffn
 from sparsejax.prune import select24, soft_threshold_beta
 from sparsejax.routing import (
@@ -205,8 +206,8 @@ class RoutedFFN(nnx.Module):
             weight = lambda w: sharding.gathered(
                 w, self.dtype, sharding.weight_spec(self.axes), self.axes
             )
-            r = jax.nn.relu(x @ weight(w1).T)
-            y2 = r * r if wg is None else r * r * (x @ weight(wg).T)
+            y2 = relu2(x @ weight(w1).T)
+            y2 = y2 if wg is None else y2 * (x @ weight(wg).T)
             return (y2 @ weight(w2)).reshape(shape), None
         sparsity = self._sparsity()
         if sparsity.num_experts == 1:

@@ -13,6 +13,7 @@ from kernels import reference, registry
 from sparsejax.formats import Sparse24, pack
 from sparsejax.ops.spmm24 import spmm24
 from sparsejax.prune import mvue24
+from sparsejax.remat import keep
 from sparsejax.spec import WeightGradient
 
 SampledOperand = Literal["dy", "x"]
@@ -74,7 +75,7 @@ def _matmul24(options: _Options, x: Array, w: Array | None, packed: Sparse24, ke
 
 
 def _matmul24_fwd(options, x, w, packed, key):
-    return _matmul24(options, x, w, packed, key), (x, packed, key)
+    return keep(_matmul24(options, x, w, packed, key)), (x, packed, key)
 
 
 def _matmul24_bwd(options: _Options, residuals, dy: Array):

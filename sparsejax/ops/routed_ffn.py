@@ -22,6 +22,7 @@ from kernels import registry
 from sparsejax.ops import routed_ffn_blocks, routed_ffn_grouped
 from sparsejax.ops.packed_ffn import PackedFFN, PackedMatrix
 from sparsejax.prune import soft_threshold
+from sparsejax.remat import keep
 from sparsejax.routing.neurons import to_expert_major
 from sparsejax.routing.tokens import TokenPlan, padded_tokens
 from sparsejax.spec import Sparsity
@@ -103,7 +104,9 @@ def _routed_ffn(x, w1, w2, wg, packed, plan, sparsity, kernels):
 
 
 def _routed_ffn_fwd(x, w1, w2, wg, packed, plan, sparsity, kernels):
+    plan = keep(plan)
     y, saved = _path(kernels).forward(x, packed, plan, sparsity, kernels)
+    saved = keep(saved)
     # Of the master weights only the dtypes matter; arrays of no elements carry them.
     dtypes = tuple(None if w is None else jnp.zeros((0,), w.dtype) for w in (w1, w2, wg))
     return y, (saved, packed, plan, dtypes)

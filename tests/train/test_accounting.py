@@ -138,9 +138,11 @@ def test_recomputed_flops():
     config = tiny()
     dense = accounting.dense_flops(config)
     forward = (dense.ffn + dense.projections + dense.attention) // 3
-    for remat, expected in (("none", 0), ("dots", dense.attention // 3), ("full", forward)):
+    for remat, expected in (("none", 0), ("dots", 0), ("full", forward)):
         changed = tiny(remat=remat)
         assert accounting.recomputed_flops(changed) == expected
+    own = tiny(remat="dots", attention="xla")
+    assert accounting.recomputed_flops(own) == dense.attention // 3
     assert accounting.recomputed_flops(changed, sparse=True) < forward
 
 

@@ -69,3 +69,19 @@ def test_all_logits_never_exist():
     grad = jax.jit(jax.grad(lambda x, h, t: cross_entropy(x, h, t, chunk=chunk), (0, 1)))
     memory = grad.lower(x, head, targets).compile().memory_analysis()
     assert memory.temp_size_in_bytes < tokens * vocabulary * 4 / 2
+
+
+def test_logits_may_be_stored_in_the_compute_dtype(case):
+    """Loss and gradients stay within rounding of the exact ones."""
+    x, head, targets, weights = case
+    x16, head = jnp.asarray(x, jnp.bfloat16), jnp.float32(head)
+    f = lambda x, head, dtype: cross_entropy(
+        x, head, jnp.asarray(targets), weights, chunk=8, logits_dtype=dtype
+    )
+    loss, (dx, dhead) = jax.value_and_grad(f, (0, 1))(x16, head, jnp.bfloat16)
+    want, want_dx, want_dhead = oracle(np.float64(x16), np.float64(head), targets, weights)
+    chex.assert_type([loss, dx, dhead], [jnp.float32, jnp.bfloat16, jnp.float32])
+    np.testing.assert_allclose(loss, want, rtol=2e-2)
+    for got, expected in ((dx, want_dx), (dhead, want_dhead)):
+        error = np.linalg.norm(np.float64(got) - expected) / np.linalg.norm(expected)
+        assert error < 3e-2
