@@ -47,18 +47,19 @@ Row = dict[str, Any]
 
 def _both(*candidates: str) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """The same candidates for both steps."""
-    whole = tuple(f"{c} --micro-batches 1 --model.no-scan-layers" for c in candidates)
+    common = "--micro-batches 1 --model.no-scan-layers --model.logits compute"
+    whole = tuple(f"{common} {own}" for own in candidates)
     return whole, whole
 
 
 CANDIDATES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "llama1b": _both(
-        "--batch-size 4 --model.remat none",
-        "--batch-size 8 --model.remat dots",
+        "--batch-size 8 --model.loss-chunk 4096 --model.remat none",
+        "--batch-size 8 --model.loss-chunk 4096 --model.remat dots",
     ),
     "llama7b": _both(
-        "--batch-size 1 --model.remat dots",
-        "--batch-size 2 --model.remat dots",
+        "--batch-size 2 --model.loss-chunk 4096 --model.remat none",
+        "--batch-size 4 --model.loss-chunk 4096 --model.remat dots",
     ),
 }
 """Of the dense and the sparse step of a configuration on one device of 80 GB, where none are given.
