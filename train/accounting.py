@@ -47,7 +47,7 @@ class Parameters(_Parts):
     """Attention's query, key, value and output matrices, all layers."""
     ffn: int
     norms: int
-    """Gains of the two norms of each block and of the final one."""
+    """Gains of the two norms of each block, of its heads with qk_norm, and of the final one."""
     head: int
 
     @property
@@ -154,11 +154,12 @@ def parameters(config: Config) -> Parameters:
     """
     m = config.model
     heads, kv_heads = m.num_heads * m.head_dim, m.kv_heads * m.head_dim
+    of_heads = 2 * m.num_layers * m.head_dim if m.qk_norm else 0
     return Parameters(
         embedding=_vocabulary(config) * m.width,
         projections=m.num_layers * m.width * (2 * heads + 2 * kv_heads),
         ffn=m.num_layers * _ffn_matrices(config) * m.width * m.ffn_hidden,
-        norms=(2 * m.num_layers + 1) * m.width,
+        norms=(2 * m.num_layers + 1) * m.width + of_heads,
         head=m.width * _vocabulary(config),
     )
 
@@ -438,7 +439,8 @@ def _activation_bytes(config: Config, mesh: MeshShape, size: int, sparse: bool) 
     statistics = heads * (config.sequence_length * a_pair if m.attention == "xla" else 4)
     attention = size * (2 * query + 2 * key) + statistics
     # Each norm keeps its input and its normalised output in float32, and what it returns.
-    norms = 2 * (2 * BYTES_FLOAT32 + size) * width
+    normed = 2 * width + (query + key if m.qk_norm else 0)
+    norms = (2 * BYTES_FLOAT32 + size) * normed
     if sparse:
         live = s.live_neurons(hidden)
         products = live * (2 if m.gated else 1) * size

@@ -12,6 +12,7 @@ from train.backend import attention_implementation
 from train.config import ModelConfig
 from train.init import linear_init
 from train.mesh import ACT_BTNH, constrain, gathered
+from train.norm import RMSNorm
 
 
 class KeyValues(NamedTuple):
@@ -51,11 +52,13 @@ class Attention(nnx.Module):
         self.config = config
         d, n, k, h = config.width, config.num_heads, config.kv_heads, config.head_dim
         init = linear_init(config.init_scale)
-        out_init = linear_init(config.init_scale / (2 * config.num_layers) ** 0.5)
+        out_init = linear_init(config.init_scale * config.residual_scale)
         self.q = nnx.Param(init(rngs.params(), (d, n * h), jnp.float32))
         self.k = nnx.Param(init(rngs.params(), (d, k * h), jnp.float32))
         self.v = nnx.Param(init(rngs.params(), (d, k * h), jnp.float32))
         self.out = nnx.Param(out_init(rngs.params(), (n * h, d), jnp.float32))
+        if config.qk_norm:
+            self.q_norm, self.k_norm = (RMSNorm(h, config.norm_eps) for _ in range(2))
 
     def __call__(self, x: jax.Array) -> jax.Array:
         return self.prefill(x)[0]
@@ -110,6 +113,8 @@ class Attention(nnx.Module):
             return constrain(y.reshape(*x.shape[:2], -1, head_dim), ACT_BTNH)
 
         q, k, v = (heads(name) for name in ("q", "k", "v"))
+        if self.config.qk_norm:
+            q, k = self.q_norm(q), self.k_norm(k)
         with jax.named_scope(scopes.ROPE):
             # Rotated ones are kept in place of the products, which nothing needs any more.
             return keep(rope(q, theta, position)), keep(rope(k, theta, position)), v

@@ -46,9 +46,20 @@ class ModelConfig:
     """Base of the rotary position frequencies."""
     norm_eps: float = 1e-5
     """Epsilon of RMSNorm."""
+    qk_norm: bool = False
+    """Normalise each head's queries and keys (RMSNorm with a learned gain) before the rotation:
+    bounds attention logits, so that high learning rates stay stable."""
     init_scale: float = 1.0
-    """Multiplies the standard deviation 1/sqrt(fan_in) of every linear layer's truncated-normal
-    initialisation."""
+    """Multiplies the standard deviation 1/sqrt(fan_in) of the initialisation (truncated normal) of
+    every linear layer within the blocks."""
+    output_scale: float | None = None
+    """Multiplies that of the two matrices of a block that write to the residual stream; None is
+    1/sqrt(2 num_layers), 0 starts every block as the identity."""
+    embedding_scale: float | None = None
+    """Standard deviation of the embedding's initialisation; None is 1/sqrt(width)."""
+    head_scale: float = 1.0
+    """Multiplies the standard deviation 1/sqrt(width) of the head's initialisation; 0 starts with
+    equally likely tokens."""
     scan_layers: bool = True
     """Compile one block and scan it over the layers (fast compilation) instead of unrolling
     them."""
@@ -77,6 +88,12 @@ class ModelConfig:
     def head_dim(self) -> int:
         """Width of one attention head."""
         return self.width // self.num_heads
+
+    @property
+    def residual_scale(self) -> float:
+        """Multiplies the initialisation of what writes to the residual stream."""
+        default = (2 * self.num_layers) ** -0.5
+        return default if self.output_scale is None else self.output_scale
 
     @property
     def gated(self) -> bool:
@@ -110,12 +127,17 @@ class ScheduleConfig:
 
 @dataclass(frozen=True)
 class OptimizerConfig:
-    """AdamW with a warm-up, cosine learning rate."""
+    """AdamW, and its learning rate over the steps."""
 
     learning_rate: float = 3e-3
     """Peak learning rate."""
     warmup_steps: int = 20
     """Steps of linear learning-rate warm-up."""
+    decay: Literal["cosine", "linear", "wsd"] = "cosine"
+    """How the learning rate falls from the peak to its end: along a cosine, linearly, or linearly
+    after a constant stretch (warm-up, stable, decay)."""
+    decay_fraction: float = 0.2
+    """Share of the run's steps in which it falls, with decay=wsd."""
     final_fraction: float = 0.1
     """Learning rate at the end, as a fraction of the peak."""
     rewarm_steps: int = 0
@@ -368,6 +390,9 @@ def validate(config: Config, *, tokenizer_vocab_size: int | None = None) -> None
         ("optimizer.eps", optimizer.eps),
         ("optimizer.weight_decay", optimizer.weight_decay),
         ("optimizer.clip_norm", optimizer.clip_norm),
+        ("model.output_scale", model.residual_scale),
+        ("model.embedding_scale", model.embedding_scale or 0.0),
+        ("model.head_scale", model.head_scale),
     ):
         if number < 0:
             raise ValueError(f"{name}={number} must not be negative")
@@ -381,6 +406,10 @@ def validate(config: Config, *, tokenizer_vocab_size: int | None = None) -> None
             raise ValueError(f"{name}={fraction} must be in [0, 1)")
     if not optimizer.learning_rate > 0:
         raise ValueError(f"optimizer.learning_rate={optimizer.learning_rate} must be positive")
+    if optimizer.decay not in ("cosine", "linear", "wsd"):
+        raise ValueError(f"optimizer.decay={optimizer.decay!r} must be cosine, linear or wsd")
+    if not 0 < optimizer.decay_fraction <= 1:
+        raise ValueError(f"optimizer.decay_fraction={optimizer.decay_fraction} must be in (0, 1]")
     if not 0 <= optimizer.final_fraction <= 1:
         raise ValueError(f"optimizer.final_fraction={optimizer.final_fraction} must be in [0, 1]")
     if not model.init_scale > 0:

@@ -20,8 +20,19 @@ from train.state import TrainState
 from train.trained import TOKENIZER_FILE, abstract_parameters, config_from_dict
 from train.tree import names
 
-FREE = ("init_scale", "scan_layers", "remat", "attention", "compute_dtype", "loss_chunk")
-"""Fields of the model that decide how it is computed and stored, not which function it is."""
+FREE = (
+    "init_scale",
+    "output_scale",
+    "embedding_scale",
+    "head_scale",
+    "scan_layers",
+    "remat",
+    "attention",
+    "compute_dtype",
+    "loss_chunk",
+)
+"""Fields of the model that decide how it is initialised, stored and computed, not which function
+it is."""
 
 
 def check_init_from(config: Config) -> None:

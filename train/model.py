@@ -24,24 +24,11 @@ from train.config import ModelConfig
 from train.embedding import embed
 from train.init import linear_init
 from train.mesh import ACT_BTD, FFN_AXES, constrain, gathered, on_mesh
+from train.norm import RMSNorm
 
 # Packed weights and routing statistics are pytrees that sparsejax defines; None in a dense phase.
 Packed = Any
 Stats = Any
-
-
-class RMSNorm(nnx.Module):
-    """Root-mean-square normalisation (arXiv 1910.07467) in float32, with a learned gain."""
-
-    def __init__(self, width: int, eps: float):
-        self.eps = eps
-        self.scale = nnx.Param(jnp.ones((width,), jnp.float32))
-
-    def __call__(self, x: jax.Array) -> jax.Array:
-        with jax.named_scope(scopes.NORM):
-            y = x.astype(jnp.float32)
-            y = y * jax.lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + self.eps)
-            return (y * self.scale[...]).astype(x.dtype)
 
 
 class SwiGLU(nnx.Module):
@@ -50,7 +37,7 @@ class SwiGLU(nnx.Module):
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
         d, h = config.width, config.ffn_hidden
         init = linear_init(config.init_scale)
-        out_init = linear_init(config.init_scale / (2 * config.num_layers) ** 0.5)
+        out_init = linear_init(config.init_scale * config.residual_scale)
         # Neuron by neuron, (H, D), as in RoutedFFN.
         self.w1 = nnx.Param(init(rngs.params(), (d, h), jnp.float32).T)
         self.wg = nnx.Param(init(rngs.params(), (d, h), jnp.float32).T)
@@ -81,7 +68,7 @@ class Block(nnx.Module):
                 sparsity=sparsity,
                 dtype=compute_dtype(config),
                 kernel_init=linear_init(config.init_scale),
-                out_init=linear_init(config.init_scale / (2 * config.num_layers) ** 0.5),
+                out_init=linear_init(config.init_scale * config.residual_scale),
                 axes=FFN_AXES,
                 rngs=rngs,
             )
@@ -149,10 +136,11 @@ class Llama(nnx.Module):
             raise ValueError("vocab_size=None: resolve the configuration first")
         self.config = config
         d, v = config.width, config.vocab_size
+        std = d**-0.5 if config.embedding_scale is None else config.embedding_scale
         self.embedding = nnx.Param(
-            jax.random.truncated_normal(rngs.params(), -2, 2, (v, d), jnp.float32) * d**-0.5
+            jax.random.truncated_normal(rngs.params(), -2, 2, (v, d), jnp.float32) * std
         )
-        self.head = nnx.Param(linear_init(1.0)(rngs.params(), (d, v), jnp.float32))
+        self.head = nnx.Param(linear_init(config.head_scale)(rngs.params(), (d, v), jnp.float32))
         self.norm = RMSNorm(d, config.norm_eps)
         make = lambda key: Block(config, sparsity, rngs=nnx.Rngs(params=key))
         keys = jax.random.split(rngs.params(), config.num_layers)

@@ -27,20 +27,38 @@ def phase_schedule(config: Config) -> PhaseSchedule:
 
 
 def learning_rate_schedule(config: Config) -> optax.Schedule:
-    """Linear warm-up, cosine decay to final_fraction of the peak, optional re-warming at changes
-    of phase."""
+    """Linear warm-up, decay to final_fraction of the peak, optional re-warming at changes of
+    phase."""
     o = config.optimizer
-    cosine = optax.warmup_cosine_decay_schedule(
+    schedule = _warmup_cosine(config) if o.decay == "cosine" else _warmup_linear(config)
+    # The optimiser counts from zero; its first step should already move.
+    return rewarm_at_flips(
+        lambda step: schedule(step + 1), phase_schedule(config), o.rewarm_steps, flips(o.rewarm_at)
+    )
+
+
+def _warmup_cosine(config: Config) -> optax.Schedule:
+    o = config.optimizer
+    return optax.warmup_cosine_decay_schedule(
         init_value=0.0 if o.warmup_steps else o.learning_rate,
         peak_value=o.learning_rate,
         warmup_steps=o.warmup_steps,
         decay_steps=max(config.steps, o.warmup_steps + 1),
         end_value=o.final_fraction * o.learning_rate,
     )
-    # The optimiser counts from zero; its first step should already move.
-    return rewarm_at_flips(
-        lambda step: cosine(step + 1), phase_schedule(config), o.rewarm_steps, flips(o.rewarm_at)
-    )
+
+
+def _warmup_linear(config: Config) -> optax.Schedule:
+    """With decay=wsd constant up to the last decay_fraction of the steps."""
+    o = config.optimizer
+    begin = o.warmup_steps
+    if o.decay == "wsd":
+        begin = max(begin, config.steps - round(o.decay_fraction * config.steps))
+    warmup = optax.linear_schedule(0.0, o.learning_rate, max(o.warmup_steps, 1))
+    stable = optax.constant_schedule(o.learning_rate)
+    end = o.final_fraction * o.learning_rate
+    decay = optax.linear_schedule(o.learning_rate, end, max(config.steps - begin, 1))
+    return optax.join_schedules([warmup, stable, decay], [o.warmup_steps, begin])
 
 
 def decay_mask(params: Any) -> Any:

@@ -307,7 +307,7 @@ def test_counts_agree_with_the_model(ffn):
     from train.loss import cross_entropy
     from train.model import Llama
 
-    config = tiny(ffn=ffn, hidden=192, num_kv_heads=2)
+    config = tiny(ffn=ffn, hidden=192, num_kv_heads=2, qk_norm=ffn == "swiglu")
     graph, params = nnx.split(
         nnx.eval_shape(lambda: Llama(config.model, None, rngs=nnx.Rngs(0))), nnx.Param
     )

@@ -63,6 +63,10 @@ def test_unknown_configuration_lists_the_known():
             {"micro_batches": 4, "sparsity__v": 128},
             "tokens=64 must be a positive multiple of v=128",
         ),
+        ({"optimizer__decay": "step"}, "optimizer.decay='step' must be cosine, linear or wsd"),
+        ({"optimizer__decay_fraction": 0.0}, r"decay_fraction=0.0 must be in \(0, 1\]"),
+        ({"model__output_scale": -1.0}, "model.output_scale=-1.0 must not be negative"),
+        ({"model__embedding_scale": -1.0}, "model.embedding_scale=-1.0 must not be negative"),
         ({"optimizer__rewarm_at": "end"}, "optimizer.rewarm_at='end' must be one of"),
         ({"optimizer__reset_moments": "all"}, "optimizer.reset_moments='all' must be one of"),
         (

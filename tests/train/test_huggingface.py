@@ -289,7 +289,8 @@ def test_a_prefix_that_training_never_saw_is_left_out(tmp_path):
 
 def test_command_line(tmp_path, capsys):
     write_run(tmp_path / "run", ffn="swiglu")
-    run, model, back = (str(tmp_path / name) for name in ("run", "model", "back"))
+    write_run(tmp_path / "other", qk_norm=True)
+    run, model, back, other = (str(tmp_path / name) for name in ("run", "model", "back", "other"))
     assert main(["export", "--run", run, "--output", model]) == 0
     assert main(["import", "--model", model, "--output", back, "--tokenizer", "bytes"]) == 0
     said = capsys.readouterr().out
@@ -302,6 +303,7 @@ def test_command_line(tmp_path, capsys):
     for arguments, message in (
         (["export", "--run", run, "--output", model], "exists already"),
         (["export", "--run", run, "--output", model + "2", "--weights", "thresholded"], "sparse"),
+        (["export", "--run", other, "--output", model + "2"], "model.qk_norm=True"),
         (["import", "--model", run, "--output", back + "2"], "architectures"),
         (["import", "--model", model, "--output", back], "exists already"),
     ):
@@ -309,4 +311,4 @@ def test_command_line(tmp_path, capsys):
         err = capsys.readouterr().err
         assert message in err
         assert err.count("\n") == 1
-    assert {path.name for path in tmp_path.iterdir()} == {"run", "model", "back"}
+    assert {path.name for path in tmp_path.iterdir()} == {"run", "model", "back", "other"}

@@ -51,7 +51,10 @@ def numpy_forward(model, ids):
     def block(x, b):
         y = norm(x, b.norm_attention.scale)
         heads = lambda w: (y @ f64(w)).reshape(len(y), -1, config.head_dim)
-        q, k = rotate(heads(b.attention.q)), rotate(heads(b.attention.k))
+        q, k = heads(b.attention.q), heads(b.attention.k)
+        if config.qk_norm:
+            q, k = norm(q, b.attention.q_norm.scale), norm(k, b.attention.k_norm.scale)
+        q, k = rotate(q), rotate(k)
         v = heads(b.attention.v)
         mixed = np.zeros_like(q)
         for head in range(config.num_heads):
@@ -81,9 +84,15 @@ def numpy_forward(model, ids):
     return np.stack(rows)
 
 
-@pytest.mark.parametrize("ffn", ["relu2", "relu2_gated", "swiglu"])
-def test_forward_against_numpy(ffn):
-    model = make(ffn=ffn, scan_layers=False)
+@pytest.mark.parametrize(
+    ("ffn", "qk_norm"), [("relu2", True), ("relu2_gated", False), ("swiglu", False)]
+)
+def test_forward_against_numpy(ffn, qk_norm):
+    model = make(ffn=ffn, scan_layers=False, qk_norm=qk_norm)
+    if qk_norm:
+        for i, block in enumerate(model.blocks):
+            block.attention.q_norm.scale[...] *= 1.5 + i
+            block.attention.k_norm.scale[...] *= jnp.linspace(0.5, 1.5, 8)
     got, stats = jax.jit(lambda ids: model(ids))(tokens())
     assert stats is None
     np.testing.assert_allclose(got, numpy_forward(model, tokens()), atol=2e-4)
@@ -149,6 +158,17 @@ def test_initialisation_scales():
     np.testing.assert_allclose(scale(blocks.ffn.w2), 1024**-0.5 / 6**0.5, rtol=0.02)
     layers = blocks.ffn.w1[...]
     assert not np.allclose(layers[0], layers[1])
+    # A normal cut at two standard deviations has 0.88 of its standard deviation.
+    np.testing.assert_allclose(scale(model.embedding), 0.88 * 256**-0.5, rtol=0.02)
+    np.testing.assert_allclose(scale(model.head), 256**-0.5, rtol=0.02)
+    scales = {"init_scale": 0.5, "output_scale": 0.0, "embedding_scale": 1.0, "head_scale": 0.1}
+    model = make(width=256, hidden=1024, num_heads=4, num_kv_heads=4, vocab_size=512, **scales)
+    blocks = model.blocks
+    assert not np.any(blocks.ffn.w2[...])
+    assert not np.any(blocks.attention.out[...])
+    np.testing.assert_allclose(scale(blocks.ffn.w1), 0.5 * 256**-0.5, rtol=0.02)
+    np.testing.assert_allclose(scale(model.embedding), 0.88, rtol=0.02)
+    np.testing.assert_allclose(scale(model.head), 0.1 * 256**-0.5, rtol=0.02)
 
 
 def test_unresolved_vocabulary_is_refused():
@@ -160,7 +180,7 @@ def test_unresolved_vocabulary_is_refused():
 @pytest.mark.parametrize("scan", [True, False])
 def test_decoding_with_a_cache_gives_the_whole_sequence_again(ffn, scan):
     """Two sequences of different lengths, padded on the right with junk, then token by token."""
-    model = make(ffn=ffn, scan_layers=scan)
+    model = make(ffn=ffn, scan_layers=scan, qk_norm=scan)
     ids = tokens(length=12)
     want = model(ids)[0]
     lengths = jnp.array([5, 3])

@@ -183,6 +183,28 @@ def test_learning_rate_moves_from_the_first_step_and_ends_low():
     np.testing.assert_allclose(float(schedule(19)), o.learning_rate * o.final_fraction, rtol=1e-5)
 
 
+def test_learning_rates_that_fall_in_a_line():
+    o = dataclasses.replace(CONFIG.optimizer, learning_rate=1.0, final_fraction=0.1)
+    rates = lambda **changes: [
+        float(schedule(step))
+        for schedule in [
+            learning_rate_schedule(
+                dataclasses.replace(CONFIG, optimizer=dataclasses.replace(o, **changes))
+            )
+        ]
+        for step in range(CONFIG.steps)
+    ]
+    # The rate of a step is that of its end: 2 steps of warm-up, 18 of decay.
+    line = [0.5, 1.0, *(1 - 0.9 * np.arange(1, 19) / 18)]
+    np.testing.assert_allclose(rates(decay="linear"), line, rtol=1e-5)
+    wsd = [0.5, *[1.0] * 15, *(1 - 0.9 * np.arange(1, 5) / 4)]
+    np.testing.assert_allclose(rates(decay="wsd", decay_fraction=0.2), wsd, rtol=1e-5)
+    # A decay longer than what the warm-up leaves begins after the warm-up.
+    np.testing.assert_allclose(rates(decay="wsd", decay_fraction=1.0), line, rtol=1e-5)
+    none = rates(decay="linear", warmup_steps=0, final_fraction=0.0)
+    np.testing.assert_allclose(none, 1 - np.arange(1, 21) / 20, atol=1e-6)
+
+
 def test_only_matrices_decay(trained):
     mask = decay_mask(trained.state.params)
     decayed = {

@@ -38,7 +38,12 @@ def to_transformers(
       positions: the longest sequence it was trained on.
       eos_id: end of a document. bos_id: what stands before a document.
       dtype: of the tensors.
+
+    Raises:
+      ValueError: a model that transformers has no architecture for.
     """
+    if config.qk_norm:
+        raise ValueError("model.qk_norm=True: Llama and Arcee do not normalise queries and keys")
     architecture, model_type, activation = _FORMS[config.ffn]
     return {
         "architectures": [architecture],
