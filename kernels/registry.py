@@ -15,6 +15,7 @@ use. `assume_capability` decides for another one, to lower for a GPU on a machin
         jax.jit(f).trace(x).lower(lowering_platforms=("cuda",))
 """
 
+import functools
 import importlib
 import warnings
 from collections.abc import Callable
@@ -152,15 +153,25 @@ def select(op: str, *args, backend: Backend | None = None, **kwargs) -> tuple[Ba
     raise NotImplementedError(f"no backend serves {op=}: {'; '.join(refusals)}")
 
 
+@functools.cache
+def _traced_once(function: Callable, static: tuple[str, ...]) -> Callable:
+    return jax.jit(function, static_argnames=static)
+
+
 def call(op: str, *args, backend: Backend | None = None, **kwargs) -> Any:
-    """Runs `op` on the backend that `select` picks."""
+    """Runs `op` on the backend that `select` picks.
+
+    Calls with equal shapes and options share one trace, so that a model of many layers lowers and
+    compiles a kernel once. The device that is traced for is part of the key of `jax.jit`'s cache.
+    """
     name, function = select(op, *args, backend=backend, **kwargs)
-    if name != "hopper":
-        return function(*args, **kwargs)
-    # Mosaic GPU kernels have no batching rule that lowers: `jax.vmap` runs one after the other.
     arrays = {key: value for key, value in kwargs.items() if isinstance(value, Array)}
     options = {key: value for key, value in kwargs.items() if key not in arrays}
+    function = _traced_once(function, tuple(sorted(options)))
+    if name != "hopper":
+        return function(*args, **kwargs)
 
+    # Mosaic GPU kernels have no batching rule that lowers: `jax.vmap` runs one after the other.
     @jax.custom_batching.sequential_vmap
     def one(args, arrays):
         return function(*args, **arrays, **options)

@@ -15,7 +15,9 @@ stores what goes out where its token is.
 
 from __future__ import annotations
 
+import functools
 import importlib
+import inspect
 import warnings
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -71,6 +73,27 @@ def module(kernels: registry.Backend) -> Any:
         return importlib.import_module(f"kernels.{name}")
     except ImportError as error:
         raise NotImplementedError(f"backend={kernels!r} has no grouped24 here: {error}") from error
+
+
+@functools.cache
+def _traced_once(function: Callable[..., Any]) -> Callable[..., Any]:
+    static = ("num_experts", "m", "dtype", "tokens")
+    names = inspect.signature(function).parameters
+    return jax.jit(function, static_argnames=[name for name in static if name in names])
+
+
+class _Functions:
+    """The backend's five functions, each traced once for its shapes.
+
+    A model then lowers and compiles a kernel once for all of its layers. The device that a kernel
+    is traced for is part of the key of `jax.jit`'s cache.
+    """
+
+    def __init__(self, kernels: registry.Backend) -> None:
+        self._module = module(kernels)
+
+    def __getattr__(self, name: str) -> Callable[..., Any]:
+        return _traced_once(getattr(self._module, name))
 
 
 def _batchable(function: Callable[..., Any], kernels: registry.Backend) -> Callable[..., Any]:
@@ -200,7 +223,7 @@ def pack_weight(
     """values (H, D / 2), metadata (H / 64, D / 64, 128) and dense (E, h, D) of a matrix (H, D)."""
 
     def pack(w: Array, scale: Array) -> tuple[Array, Array, Array]:
-        return module(kernels).pack_weight24(
+        return _Functions(kernels).pack_weight24(
             w, num_experts=sparsity.num_experts, m=_m(sparsity), scale=scale, dtype=dtype
         )
 
@@ -241,7 +264,7 @@ def forward(
     kernels: registry.Backend,
 ) -> tuple[Array, Saved]:
     """Y3 (T, D), and what `backward` needs."""
-    functions = module(kernels)
+    functions = _Functions(kernels)
 
     def network(x: Array, packed: PackedFFN, plan: TokenPlan | None) -> tuple[Array, Saved]:
         tokens = x.shape[0]
@@ -263,7 +286,7 @@ def backward(
     kernels: registry.Backend,
 ) -> tuple[Array, tuple[Array, Array, None]]:
     """dX (T, D) in x's dtype; dw1 and dw2 (H, D) in float32, and None for dwg."""
-    functions = module(kernels)
+    functions = _Functions(kernels)
 
     def network(dy, saved, packed, plan):
         tokens = dy.shape[0]

@@ -91,7 +91,8 @@ def test_falls_back_visibly_once_for_each_shape(fake):
             registry.call("twice", jnp.ones(3))
         with pytest.warns(registry.FallbackWarning):
             registry.call("twice", jnp.ones(5))
-    assert fake.calls == ["triton"] * 3
+    # Traced once for each shape.
+    assert fake.calls == ["triton"] * 2
 
 
 @pytest.mark.parametrize("out_dtype", [jnp.float32, np.dtype("float32"), "float32"])
