@@ -195,7 +195,7 @@ class LogConfig:
     eval_every: int = 100
     """Steps between evaluations on held-out text; 0 evaluates only at the end."""
     eval_windows: int = 64
-    """Held-out windows of an evaluation."""
+    """Held-out windows of an evaluation, the first ones; 0 takes all there are."""
     tensorboard: bool = False
     """Write TensorBoard event files as well (needs the tensorboard extra)."""
     wandb: bool = False
@@ -358,7 +358,6 @@ def validate(config: Config, *, tokenizer_vocab_size: int | None = None) -> None
         ("model.hidden", model.ffn_hidden),
         ("model.loss_chunk", model.loss_chunk),
         ("log.every", config.log.every),
-        ("log.eval_windows", config.log.eval_windows),
         ("checkpoint.keep", config.checkpoint.keep),
         ("mesh.fsdp", config.mesh.fsdp),
         ("mesh.tensor", config.mesh.tensor),
@@ -371,6 +370,7 @@ def validate(config: Config, *, tokenizer_vocab_size: int | None = None) -> None
         ("optimizer.rewarm_steps", optimizer.rewarm_steps),
         ("checkpoint.every", config.checkpoint.every),
         ("log.eval_every", config.log.eval_every),
+        ("log.eval_windows", config.log.eval_windows),
     ):
         if value < 0:
             raise ValueError(f"{name}={value} must not be negative")

@@ -18,7 +18,7 @@ def evaluate(
     state: TrainState,
     batches: Iterable[dict[str, np.ndarray]],
     mesh: Mesh,
-) -> dict[str, float]:
+) -> tuple[dict[str, float], dict[str, list[float]]]:
     """Mean held-out loss in nats a token, for each view.
 
     Args:
@@ -28,16 +28,19 @@ def evaluate(
       mesh: where the batches go.
 
     Returns:
-      {"loss_dense": ..., "loss_sparse": ...} for the views asked for.
+      {"loss_dense": ..., "loss_sparse": ...} for the views asked for, and the mean of each batch
+      likewise: how much they differ says how well the held-out text is large enough.
     """
     totals: dict[Phase, list[tuple[jax.Array, jax.Array]]] = {view: [] for view in views}
     for batch in batches:
         on_device = put_batch(mesh, batch)
         for view, step in views.items():
             totals[view].append(step(state, on_device))
-    losses = {}
+    losses, parts = {}, {}
     for view, sums in totals.items():
         # Summed on the host in float64, in order: the same on every run.
-        nats, tokens = (sum(float(pair[i]) for pair in sums) for i in (0, 1))
+        pairs = [(float(nats), float(tokens)) for nats, tokens in sums]
+        nats, tokens = (sum(pair[i] for pair in pairs) for i in (0, 1))
         losses[f"loss_{view}"] = nats / tokens
-    return losses
+        parts[f"loss_{view}"] = [nats / tokens for nats, tokens in pairs]
+    return losses, parts

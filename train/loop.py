@@ -439,9 +439,11 @@ class _Run:
         views = dict(programs.evaluate)
         if step <= self.phases.warmup_steps:
             views.pop("sparse", None)  # there are no clusters and no scales yet
-        batches = self.data.validation_batches(self.config.log.eval_windows, self.config.batch_size)
-        self.losses = evaluate(views, state, batches, self.mesh)
-        self.logger.eval(step, self.losses)
+        windows = self.config.log.eval_windows or None
+        batches = self.data.validation_batches(windows, self.config.batch_size)
+        self.losses, parts = evaluate(views, state, batches, self.mesh)
+        by_batch = {f"batches_{view.removeprefix('loss_')}": part for view, part in parts.items()}
+        self.logger.eval(step, {**self.losses, **by_batch})
 
     def _save(self, step: int, state: TrainState) -> None:
         if step == self.saved:

@@ -188,7 +188,7 @@ class RunLogger:
           step: as for `log`.
           values: every float is printed under its name. `loss_dense` and `loss_sparse`, the
             held-out loss of the dense and the sparse view of the same weights, are what the loss
-            plot draws.
+            plot draws. Lists are only recorded.
 
         Returns:
           The record as written.
@@ -203,7 +203,7 @@ class RunLogger:
                 line.append(f"  {key.replace('_', ' ')} {value:.4f}")
         self._print(line)
         self._scalars(record, "eval")
-        self._last_eval = dict(values)
+        self._last_eval = {k: v for k, v in values.items() if isinstance(v, int | float)}
         return record
 
     def clusters(self, step: int, values: Mapping[str, Value]) -> dict[str, Any]:

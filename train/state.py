@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from flax import nnx
 from jax.sharding import Mesh
@@ -49,9 +50,11 @@ def model_graph(config: Config) -> nnx.GraphDef:
     return nnx.split(abstract, nnx.Param, RoutingState)[0]
 
 
-def create_state(config: Config, optimizer: optax.GradientTransformation) -> TrainState:
-    """A new state from the run's seed; traceable, places nothing by itself."""
-    root = jax.random.key(config.seed)
+def create_state(
+    config: Config, optimizer: optax.GradientTransformation, seed: jax.typing.ArrayLike
+) -> TrainState:
+    """A new state from a seed (uint32); traceable, places nothing by itself."""
+    root = jax.random.key(seed)
     model = build_model(config, jax.random.fold_in(root, 0))
     _, params, routing = nnx.split(model, nnx.Param, RoutingState)
     return TrainState(
@@ -67,7 +70,7 @@ def abstract_state(
     config: Config, optimizer: optax.GradientTransformation, mesh: Mesh
 ) -> TrainState:
     """Shapes, dtypes and shardings of the state, nothing allocated: the template of a restore."""
-    shapes = jax.eval_shape(lambda: create_state(config, optimizer))
+    shapes = jax.eval_shape(lambda: create_state(config, optimizer, np.uint32(0)))
     return jax.tree.map(
         lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
         shapes,
@@ -78,5 +81,6 @@ def abstract_state(
 def init_state(config: Config, optimizer: optax.GradientTransformation, mesh: Mesh) -> TrainState:
     """A new state, created where it will live: no device ever holds more than its shard."""
     shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract_state(config, optimizer, mesh))
-    create = jax.jit(lambda: create_state(config, optimizer), out_shardings=shardings)
-    return create()
+    # The seed is an argument, so that runs of all seeds share the program.
+    create = jax.jit(lambda seed: create_state(config, optimizer, seed), out_shardings=shardings)
+    return create(np.uint32(config.seed))

@@ -11,8 +11,9 @@ from sparsejax.spec import Sparsity
 from train.config import CheckpointConfig, Config, ScheduleConfig
 from train.study.definition import Factor, Options, Run
 
-EVAL_WINDOWS = 256
-"""Held-out windows of an evaluation; noise of the evaluation itself should not decide anything."""
+EVAL_WINDOWS = 0
+"""Held-out windows of an evaluation: all. A pass over them costs a few steps, and the noise of the
+evaluation should not decide anything."""
 
 DENSE = ScheduleConfig(warmup_steps=0, sparse_fraction=0.0)
 
@@ -30,6 +31,8 @@ def base(options: Options, *, default: str = "small", tokens: float | None = Non
         default, keeps the configuration's own.
     """
     config = configs.get(options.base or default)
+    if options.backend is not None:
+        config = changed(config, sparsity={"backend": options.backend})
     if tokens is not None and options.base in (None, default):
         config = of_tokens(config, tokens)
     return dataclasses.replace(
@@ -37,7 +40,7 @@ def base(options: Options, *, default: str = "small", tokens: float | None = Non
         data=options.data,
         schedule=DENSE,
         # A run of a minute starts over when it is lost.
-        checkpoint=CheckpointConfig(every=0, keep=1),
+        checkpoint=CheckpointConfig(every=0, keep=1, final=False),
         log=dataclasses.replace(
             config.log,
             every=max(config.steps // 140, 1),

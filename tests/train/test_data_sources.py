@@ -60,6 +60,23 @@ def test_several_shards_by_glob_in_order_of_name(tmp_path, cfg):
         np.testing.assert_array_equal(take(data.train_batches(), 1)[0, 0], STREAM[100:109])
 
 
+def test_a_folder_of_shards_by_their_names(tmp_path, cfg):
+    """Without a description: train* and val* are what they say, other files nothing."""
+    folder = tmp_path / "tokens"
+    folder.mkdir()
+    write_shard(folder / "train-00.bin.xz", STREAM[:150])
+    write_shard(folder / "train-01.bin", STREAM[150:250])
+    write_shard(folder / "val.bin", STREAM[250:])
+    write_shard(folder / "other.bin", STREAM)
+    (folder / "train.txt").write_text("text")
+    with open_small(cfg(folder)) as data:
+        assert (data.train_tokens, data.validation_tokens) == (250, len(STREAM) - 250)
+    (folder / "val.bin").unlink()
+    with open_small(cfg(folder, validation_fraction=0.2)) as data:
+        assert data.train_tokens + data.validation_tokens == 250
+        assert data.validation_tokens > 0
+
+
 def test_large_xz_is_decompressed_once(tmp_path, cfg, monkeypatch):
     monkeypatch.setattr(shards, "_IN_MEMORY_BYTES", 10)
     path = write_shard(tmp_path / "a.bin.xz", STREAM)

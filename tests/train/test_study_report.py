@@ -75,6 +75,7 @@ def result(label, seed, loss, **changes):
         },
         "evaluations": evaluations,
         "final": final,
+        "final_batches": [loss - 0.1, loss + 0.1 + 0.01 * (label != "dense")],
         "best": best,
         "phases": phases,
     }
@@ -128,11 +129,13 @@ def test_rows_against_numpy(output):
         if label != "dense":
             assert row.paired.mean == pytest.approx((loss - base).mean())
             assert row.paired.se == pytest.approx((loss - base).std(ddof=1) / 3**0.5)
+            assert row.held_out_se == pytest.approx(0.005)
             assert row.sparse.mean == pytest.approx(loss.mean() + 0.1)
             assert row.step_speedup == pytest.approx(1.25)
             share = SHARES[label]
             assert row.run_speedup == pytest.approx(1 / (1 - share + share / 1.25))
     assert rows["dense"].paired is None
+    assert math.isnan(rows["dense"].held_out_se)
     assert rows["dense"].run_speedup == 1.0
     per_step = results()[0]["tokens"] / STEPS
     assert rows["sparse 80%"].tokens_per_second["sparse"] == pytest.approx(per_step / 0.008)
@@ -146,7 +149,7 @@ def test_report_is_drawn_from_the_files_alone(output):
     text = (output / "report.md").read_text()
     assert "| dense | 3 | 3.0067 ± 0.0306 |" in text
     # Mean 0.01167, standard error 0.00441, t with two degrees of freedom 4.303.
-    assert "+0.0117 ± 0.0044 | -0.0073 to +0.0306 | +0.39%" in text
+    assert "+0.0117 ± 0.0044 | -0.0073 to +0.0306 | 0.0050 | +0.39%" in text
     assert "paired by seed" in text
     assert "9 windows (900 tokens)" in text
     assert "## Notes" not in text
@@ -197,7 +200,10 @@ def test_remarks_on_unfair_comparisons(output):
     records[4]["data"] = {**records[4]["data"], "fingerprint": "e" * 64, "epochs": 2.5}
     records[5]["device"] = {"count": 1, "kind": "H100", "platform": "gpu"}
     records[6]["data"] = {**records[6]["data"], "evaluated_windows": 5}
+    records[7]["jobs"] = 3
     text = "\n".join(remarks(header, records))
+    assert "different numbers of runs side by side: 1, 3" in text
+    assert "up to 3 runs shared the device" in text
     assert "different training data: eeeeeeeeeeee, ffffffffffff" in text
     assert "different devices: 1 x H100, 1 x cpu" in text
     assert "held-out windows: 5, 9" in text

@@ -10,10 +10,12 @@ import time
 import pytest
 from rich.console import Console
 
+from train.runtime import reserve_memory
 from train.study import definition, runner
 from train.study.__main__ import main
 from train.study.definition import Options, Run
 from train.study.execute import execute
+from train.study.export import unpack
 from train.study.record import FORMAT, Folders, read, write
 from train.study.runner import expected_seconds, plan, run_study, select
 
@@ -44,6 +46,10 @@ def test_a_file_a_run_with_everything_in_it(done):
         assert record["final"]["loss_dense"] == record["evaluations"]["loss_dense"][-1]
         assert record["best"]["loss_dense"]["loss"] == min(record["evaluations"]["loss_dense"])
         assert record["data"]["evaluated_tokens"] == 16 * 64
+        assert record["jobs"] == 1
+        # 16 windows in batches of 4.
+        assert len(record["final_batches"]) == 4
+        assert sum(record["final_batches"]) / 4 == pytest.approx(record["final"]["loss_dense"])
         assert record["phases"]["dense"]["tokens_per_second"] > 0
         assert record["wall_seconds"] > record["loop_seconds"] > 0
         assert {"python", "jax", "flax"} <= record["versions"].keys()
@@ -110,7 +116,7 @@ def test_a_run_in_its_own_process(done, tmp_path):
     assert record["final"] == pytest.approx(results(done)["relu2-seed0"]["final"], abs=1e-4)
 
 
-def die(run: Run, study: str, folders: Folders) -> None:
+def die(run: Run, study: str, folders: Folders, jobs: int) -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
@@ -173,7 +179,7 @@ def _acted(monkeypatch, tmp_path):
     folders = Folders(tmp_path, tmp_path)
     ran, ends = [], {}
 
-    def act(run, name, folders, line=None):
+    def act(run, name, folders, line=None, jobs=1):
         ran.append(run.key)
         end = ends.get(run.key, "finished")
         if isinstance(end, BaseException):
@@ -224,10 +230,10 @@ def test_time_is_up_between_runs(acted, monkeypatch):
     clock = iter(range(0, 10_000, 50))
     monkeypatch.setattr(runner.time, "monotonic", lambda: float(next(clock)))
     # A run is thought to take 1 s; the clock says 50 s at each look at it.
-    outcome = go(max_minutes=2.0)
+    outcome = go(budget_seconds=120.0)
     assert ran == ["relu2-seed0", "sparse-seed0"]
-    assert "--max-minutes 2" in outcome.stopped
-    go(max_minutes=1e-6)
+    assert "--budget-seconds 120" in outcome.stopped
+    go(budget_seconds=1e-6)
     assert len(ran) == 3  # the first one always runs, or nothing ever would
 
 
@@ -268,7 +274,8 @@ def test_only_takes_labels_and_patterns():
         (["nope"], "study 'nope' is unknown; known: block_size"),
         (["smoke", "--base", "nope"], "config 'nope' is unknown"),
         (["smoke", "--only", "x"], "--only 'x' matches no label"),
-        (["smoke", "--max-minutes", "0"], "--max-minutes 0 must be positive"),
+        (["smoke", "--budget-seconds", "0"], "--budget-seconds 0 must be positive"),
+        (["smoke", "--jobs", "0"], "--jobs 0 must be at least 1"),
         (["smoke", "--speedup", "-1"], "speedup=-1.0 must be a positive number"),
         (["smoke", "--speedup", "1", "--speedup-from", "x"], "not both"),
         (["smoke", "--speedup-from", "/nowhere.json"], "/nowhere.json"),
@@ -291,7 +298,7 @@ def test_the_studies_are_listed(capsys):
     assert all(name in out and definition.summary(name)[:40] in out for name in definition.names())
 
 
-def wait(run: Run, study: str, folders: Folders) -> None:
+def wait(run: Run, study: str, folders: Folders, jobs: int) -> None:
     folders.scratch.joinpath("started").touch()
     time.sleep(60)
 
@@ -314,3 +321,76 @@ def test_a_signal_ends_the_run_in_the_other_process_too(tmp_path, monkeypatch):
     assert "interrupted" in outcome.stopped
     assert outcome.failed == []
     assert len(outcome.left) == 3
+
+
+def pretend(run: Run, study: str, folders: Folders, jobs: int):
+    """A run that needs another one beside it to come to its end; one label kills its process."""
+    if run.label == "swiglu":
+        os.kill(os.getpid(), signal.SIGKILL)
+    folders.scratch.joinpath(run.key).touch()
+    other = f"{run.label}-seed{1 - run.seed}"
+    for _ in range(1200):
+        if folders.scratch.joinpath(other).exists():
+            record = fake(run, study) | {"jobs": jobs, "process": os.getpid()}
+            write(folders.result(run), record)
+            return record
+        time.sleep(0.05)
+    return fake(run, study, "failed")
+
+
+def test_runs_side_by_side(tmp_path, monkeypatch):
+    monkeypatch.setattr(runner, "execute", pretend)
+    study = definition.get("smoke", Options(seeds=(0, 1)))
+    runs = [run for label in study.labels for run in study.runs if run.label == label]
+    folders = Folders(tmp_path, tmp_path)
+    outcome, ended = plan(study, runs, folders), []
+    run_study(study, outcome, folders, console=SILENT, jobs=2, ended=lambda: ended.append(1))
+    assert (outcome.left, outcome.stopped) == ([], None)
+    assert sorted(r["label"] for r in outcome.done) == ["relu2", "relu2", "sparse", "sparse"]
+    assert {r["jobs"] for r in outcome.done} == {2}
+    # Two processes, each of which served two runs; a process that dies is replaced.
+    assert len({r["process"] for r in outcome.done}) == 2
+    assert [r["error"] for r in outcome.failed] == ["its process died: SIGKILL"] * 2
+    assert len(ended) == 6
+
+
+def test_one_file_is_enough_to_report_and_to_go_on(done, tmp_path, capsys):
+    file = tmp_path / "export" / "study_smoke.json"
+    only = ["--only", "relu2", "sparse"]
+    assert main(["smoke", "--output", str(done), *only, "--export", str(file)]) == 0
+    assert len(file.read_text().splitlines()) == 3 + 2 + 1  # a line a run
+    capsys.readouterr()
+    # Elsewhere, from the file alone.
+    elsewhere = tmp_path / "elsewhere"
+    argv = ["smoke", "--output", str(elsewhere), "--export", str(file)]
+    assert main([*argv, "--report"]) == 0
+    assert (elsewhere / "report.md").read_text() == (done / "report.md").read_text()
+    assert (elsewhere / "curves.png").exists()
+    assert main([*argv, *only]) == 0
+    assert "0 runs to do, 2 done before" in capsys.readouterr().out
+    for name, record in results(elsewhere).items():
+        assert record["final"] == results(done)[name]["final"]
+        exact, rounded = results(done)[name]["curve"], record["curve"]
+        assert rounded["loss"] == pytest.approx(exact["loss"], rel=1e-5)
+        assert rounded["phase"] == exact["phase"]
+    # What is there already stays, and another study's file is refused.
+    assert unpack(file, done) == 0
+    header = json.loads((done / "study.json").read_text())
+    write(tmp_path / "other" / "study.json", header | {"name": "other"})
+    with pytest.raises(ValueError, match="is of study 'smoke'"):
+        unpack(file, tmp_path / "other")
+    write(tmp_path / "none.json", {"format": FORMAT})
+    with pytest.raises(ValueError, match="is no exported study"):
+        unpack(tmp_path / "none.json", tmp_path / "new")
+    assert unpack(tmp_path / "missing.json", tmp_path / "new") == 0
+
+
+def test_each_process_gets_its_part_of_the_memory(monkeypatch):
+    name = "XLA_PYTHON_CLIENT_MEM_FRACTION"
+    for processes, fraction in ((1, 0.94), (3, 0.303)):
+        monkeypatch.delenv(name, raising=False)
+        reserve_memory(processes)
+        assert float(os.environ[name]) == fraction
+    monkeypatch.setenv(name, "0.5")
+    reserve_memory(2)
+    assert os.environ[name] == "0.5"

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from train.study.statistics import paired, sample
+from train.study.statistics import held_out_error, paired, sample
 
 
 def test_spread_of_a_sample():
@@ -50,3 +50,18 @@ def test_only_common_seeds_are_compared():
     single = paired({0: 1.5}, {0: 1.0})
     assert (single.n, single.mean) == (1, 0.5)
     assert math.isnan(single.se)
+
+
+def test_held_out_error_is_that_of_the_paired_batches():
+    rng = np.random.default_rng(0)
+    text = rng.normal(3.0, 0.3, 40)  # how hard each batch is, which both runs share
+    base = {seed: (text + rng.normal(0, 0.01, 40)).tolist() for seed in range(3)}
+    mine = {seed: (text + 0.02 + rng.normal(0, 0.01, 40)).tolist() for seed in range(3)}
+    differences = np.mean([np.subtract(mine[s], base[s]) for s in range(3)], axis=0)
+    found = held_out_error(mine, base)
+    assert found == pytest.approx(stats.sem(differences))
+    assert found < 0.003
+    assert held_out_error({0: [1.0, 2.0]}, {0: [1.0, 1.0], 1: [5.0, 5.0]}) == pytest.approx(0.5)
+    for unknown in ({}, {0: [1.0]}, {0: [1.0, 2.0, 3.0]}):
+        assert math.isnan(held_out_error(unknown, {0: [1.0, 1.0]}))
+    assert math.isnan(held_out_error({0: [1.0]}, {0: [2.0]}))

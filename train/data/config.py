@@ -16,16 +16,17 @@ class DataConfig:
 
     source: str = EMBEDDED
     """Training data: "embedded" (documentation text that comes with the repository), a folder
-    written by `python -m train.data prepare`, or a path or glob of tokenised shards (.bin,
-    .bin.xz, .npy) or of text (.jsonl and any other UTF-8 text; .xz and .gz of them)."""
+    written by `python -m train.data prepare` or one with tokenised shards named train* and val*, or
+    a path or glob of tokenised shards (.bin, .bin.xz, .npy) or of text (.jsonl and any other UTF-8
+    text; .xz and .gz of them)."""
 
     validation: str | None = None
     """Validation data, the same forms as `source`. None holds out the tail of the source."""
 
     validation_fraction: float = 0.05
     """Share of the source's tokens held out for validation, cut at the end of a document where
-    there is one. Ignored if `validation` is given or a prepared folder has its own validation
-    shards; 0 means no validation data."""
+    there is one. Ignored if `validation` is given or the source's folder has validation shards of
+    its own; 0 means no validation data."""
 
     tokenizer: str | None = None
     """Path of a tokenizer.json. None takes the tokenizer.json in the folder of the tokenised

@@ -115,14 +115,22 @@ def _open_prepared(
 ) -> tuple[list[Span], list[Span]]:
     meta = read_meta(folder)
     if meta is None:
-        raise ValueError(
-            f"folder {folder} has no {META} written by prepare: name its files with a glob such "
-            f"as '{folder}/*.bin'"
-        )
-    train = [str(folder / name) for name in meta["train"]]
-    validation = [str(folder / name) for name in meta["validation"]]
+        train, validation = _by_name(folder, "train"), _by_name(folder, "val")
+        if not train:
+            raise ValueError(
+                f"folder {folder} has no {META} written by prepare and no shards named train*: "
+                f"name its files with a glob such as '{folder}/*.bin'"
+            )
+    else:
+        train = [str(folder / name) for name in meta["train"]]
+        validation = [str(folder / name) for name in meta["validation"]]
     spans = _open_shards(train + validation, cfg, tokenizer, quiet)
     return spans[: len(train)], spans[len(train) :]
+
+
+def _by_name(folder: Path, prefix: str) -> list[str]:
+    """Token shards of a folder without a description, by what their names begin with."""
+    return sorted(str(path) for path in folder.glob(f"{prefix}*") if is_shard(str(path)))
 
 
 def _open_shards(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import time
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -13,10 +14,13 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
+from sparsejax.spec import Backend
 from train.data.config import DataConfig
+from train.runtime import reserve_memory
 from train.study import definition
 from train.study.definition import Run, Study
 from train.study.equal_time import Speedups, read_speedups
+from train.study.export import export, unpack
 from train.study.record import Folders, differences, read
 from train.study.report import make_report, write_header
 from train.study.runner import plan, run_study, select
@@ -44,10 +48,18 @@ class Arguments:
     """Seeds, instead of the study's own."""
     base: str | None = None
     """Configuration to vary, instead of the study's own: a module in configs/."""
-    max_minutes: float | None = None
-    """Start no run that would probably end later than this many minutes after the first began."""
+    backend: Backend | None = None
+    """Kernels of the sparse phases, instead of the configuration's own."""
+    budget_seconds: float | None = None
+    """Start no run that would probably end later than this many seconds after the command began."""
+    jobs: int = 1
+    """Runs side by side, each in a process with its part of the GPU's memory. Their speeds say
+    nothing."""
     isolate: bool = False
     """A process for each run: survives kernels that crash, at the cost of a start-up each."""
+    export: Annotated[Path | None, tyro.conf.arg(metavar="FILE.json")] = None
+    """All results as one small file, to commit: written after each run, and read first, so that the
+    file alone is enough to continue from or to report."""
     replace: bool = False
     """Run again what has a result of another configuration, instead of refusing."""
     speedup: float | None = None
@@ -81,30 +93,49 @@ def run(arguments: Arguments, console: Console) -> int:
             raise ValueError(f"which study? known: {known} (--list describes them)")
         _list_studies(console)
         return 0
-    if arguments.max_minutes is not None and not arguments.max_minutes > 0:
-        raise ValueError(f"--max-minutes {arguments.max_minutes:g} must be positive")
+    budget, began = arguments.budget_seconds, time.monotonic()
+    if budget is not None and not budget > 0:
+        raise ValueError(f"--budget-seconds {budget:g} must be positive")
+    if arguments.jobs < 1:
+        raise ValueError(f"--jobs {arguments.jobs} must be at least 1")
     output = arguments.output or Path("runs") / "studies" / arguments.name
     speedups = _speedups(arguments)
     if arguments.report:
+        if arguments.export is not None:
+            unpack(arguments.export, output)
         make_report(output, console, speedups)
         return 0
     folders = Folders(output, arguments.scratch or output / "scratch")
-    options = definition.Options(arguments.base, arguments.data, arguments.seeds, speedups)
+    options = definition.Options(
+        arguments.base, arguments.backend, arguments.data, arguments.seeds, speedups
+    )
     study = definition.get(arguments.name, options)
     runs = select(study, arguments.only)
+    if arguments.export is not None:
+        unpack(arguments.export, output)
     if arguments.list:
         _list_runs(study, runs, folders, console)
         return 0
     outcome = plan(study, runs, folders, replace=arguments.replace)
     write_header(output, study, speedups)
+    reserve_memory(arguments.jobs)
+
+    def save() -> None:
+        if arguments.export is not None:
+            export(output, arguments.export)
+
     run_study(
         study,
         outcome,
         folders,
         console=console,
+        jobs=arguments.jobs,
         isolate=arguments.isolate,
-        max_minutes=arguments.max_minutes,
+        budget_seconds=budget,
+        began=began,
+        ended=save,
     )
+    save()
     if outcome.done or outcome.failed:
         make_report(output, console)
     return 1 if outcome.failed else 0

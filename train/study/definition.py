@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from types import ModuleType
 
+from sparsejax.spec import Backend
 from train.config import Config, validate
 from train.data.config import DataConfig
 from train.study.equal_time import Speedups
@@ -16,6 +17,11 @@ from train.study.equal_time import Speedups
 PACKAGE = "configs.studies"
 
 Factor = float | int | str
+
+
+def run_key(label: str, seed: int) -> str:
+    """Name of the files of a label's run."""
+    return f"{re.sub(r'[^A-Za-z0-9.+-]+', '_', label)}-seed{seed}"
 
 
 @dataclass(frozen=True)
@@ -37,7 +43,7 @@ class Run:
     @property
     def key(self) -> str:
         """Name of the run's files."""
-        return f"{re.sub(r'[^A-Za-z0-9.+-]+', '_', self.label)}-seed{self.seed}"
+        return run_key(self.label, self.seed)
 
     @property
     def tokens(self) -> int:
@@ -122,12 +128,14 @@ class Options:
 
     Attributes:
       base: configuration the study varies; None is the study's own choice.
+      backend: kernels of the sparse phases; None is the configuration's own choice.
       data: training and validation text of all runs.
       seeds: replace the study's own; empty keeps them.
       speedups: of a sparse step over a dense one, where measured.
     """
 
     base: str | None = None
+    backend: Backend | None = None
     data: DataConfig = field(default_factory=DataConfig)
     seeds: tuple[int, ...] = ()
     speedups: Speedups = field(default_factory=Speedups)

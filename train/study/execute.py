@@ -7,6 +7,7 @@ import functools
 import gc
 import io
 import shutil
+import sys
 import time
 import traceback
 from collections.abc import Callable
@@ -38,7 +39,9 @@ from train.study.record import (
 LineListener = Callable[[str], None] | None
 
 
-def execute(run: Run, study: str, folders: Folders, line: LineListener = None) -> Record | None:
+def execute(
+    run: Run, study: str, folders: Folders, line: LineListener = None, *, jobs: int = 1
+) -> Record | None:
     """Trains from the first step to the last and writes the result file.
 
     Args:
@@ -46,6 +49,7 @@ def execute(run: Run, study: str, folders: Folders, line: LineListener = None) -
       study: name of the study.
       folders: where results and run folders go; what an earlier attempt left there is deleted.
       line: called with every line that the run prints; None for nobody.
+      jobs: runs that share the device, for the record: speeds are not what they would be alone.
 
     Returns:
       The result, also of a run that failed; None if a signal stopped it: nothing was written and
@@ -88,6 +92,7 @@ def execute(run: Run, study: str, folders: Folders, line: LineListener = None) -
         "wall_seconds": seconds,
         "versions": versions(),
         "device": _device(),
+        "jobs": jobs,
         "tokens": run.tokens,
         "data": None,
         "model": None,
@@ -97,7 +102,7 @@ def execute(run: Run, study: str, folders: Folders, line: LineListener = None) -
         record |= _facts(run.config)
         record["data"]["epochs"] = run.tokens / record["data"]["tokens_an_epoch"]
     write(folders.result(run), record)
-    shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)
+    shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)  # of a study that keeps them
     return record
 
 
@@ -120,7 +125,7 @@ def _facts(config: Config) -> dict[str, Any]:
     data = _data(config.data, config.sequence_length)
     resolved = resolve(config, tokenizer_vocab_size=data["vocab_size"])
     parameters = accounting.parameters(resolved)
-    windows = min(config.log.eval_windows, data["validation_windows"])
+    windows = min(config.log.eval_windows or sys.maxsize, data["validation_windows"])
     return {
         "data": {
             **data,

@@ -17,7 +17,7 @@ from typing import Any, Literal
 
 from train import metrics
 from train.config import Config
-from train.study.definition import Run
+from train.study.definition import Run, run_key
 
 Status = Literal["finished", "non_finite", "failed"]
 Record = dict[str, Any]
@@ -58,7 +58,7 @@ class Folders:
 
     def result(self, run: Run) -> Path:
         """The run's JSON file."""
-        return self.output / "results" / f"{run.key}.json"
+        return self.output / "results" / result_name(run.label, run.seed)
 
     def log(self, run: Run) -> Path:
         """What the run printed."""
@@ -73,6 +73,11 @@ class Folders:
     def compiled(self) -> Path:
         """Compiled programs, shared by all runs."""
         return self.scratch / "compiled"
+
+
+def result_name(label: str, seed: int) -> str:
+    """Name of the JSON file of a label's run."""
+    return f"{run_key(label, seed)}.json"
 
 
 def leaves(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -157,6 +162,23 @@ def strict(value: Any) -> Any:
     return value
 
 
+def failure(run: Run, study: str, error: str, seconds: float) -> Record:
+    """The record of a run that left none."""
+    return {
+        "format": FORMAT,
+        "study": study,
+        "label": run.label,
+        "seed": run.seed,
+        "factors": dict(run.factors),
+        "status": "failed",
+        "error": error,
+        "hash": config_hash(run.config),
+        "config": dataclasses.asdict(run.config),
+        "wall_seconds": seconds,
+        "tokens": run.tokens,
+    }
+
+
 def trained(folder: Path) -> dict[str, Any]:
     """What a run's log says: curves, held-out losses, speeds.
 
@@ -166,9 +188,11 @@ def trained(folder: Path) -> dict[str, Any]:
     Returns:
       `curve` (columns step, loss, grad_norm, phase of the log lines), `evaluations` (columns step
       and each view's loss), `final` and `best` held-out losses by view (best with its step),
+      `final_batches` (the final dense loss of each held-out batch),
       `phases` (tokens/s and the like, as the run's summary), `loop_seconds` (training loop without
       evaluation and checkpoints), `steps_done`, and `expert_load` (largest ratio of the busiest
-      expert to the mean over the sparse phase's second half, None where nothing is routed).
+      expert to the mean over the sparse phase's second half, None where nothing is routed), and
+      `token_churn` (mean over layers, by refresh).
     """
     path = folder / metrics.FILE_NAME
     records = metrics.read(path) if path.exists() else []
@@ -189,10 +213,12 @@ def trained(folder: Path) -> dict[str, Any]:
         "curve": {key: column(lines, key) for key in ("step", "loss", "grad_norm", "phase")},
         "evaluations": {key: column(evaluations, key) for key in ("step", *views)},
         "final": {view: last[view] for view in views if last.get(view) is not None},
+        "final_batches": last.get("batches_dense"),
         "best": best,
         "phases": {} if summary is None else summary["phases"],
         "loop_seconds": None if summary is None else summary["elapsed"] - summary["paused"],
         "steps_done": lines[-1]["step"] if lines else 0,
+        "token_churn": [r["token_churn_mean"] for r in records if "token_churn_mean" in r],
         "expert_load": max(loads[len(loads) // 2 :], default=None),
     }
 

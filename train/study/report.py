@@ -15,10 +15,10 @@ from rich.table import Table
 from train.study import figures
 from train.study.definition import Axis, Study
 from train.study.equal_time import Speedups, whole_run_speedup
+from train.study.export import HEADER
 from train.study.record import FORMAT, Record, read, read_all, write
-from train.study.statistics import Paired, Sample, paired, sample
+from train.study.statistics import Paired, Sample, held_out_error, paired, sample
 
-HEADER = "study.json"
 REPORT = "report.md"
 
 
@@ -51,6 +51,7 @@ class Row:
       dense, best, sparse: final dense, best dense and final sparse view over the seeds; None
         without any.
       paired: dense view against the baseline.
+      held_out_se: standard error of that difference over held-out batches; NaN where unknown.
       tokens: of one run.
       sparse_share: share of its steps that were sparse.
       step_speedup: sparse step against dense step, measured in the same runs; NaN where unknown.
@@ -68,6 +69,7 @@ class Row:
     best: Sample | None
     sparse: Sample | None
     paired: Paired | None
+    held_out_se: float
     tokens: int
     sparse_share: float
     step_speedup: float
@@ -163,6 +165,11 @@ def _row(label: str, group: list[Record], reference: list[Record], header: Heade
         for r in records
         if r["status"] == "finished" and r["final"].get(view) is not None
     }
+    batches = lambda records: {
+        r["seed"]: r["final_batches"]
+        for r in records
+        if r["status"] == "finished" and r.get("final_batches")
+    }
     dense, sparse = final(group, "loss_dense"), list(final(group, "loss_sparse").values())
     best = [r["best"]["loss_dense"]["loss"] for r in finished if "loss_dense" in r["best"]]
     rates: dict[str, float] = {}
@@ -179,6 +186,7 @@ def _row(label: str, group: list[Record], reference: list[Record], header: Heade
         best=_sample(best),
         sparse=_sample(sparse),
         paired=paired(dense, final(reference, "loss_dense")) if compare else None,
+        held_out_se=held_out_error(batches(group), batches(reference)) if compare else math.nan,
         tokens=shown["tokens"],
         sparse_share=_sparse_share(shown),
         step_speedup=rates["sparse"] / rates["dense"] if len(rates) == 2 else math.nan,
@@ -230,6 +238,7 @@ def remarks(header: Header, records: Sequence[Record]) -> list[str]:
         ("training data", lambda r: r["data"]["fingerprint"][:12]),
         ("numbers of held-out windows", lambda r: str(r["data"]["evaluated_windows"])),
         ("devices", lambda r: f"{r['device']['count']} x {r['device']['kind']}"),
+        ("numbers of runs side by side", lambda r: str(r.get("jobs", 1))),
         ("JAX versions", lambda r: r["versions"]["jax"]),
         ("commits", lambda r: r["versions"].get("commit", "unknown")),
     ):
@@ -240,6 +249,10 @@ def remarks(header: Header, records: Sequence[Record]) -> list[str]:
     if repeated := sorted({r["label"] for r in good if r["data"]["epochs"] > 1}):
         most = max(r["data"]["epochs"] for r in good)
         notes.append(f"training data repeat up to {most:.1f} times in: {', '.join(repeated)}")
+    if (crowded := max((r.get("jobs", 1) for r in good), default=1)) > 1:
+        notes.append(
+            f"up to {crowded} runs shared the device: their tokens/s and seconds are not speeds"
+        )
     if header.baseline is not None and good:
         base = {r["seed"] for r in good if r["label"] == header.baseline}
         if not base:
@@ -293,6 +306,7 @@ _COLUMNS: tuple[_Column, ...] = (
     ("95% of sd", lambda r: _sd_interval(r.dense), False),
     ("difference ± se", lambda r: _difference(r.paired), True),
     ("95% of difference", lambda r: _interval(r.paired), True),
+    ("held-out se", lambda r: _number(r.held_out_se), False),
     ("relative", lambda r: f"{100 * r.paired.relative:+.2f}%" if r.paired else "", True),
     ("sparse view ± sd", lambda r: _spread(r.sparse), False),
     ("best loss", lambda r: f"{r.best.mean:.4f}" if r.best else "", False),
@@ -366,7 +380,8 @@ def _explanation(header: Header, records: Sequence[Record]) -> list[str]:
     if header.baseline is not None:
         lines.append(
             f"Differences are to **{header.baseline}**, paired by seed, with their standard error "
-            "and 95% interval by Student's t."
+            "and 95% interval by Student's t. The held-out se is what the choice of the held-out "
+            "text adds: the standard error of the difference over batches of it."
         )
     if header.speedups.known:
         given = [] if header.speedups.default is None else [f"{header.speedups.default:g}"]

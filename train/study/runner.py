@@ -1,9 +1,11 @@
-"""Runs a study: one run after another, past failures, with the time that is left.
+"""Runs a study: one run after another, or several side by side, past failures, with the time that
+is left.
 
 Runs share this process by default. What they would gain from a process each (a kernel's crash stays
 alone, memory starts afresh) is worth less than the start-up of the accelerator and of JAX, tens of
-seconds beside runs of a minute; `isolate` buys it where kernels are young. Compiled programs are
-kept on disk, so that neither way compiles twice what seeds share.
+seconds beside runs of a minute; `isolate` buys it where kernels are young. Runs side by side fill
+the device where one alone would leave it waiting for the host, or for the compiler; their speeds
+say nothing. Compiled programs are kept on disk, so that no way compiles twice what seeds share.
 
 A half-finished run starts over: its curve and speed then come from one process and one device, and
 a checkpoint of every minute would cost more than it saves.
@@ -11,12 +13,9 @@ a checkpoint of every minute would cost more than it saves.
 
 from __future__ import annotations
 
-import dataclasses
 import fnmatch
-import multiprocessing
-import signal
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
 from rich.console import Console
@@ -26,7 +25,8 @@ from train.metrics import duration
 from train.signals import StopRequest
 from train.study.definition import Run, Study
 from train.study.execute import device_answers, execute
-from train.study.record import FORMAT, Folders, Record, config_hash, differences, read, write
+from train.study.pool import Pool
+from train.study.record import Folders, Record, differences, read
 
 
 @dataclass
@@ -113,8 +113,11 @@ def run_study(
     folders: Folders,
     *,
     console: Console,
+    jobs: int = 1,
     isolate: bool = False,
-    max_minutes: float | None = None,
+    budget_seconds: float | None = None,
+    began: float | None = None,
+    ended: Callable[[], None] = lambda: None,
 ) -> None:
     """Runs what is left.
 
@@ -124,9 +127,12 @@ def run_study(
         in there too, not raised.
       folders: where results go.
       console: where progress is printed.
-      isolate: a process for each run.
-      max_minutes: start no run that would probably end later than this; the first one starts
+      jobs: runs side by side, each in a process of its own if there are several.
+      isolate: a new process for each run.
+      budget_seconds: start no run that would probably end later than this; the first one starts
         whatever is expected of it.
+      began: time.monotonic() from which the budget counts; None is now.
+      ended: called after each run.
 
     Raises:
       OSError: results cannot be written.
@@ -135,95 +141,130 @@ def run_study(
         make_deterministic(folders.scratch)
     total = len(outcome.left)
     skipped = f", {len(outcome.done)} done before" if outcome.done else ""
-    console.print(f"[bold]{study.name}[/bold]: {total} runs to do{skipped}", highlight=False)
-    began = time.monotonic()
-    while outcome.left:
-        run = outcome.left[0]
-        elapsed = time.monotonic() - began
-        number = total - len(outcome.left) + 1
-        expected = expected_seconds(run, outcome.done)
-        if max_minutes is not None and number > 1 and elapsed + (expected or 0) > 60 * max_minutes:
-            outcome.stopped = f"the next run would end after --max-minutes {max_minutes:g}"
-            break
-        title = f"[{number}/{total}] {run.label}, seed {run.seed}"
-        try:
-            record = _one(run, study.name, folders, console, title, isolate)
-        except KeyboardInterrupt:
-            record = None
-        if record is None:
-            outcome.stopped = f"{run.key} was interrupted and will start over"
-            break
-        outcome.left.pop(0)
-        (outcome.failed if record["status"] == "failed" else outcome.done).append(record)
-        _print_end(console, title, record, outcome, folders.log(run))
-        if record["status"] == "failed" and not isolate and not device_answers():
-            outcome.stopped = "the device no longer answers in this process; --isolate survives it"
-            break
+    beside = f", {jobs} side by side" if jobs > 1 else ""
+    console.print(
+        f"[bold]{study.name}[/bold]: {total} runs to do{skipped}{beside}", highlight=False
+    )
+    progress = _Progress(outcome, console, folders, total, jobs, ended)
+    budget = _Budget(budget_seconds, time.monotonic() if began is None else began, outcome)
+    if jobs > 1 or isolate:
+        with Pool(execute, study.name, folders, jobs=jobs, isolate=isolate) as pool:
+            _beside(pool, outcome, progress, budget, console)
+    else:
+        _one_by_one(study, outcome, folders, progress, budget, console)
     if outcome.stopped and outcome.left:
         text = f"stopped: {outcome.stopped}; {len(outcome.left)} runs left for the same command"
         console.print(text, highlight=False, markup=False, soft_wrap=True)
 
 
-def _one(
-    run: Run, study: str, folders: Folders, console: Console, title: str, isolate: bool
-) -> Record | None:
-    if isolate:
-        with console.status(title):
-            return _isolated(run, study, folders)
-    with console.status(title) as status:
-        return execute(run, study, folders, lambda line: status.update(f"{title}  [dim]{line}"))
+@dataclass
+class _Budget:
+    """Whether there is time for one more run."""
+
+    seconds: float | None
+    began: float
+    outcome: Outcome
+    started: int = 0
+
+    def allows(self, run: Run) -> bool:
+        """Asked before each start. The first run may start, or nothing ever would."""
+        elapsed = time.monotonic() - self.began
+        expected = expected_seconds(run, self.outcome.done) or 0
+        if self.seconds is not None and self.started and elapsed + expected > self.seconds:
+            self.outcome.stopped = f"the next run would end after --budget-seconds {self.seconds:g}"
+            return False
+        self.started += 1
+        return True
 
 
-def _isolated(run: Run, study: str, folders: Folders) -> Record | None:
-    folders.result(run).unlink(missing_ok=True)
-    began = time.monotonic()
-    # Spawned: a fork would inherit threads of JAX and of the data pipeline.
-    context = multiprocessing.get_context("spawn")
-    process = context.Process(target=execute, args=(run, study, folders))
-    process.start()
-    with StopRequest() as stop:
-        while process.is_alive():
-            process.join(0.2)
+def _one_by_one(
+    study: Study,
+    outcome: Outcome,
+    folders: Folders,
+    progress: _Progress,
+    budget: _Budget,
+    console: Console,
+) -> None:
+    """In this process."""
+    while outcome.left and budget.allows(outcome.left[0]):
+        run = outcome.left[0]
+        title = progress.title(run)
+        try:
+            with console.status(title) as status:
+                line = lambda text, title=title: status.update(f"{title}  [dim]{text}")
+                record = execute(run, study.name, folders, line)
+        except KeyboardInterrupt:
+            record = None
+        if record is None:
+            outcome.stopped = f"{run.key} was interrupted and will start over"
+            return
+        progress.end(run, record)
+        if record["status"] == "failed" and not device_answers():
+            outcome.stopped = "the device no longer answers in this process; --isolate survives it"
+            return
+
+
+def _beside(
+    pool: Pool, outcome: Outcome, progress: _Progress, budget: _Budget, console: Console
+) -> None:
+    """In processes of their own. `outcome.left` keeps a run until it has ended."""
+    waiting = list(outcome.left)
+    with console.status("") as status, StopRequest() as stop:
+        while True:
+            while waiting and not (pool.full or outcome.stopped):
+                if budget.allows(waiting[0]):
+                    pool.start(waiting.pop(0))
+            if not pool.running:
+                return
+            status.update(", ".join(progress.title(run) for run in pool.running))
+            for done in pool.wait(0.2):
+                if done.record is None:
+                    outcome.stopped = f"{done.run.key} was interrupted and will start over"
+                else:
+                    progress.end(done.run, done.record)
             if stop.requested:
-                process.terminate()  # its own handler ends it after the step at hand
-                process.join()
-    record = read(folders.result(run))
-    if record is None and process.exitcode and not stop.requested:
-        code = process.exitcode
-        cause = signal.Signals(-code).name if code < 0 else f"exit code {code}"
-        record = _died(run, study, cause, time.monotonic() - began)
-        write(folders.result(run), record)
-    return record
+                outcome.stopped = f"{pool.running[0].key if pool.running else 'it'} was interrupted"
+                pool.stop()
 
 
-def _died(run: Run, study: str, cause: str, seconds: float) -> Record:
-    """The record of a run whose process left none."""
-    return {
-        "format": FORMAT,
-        "study": study,
-        "label": run.label,
-        "seed": run.seed,
-        "factors": dict(run.factors),
-        "status": "failed",
-        "error": f"its process died: {cause}",
-        "hash": config_hash(run.config),
-        "config": dataclasses.asdict(run.config),
-        "wall_seconds": seconds,
-        "tokens": run.tokens,
-    }
+class _Progress:
+    """Enters the runs that end into the outcome, and says so."""
 
+    def __init__(
+        self,
+        outcome: Outcome,
+        console: Console,
+        folders: Folders,
+        total: int,
+        jobs: int,
+        ended: Callable[[], None],
+    ) -> None:
+        self._outcome, self._console, self._folders = outcome, console, folders
+        self._total, self._jobs, self._ended = total, jobs, ended
+        self._number: dict[str, int] = {}
 
-def _print_end(console: Console, title: str, record: Record, outcome: Outcome, log: object) -> None:
-    if record["status"] == "finished":
-        losses = "  ".join(
-            f"{view.removeprefix('loss_')} {loss:.4f}" for view, loss in record["final"].items()
-        )
-        text = f"{title}  {losses}"
-    else:
-        text = f"{title}  {record['status'].replace('_', '-')}: {record['error']} (log: {log})"
-    text += f"  {duration(record['wall_seconds'])}"
-    left = [expected_seconds(run, outcome.done) for run in outcome.left]
-    known = [seconds for seconds in left if seconds is not None]
-    if known and len(known) == len(left):
-        text += f"  eta {duration(sum(known))}"
-    console.print(text, highlight=False, markup=False, soft_wrap=True)
+    def title(self, run: Run) -> str:
+        """Number, label and seed; numbers in the order in which runs start."""
+        number = self._number.setdefault(run.key, len(self._number) + 1)
+        return f"[{number}/{self._total}] {run.label}, seed {run.seed}"
+
+    def end(self, run: Run, record: Record) -> None:
+        outcome = self._outcome
+        outcome.left.remove(run)
+        (outcome.failed if record["status"] == "failed" else outcome.done).append(record)
+        if record["status"] == "finished":
+            losses = "  ".join(
+                f"{view.removeprefix('loss_')} {loss:.4f}" for view, loss in record["final"].items()
+            )
+            text = f"{self.title(run)}  {losses}"
+        else:
+            status = record["status"].replace("_", "-")
+            log = self._folders.log(run)
+            text = f"{self.title(run)}  {status}: {record['error']} (log: {log})"
+        text += f"  {duration(record['wall_seconds'])}"
+        left = [expected_seconds(other, outcome.done) for other in outcome.left]
+        known = [seconds for seconds in left if seconds is not None]
+        if known and len(known) == len(left):
+            text += f"  eta {duration(sum(known) / self._jobs)}"
+        self._console.print(text, highlight=False, markup=False, soft_wrap=True)
+        self._ended()

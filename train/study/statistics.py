@@ -65,6 +65,29 @@ def sample(losses: Sequence[float]) -> Sample:
     return Sample(n, mean, sd, *bounds)
 
 
+def held_out_error(
+    batches: Mapping[int, Sequence[float]], baseline: Mapping[int, Sequence[float]]
+) -> float:
+    """Standard error of a paired difference that comes from the choice of the held-out text.
+
+    Args:
+      batches: mean loss of each held-out batch, by seed.
+      baseline: likewise, of the same batches.
+
+    Returns:
+      The standard error over batches of the difference averaged over the seeds that both have; NaN
+      without such seeds, or with fewer than two batches.
+    """
+    seeds = [seed for seed in batches if len(batches[seed]) == len(baseline.get(seed, ()))]
+    if not seeds or len({len(batches[seed]) for seed in seeds}) > 1:
+        return math.nan
+    pairs = [np.subtract(batches[seed], baseline[seed]) for seed in seeds]
+    difference = np.mean(pairs, axis=0)
+    if len(difference) < 2:
+        return math.nan
+    return float(difference.std(ddof=1)) / math.sqrt(len(difference))
+
+
 def paired(losses: Mapping[int, float], baseline: Mapping[int, float]) -> Paired | None:
     """Compares losses with a baseline's, seed by seed; None if no seed has both.
 

@@ -1,0 +1,161 @@
+"""Runs of a study in processes of their own, several side by side."""
+
+from __future__ import annotations
+
+import contextlib
+import multiprocessing
+import multiprocessing.connection
+import signal
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from train.study.definition import Run
+from train.study.record import Folders, Record, failure, write
+
+Execute = Callable[..., Record | None]
+"""`train.study.execute.execute`, or something like it."""
+
+# Spawned: a fork would inherit threads of JAX and of the data pipeline.
+_CONTEXT = multiprocessing.get_context("spawn")
+
+
+@dataclass(frozen=True)
+class Ended:
+    """A run that came to its end in a process.
+
+    Attributes:
+      run: the run.
+      record: its result; None if a signal stopped it, and it has to start over.
+    """
+
+    run: Run
+    record: Record | None
+
+
+class Pool:
+    """Up to `jobs` processes that execute runs. Use it as a context manager.
+
+    A process serves one run after another, since its start (JAX, the device, the data) costs as
+    much as a short run; with `isolate` each run gets a new one. A process that dies is a failed run
+    and is replaced.
+
+    Args:
+      execute: what to do with a run; importable by name.
+      study: name of the study.
+      folders: where results go.
+      jobs: processes at a time.
+      isolate: a new process for each run.
+    """
+
+    def __init__(
+        self, execute: Execute, study: str, folders: Folders, *, jobs: int, isolate: bool = False
+    ) -> None:
+        self._arguments = (execute, study, folders, jobs)
+        self._study, self._folders = study, folders
+        self._jobs, self._isolate = jobs, isolate
+        self._idle: list[_Worker] = []
+        self._busy: list[_Worker] = []
+
+    @property
+    def running(self) -> tuple[Run, ...]:
+        """The runs under way."""
+        return tuple(worker.run for worker in self._busy if worker.run is not None)
+
+    @property
+    def full(self) -> bool:
+        """Whether every process has a run."""
+        return len(self._busy) >= self._jobs
+
+    def start(self, run: Run) -> None:
+        """Gives a run to an idle process, or to a new one."""
+        self._folders.result(run).unlink(missing_ok=True)
+        worker = self._idle.pop() if self._idle else _Worker(*self._arguments)
+        self._busy.append(worker)
+        worker.start(run)
+
+    def wait(self, seconds: float) -> list[Ended]:
+        """The runs that have ended since the last call; waits for one at most `seconds`."""
+        waiting: dict[Any, _Worker] = {worker.connection: worker for worker in self._busy}
+        ready = multiprocessing.connection.wait(list(waiting), timeout=seconds)
+        ended = []
+        for connection in ready:
+            worker = waiting[connection]
+            run = worker.run
+            assert run is not None
+            record, alive = self._result(worker, run)
+            ended.append(Ended(run, record))
+            self._busy.remove(worker)
+            if alive and not self._isolate:
+                self._idle.append(worker)
+            else:
+                worker.close()
+        return ended
+
+    def stop(self) -> None:
+        """Asks the runs under way to end after the step at hand; `wait` then returns them."""
+        for worker in self._busy:
+            worker.process.terminate()  # its own handler ends the run
+
+    def _result(self, worker: _Worker, run: Run) -> tuple[Record | None, bool]:
+        """What came of a run, and whether its process can take another one."""
+        try:
+            return worker.connection.recv(), True
+        except (EOFError, OSError):
+            worker.process.join()
+        code = worker.process.exitcode or 0
+        if code in (0, -signal.SIGTERM):
+            return None, False
+        cause = signal.Signals(-code).name if code < 0 else f"exit code {code}"
+        seconds = time.monotonic() - worker.began
+        record = failure(run, self._study, f"its process died: {cause}", seconds)
+        write(self._folders.result(run), record)
+        return record, False
+
+    def __enter__(self) -> Pool:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stop()
+        for worker in self._idle + self._busy:
+            worker.close()
+
+
+class _Worker:
+    """A process and the pipe to it."""
+
+    def __init__(self, execute: Execute, study: str, folders: Folders, jobs: int) -> None:
+        self.connection, theirs = _CONTEXT.Pipe()
+        self.process = _CONTEXT.Process(target=_serve, args=(theirs, execute, study, folders, jobs))
+        self.process.start()
+        theirs.close()  # else the end of the process would not close the pipe
+        self.run: Run | None = None
+        self.began = 0.0
+
+    def start(self, run: Run) -> None:
+        self.run, self.began = run, time.monotonic()
+        # A process that died meanwhile is noticed by whoever waits for its answer.
+        with contextlib.suppress(OSError):
+            self.connection.send(run)
+
+    def close(self) -> None:
+        with contextlib.suppress(OSError):
+            self.connection.send(None)
+        self.connection.close()
+        self.process.join()
+
+
+def _serve(
+    connection: multiprocessing.connection.Connection,
+    execute: Execute,
+    study: str,
+    folders: Folders,
+    jobs: int,
+) -> None:
+    """The process: runs until there is none left."""
+    # Ctrl-C goes to all processes of a terminal; the parent decides what it means.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    with contextlib.suppress(EOFError, OSError):
+        while (run := connection.recv()) is not None:
+            connection.send(execute(run, study, folders, jobs=jobs))
