@@ -47,9 +47,9 @@ def device() -> dict[str, Any]:
 
 
 def environment() -> dict[str, Any]:
-    """All of it, with the commit if the code runs from a clone."""
+    """All of it, with the commit if the code runs from a clone ("-dirty": with changes to it)."""
     return {
         "device": device(),
         "versions": versions(),
-        "commit": _output("git", "rev-parse", "--short", "HEAD"),
+        "commit": _output("git", "describe", "--always", "--dirty", "--abbrev=7", "--exclude=*"),
     }
