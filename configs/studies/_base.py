@@ -8,7 +8,7 @@ from typing import Any
 
 import configs
 from sparsejax.spec import Sparsity
-from train.config import CheckpointConfig, Config, ScheduleConfig
+from train.config import CheckpointConfig, Config, Ffn, ScheduleConfig
 from train.study.definition import Factor, Options, Run
 
 EVAL_WINDOWS = 0
@@ -16,6 +16,16 @@ EVAL_WINDOWS = 0
 evaluation should not decide anything."""
 
 DENSE = ScheduleConfig(warmup_steps=0, sparse_fraction=0.0)
+
+WARMUP = 0.1
+"""Share of the steps that are dense before the sparse phase, where a study does not vary it."""
+
+Sections = Mapping[str, Mapping[str, Any]]
+"""Fields by section of the configuration: {"optimizer": {"learning_rate": 1e-3}}."""
+
+TUNED: dict[Ffn, Sections] = {"relu2": {}, "relu2_gated": {}, "swiglu": {}}
+"""What `dense_sweep` and `dense_recipe` found for each form, on top of the configuration. All that
+is compared with a dense run starts from here: edit it when those studies say so."""
 
 Variants = dict[str, Config | tuple[Config, Mapping[str, Factor]]]
 """By label, a configuration or one with its factors."""
@@ -49,6 +59,11 @@ def base(options: Options, *, default: str = "small", tokens: float | None = Non
             tensorboard=False,
         ),
     )
+
+
+def tuned(config: Config, ffn: Ffn) -> Config:
+    """`config` with an FFN of this form and the settings that were found best for it."""
+    return changed(changed(config, **TUNED[ffn]), model={"ffn": ffn})
 
 
 def of_tokens(config: Config, tokens: float) -> Config:
@@ -87,25 +102,18 @@ def changed(config: Config, **sections: Mapping[str, Any]) -> Config:
 
 
 def sparse(
-    config: Config,
-    *,
-    share: float = 0.5,
-    warmup: float = 0.1,
-    ffn: str = "relu2",
-    **sparsity: Any,
+    config: Config, *, share: float = 0.5, warmup: float = WARMUP, **sparsity: Any
 ) -> Config:
     """`config` through all three phases.
 
     Args:
-      config: a dense run.
+      config: a dense run of a relu^2 form, tuned.
       share: of the steps that are sparse.
       warmup: share of the steps before them that are dense.
-      ffn: relu2 or relu2_gated.
       sparsity: fields of `Sparsity` that differ from `config`'s.
     """
     spec: Sparsity = dataclasses.replace(config.sparsity, **sparsity)
     schedule = ScheduleConfig(warmup_steps=round(warmup * config.steps), sparse_fraction=share)
-    config = changed(config, model={"ffn": ffn})
     return dataclasses.replace(config, schedule=schedule, sparsity=spec)
 
 
@@ -115,7 +123,7 @@ def runs(variants: Variants, seeds: Sequence[int]) -> tuple[Run, ...]:
 
     Args:
       variants: what to run.
-      seeds: of initialisation and data order.
+      seeds: of initialisation and data order (unless a variant has a data seed of its own).
     """
     found = []
     no_factors: Mapping[str, Factor] = {}

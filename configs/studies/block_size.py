@@ -4,17 +4,14 @@
 two of four inside.
 """
 
-from configs.studies._base import Variants, base, changed, runs, sparse
+from configs.studies._base import Variants, base, runs, sparse, tuned
 from train.study.definition import Axis, Options, Study
 
 
 def study(options: Options) -> Study:
     """Dense and SwiGLU beside the parts; three seeds."""
-    config = base(options)
-    variants: Variants = {
-        "relu2": config,
-        "swiglu": changed(config, model={"ffn": "swiglu"}),
-    }
+    swiglu, config = (tuned(base(options), ffn) for ffn in ("swiglu", "relu2"))
+    variants: Variants = {"relu2": config, "swiglu": swiglu}
     for m in (8, 16, 32):
         variants[f"M{m}"] = (sparse(config, m=m), {"m": m, "inside": "two of four"})
     for m in (8, 16, 32):

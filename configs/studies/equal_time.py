@@ -1,31 +1,40 @@
 """Is the recipe better than dense training of equal wall-clock? Needs the speed of a sparse step.
 
-The dense baseline's time is the budget: a sparse run that is faster gets the time it saves as
-extra tokens, with its whole schedule stretched. Runs of equal tokens stand beside, and, the other
-way round, a dense run cut to the time that the sparse recipe needs for the baseline's tokens.
-Give the speed by `--speedup` or `--speedup-from` (labels: sparse, sparse gated). Five paired seeds.
+The dense relu^2 baseline's time is the budget: a sparse run that is faster gets the time it saves
+as extra tokens, with its whole schedule stretched ("M16 50%, equal time"). Runs of equal tokens
+stand beside ("M16 50%"), so that both halves of the verdict come from the same seeds. Give the
+speed by `--speedup`, or by `--speedup-from` with keys such as "M16" and "gated M16" (from the step
+benchmark at the size that matters). Five paired seeds, seed by seed; finalists alone with `--only
+relu2 swiglu "M16 50%*"`.
 """
 
-from configs.studies._base import Variants, base, changed, runs, sparse
+from configs.studies._base import Variants, base, runs, sparse, tuned
+from train.config import Ffn
 from train.study.definition import Options, Study
 from train.study.equal_time import equal_time
 
+RECIPES: tuple[tuple[Ffn, int, float], ...] = (
+    ("relu2", 16, 0.5),
+    ("relu2_gated", 16, 0.5),
+    ("relu2", 16, 0.7),
+    ("relu2", 32, 0.7),
+    ("relu2_gated", 16, 0.7),
+)
+"""Form, M, and share of the steps that are sparse; the most important first."""
+
 
 def study(options: Options) -> Study:
-    """V:2:16 with 2:4 inside, half of the steps sparse."""
+    """Three dense baselines, and five recipes at equal tokens and at equal time."""
     config = base(options, tokens=40e6)
-    recipe, gated = sparse(config), sparse(config, ffn="relu2_gated")
-    swiglu = changed(config, model={"ffn": "swiglu"})
-    s, s_gated = (options.speedups.required(label) for label in ("sparse", "sparse gated"))
-    variants: Variants = {
-        "relu2": config,
-        "sparse, equal time": equal_time(recipe, config, s),
-        "sparse": recipe,
-        "swiglu": swiglu,
-        "sparse gated, equal time": equal_time(gated, config, s_gated),
-        "sparse gated": gated,
-        "relu2, time of sparse": equal_time(config, recipe, s),
-    }
+    dense = tuned(config, "relu2")
+    variants: Variants = {"relu2": dense, "swiglu": tuned(config, "swiglu")}
+    for ffn, m, share in RECIPES:
+        label = f"{'gated ' if ffn == 'relu2_gated' else ''}M{m} {share:.0%}"
+        recipe = sparse(tuned(config, ffn), m=m, share=share)
+        speedup = options.speedups.required(label)
+        variants[f"{label}, equal time"] = equal_time(recipe, dense, speedup)
+        variants[label] = recipe
+    variants["relu2_gated"] = tuned(config, "relu2_gated")
     return Study(
         name="equal_time",
         question="Is the recipe better than dense training of equal wall-clock?",

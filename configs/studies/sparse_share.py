@@ -4,7 +4,7 @@
 is left for the dense end.
 """
 
-from configs.studies._base import Variants, base, changed, runs, sparse
+from configs.studies._base import Variants, base, runs, sparse, tuned
 from train.study.definition import Axis, Options, Study
 
 SHARES = (0.25, 0.5, 0.7, 0.8, 0.9)
@@ -12,11 +12,8 @@ SHARES = (0.25, 0.5, 0.7, 0.8, 0.9)
 
 def study(options: Options) -> Study:
     """V:2:16 with 2:4 inside; three seeds."""
-    config = base(options)
-    variants: Variants = {
-        "relu2": config,
-        "swiglu": changed(config, model={"ffn": "swiglu"}),
-    }
+    swiglu, config = (tuned(base(options), ffn) for ffn in ("swiglu", "relu2"))
+    variants: Variants = {"relu2": config, "swiglu": swiglu}
     for share in SHARES:
         varied = sparse(config, share=share, warmup=0.05)
         variants[f"sparse {share:.0%}"] = (varied, {"sparse_share": share})

@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 
 import configs
-from configs.studies import _base
+from configs.studies import _base, dense_sweep
 from train.config import Config, validate
 from train.data.config import DataConfig
 from train.study import definition
@@ -25,11 +25,11 @@ def test_every_study_can_run_on_the_data_asked_for(name):
     study = definition.get(name, Options(data=data, speedups=SPEEDUPS))
     study.validate()
     assert definition.summary(name).endswith((".", "?"))
-    # A minute of an H100, and no more than one pass over the text the budget was made for.
-    assert all(run.tokens <= 47e6 for run in study.runs)
+    # About a minute of an H100, and no more than one pass over the text the budget was made for.
+    assert all(run.tokens <= 60e6 for run in study.runs)
     for run in study.runs:
-        assert run.config.data == dataclasses.replace(data, shuffle=run.config.data.shuffle)
-        assert run.config.checkpoint.every == 0
+        assert run.config.data == dataclasses.replace(data, seed=run.config.data.seed)
+        assert (run.config.checkpoint.every, run.config.checkpoint.final) == (0, False)
     # Every label has the same seeds: everything is paired.
     seeds = {label: [r.seed for r in study.runs if r.label == label] for label in study.labels}
     assert len(set(map(tuple, seeds.values()))) == 1
@@ -59,7 +59,8 @@ def test_dense_sweep_is_a_star():
     relu2 = [run for run in study.runs if run.factors["ffn"] == "relu2"]
     centre = relu2[0].factors
     moved = [[k for k, v in run.factors.items() if v != centre[k]] for run in relu2]
-    assert sorted(map(len, moved)) == [0] + 8 * [1]
+    points = sum(map(len, dense_sweep.SWEEPS.values())) - 3
+    assert sorted(map(len, moved)) == [0] + points * [1]
     tokens = {run.tokens for run in study.runs}
     assert max(tokens) - min(tokens) < 0.003 * max(tokens)
     batches = {run.config.batch_size: run.config for run in relu2}
@@ -68,7 +69,7 @@ def test_dense_sweep_is_a_star():
 
 
 def test_sparse_runs_leave_a_dense_end():
-    for name in ("sparse_share", "block_size", "flip"):
+    for name in ("sparse_share", "block_size", "flip", "gated"):
         for run in definition.get(name, Options()).runs:
             config = run.config
             end = config.steps - config.schedule.warmup_steps - config.sparse_steps
@@ -78,15 +79,44 @@ def test_sparse_runs_leave_a_dense_end():
 def test_equal_time_needs_a_speed_and_spends_it():
     with pytest.raises(ValueError, match="--speedup"):
         definition.get("equal_time", Options())
-    study = definition.get(
-        "equal_time", Options(speedups=Speedups(None, {"sparse": 1.2, "sparse gated": 1.4}))
-    )
+    with pytest.raises(ValueError, match=r"'gated M16 50%' is needed"):
+        definition.get("equal_time", Options(speedups=Speedups(None, {"M16": 1.2, "M32": 1.3})))
+    speedups = Speedups(None, {"M16": 1.2, "gated M16": 1.4, "M32": 1.3, "M16 70%": 1.1})
+    study = definition.get("equal_time", Options(speedups=speedups))
     tokens = {run.label: run.tokens for run in study.runs}
-    share = 0.5
-    for label, s in (("sparse", 1.2), ("sparse gated", 1.4)):
+    for label, share, s in (
+        ("M16 50%", 0.5, 1.2),
+        ("gated M16 50%", 0.5, 1.4),
+        ("M16 70%", 0.7, 1.1),
+        ("M32 70%", 0.7, 1.3),
+    ):
         saved = tokens["relu2"] / (1 - share + share / s)
         assert tokens[f"{label}, equal time"] == pytest.approx(saved, rel=2e-3)
         assert tokens[label] == tokens["relu2"]
+
+
+def test_what_was_tuned_is_where_comparisons_start(monkeypatch):
+    monkeypatch.setitem(_base.TUNED, "relu2", {"optimizer": {"learning_rate": 7e-3}})
+    monkeypatch.setitem(_base.TUNED, "swiglu", {"model": {"qk_norm": True}})
+    names = [n for n in definition.names() if n not in ("smoke", "dense_sweep")]
+    for name in names:
+        for run in definition.get(name, Options(speedups=SPEEDUPS)).runs:
+            config = run.config
+            if config.model.ffn == "swiglu":
+                assert config.model.qk_norm
+                assert config.optimizer.learning_rate != 7e-3
+            elif config.model.ffn == "relu2" and not run.label.startswith("lr"):
+                assert config.optimizer.learning_rate == 7e-3, (name, run.label)
+    # The sweep goes around the tuned point.
+    star = definition.get("dense_sweep", Options()).runs
+    rates = [run.factors["learning_rate"] for run in star if run.factors["ffn"] == "relu2"]
+    assert rates.count(7e-3) == len(rates) - len(dense_sweep.SWEEPS["learning_rate"])
+
+
+def test_kernels_can_be_named():
+    for name in definition.names():
+        study = definition.get(name, Options(backend="triton", speedups=SPEEDUPS))
+        assert {run.config.sparsity.backend for run in study.runs} == {"triton"}
 
 
 def test_seed_by_seed():

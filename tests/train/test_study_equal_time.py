@@ -87,6 +87,12 @@ def test_speedups_by_label():
     assert speedups.of("sparse, equal time") == 1.4
     assert speedups.of("sparse, M8") == 1.1
     assert speedups.of("other") == 1.2
+    # Labels with a share of sparse steps: the share's own, or that of the kind.
+    shares = Speedups(None, {"M16": 1.3, "M16 70%": 1.4, "gated M16": 1.5})
+    assert shares.of("M16 50%, equal time") == 1.3
+    assert shares.of("M16 70%, equal time") == 1.4
+    assert shares.of("gated M16 70%") == 1.5
+    assert shares.of("M32 70%") is None
     with pytest.raises(ValueError, match=r"'other'.*--speedup"):
         Speedups().required("other")
     for bad in (0.0, -1.0, float("nan")):

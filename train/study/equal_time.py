@@ -41,9 +41,12 @@ class Speedups:
 
     def of(self, label: str) -> float | None:
         """The sparse step's speed-up in runs of this label, or of the recipe that the label names
-        before a comma ("sparse" of "sparse, equal time"); None where unknown."""
-        recipe = self.by_label.get(label.partition(",")[0], self.default)
-        return self.by_label.get(label, recipe)
+        before a comma, or of that without its share of sparse steps ("M16 70%, equal time": "M16
+        70%", then "M16"), or the default; None where unknown."""
+        recipe = label.partition(",")[0]
+        kind = " ".join(word for word in recipe.split() if not word.endswith("%"))
+        known = (name for name in (label, recipe, kind) if name in self.by_label)
+        return next((self.by_label[name] for name in known), self.default)
 
     def required(self, label: str) -> float:
         """As `of`.
