@@ -184,7 +184,13 @@ def _unpack_metadata(metadata: Array) -> tuple[Array, Array]:
 
 
 def require_packed(values: Array, metadata: Array) -> None:
-    """Raises ValueError unless the arrays are a packed matrix."""
+    """Raises ValueError unless the arrays are a packed matrix of a type of `pack24`."""
+    require_packed_shapes(values, metadata)
+    require_float("values.dtype", values.dtype)
+
+
+def require_packed_shapes(values: Array, metadata: Array) -> None:
+    """Raises ValueError unless the arrays have the shapes of a packed matrix, of any type."""
     if values.ndim != 2:
         raise ValueError(f"{values.shape=} must have two axes")
     m, k = values.shape[0], 2 * values.shape[1]
@@ -193,7 +199,6 @@ def require_packed(values: Array, metadata: Array) -> None:
     expected = (m // TILE, k // TILE, 128)
     if metadata.shape != expected or metadata.dtype != jnp.int32:
         raise ValueError(f"{metadata.shape=}, {metadata.dtype=} must be {expected}, int32")
-    require_float("values.dtype", values.dtype)
 
 
 def pack24(

@@ -34,12 +34,12 @@ from kernels.tuning import tables
 MODES = ("magnitude", "value", "soft_threshold")
 
 _PTX_NAMES = {"bfloat16": "bf16", "float16": "f16"}
-_MAGNITUDE_BITS = 0x7FFFFFFF
+MAGNITUDE_BITS = 0x7FFFFFFF
 _SIGN_BIT = -0x80000000
 _NAN_KEY = 0x7F800001  # one key for every NaN, above infinity's
-_GROUPS = 4  # a thread and row: 16 elements, one half-word of metadata
-_SCALAR = plgpu.Layout.WG_SPLAT(())
-_ARRAY = plgpu.Layout.WG_STRIDED((ptx.WARPGROUP * _GROUPS,), vec_size=1)
+GROUPS = 4  # a thread and row: 16 elements, one half-word of metadata
+SCALAR = plgpu.Layout.WG_SPLAT(())
+ARRAY = plgpu.Layout.WG_STRIDED((ptx.WARPGROUP * GROUPS,), vec_size=1)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,24 +82,26 @@ def _rank_key(x: jax.Array, mode: str) -> jax.Array:
     """int32 keys that order float32 values; integers, so that subnormals are never flushed."""
     bits = lax.bitcast_convert_type(x, jnp.int32)
     if mode != "value":
-        return jnp.minimum(bits & _MAGNITUDE_BITS, _NAN_KEY)
+        return jnp.minimum(bits & MAGNITUDE_BITS, _NAN_KEY)
     # The magnitude with its sign (so that both zeros are equal), less 2^31 - infinity's bits: -inf
     # becomes the least integer, a NaN below it wraps around to the top, and one clamp then gives
     # NaNs of either sign the same key, above +inf's.
     sign = bits >> 31
-    signed = (bits ^ (sign & _MAGNITUDE_BITS)) - sign
+    signed = (bits ^ (sign & MAGNITUDE_BITS)) - sign
     return jnp.minimum(signed - 0x800000, 0x7F000001)
 
 
 def _shrink(x: jax.Array, threshold: jax.Array) -> jax.Array:
     bits = lax.bitcast_convert_type(x, jnp.int32)
-    magnitude = lax.bitcast_convert_type(bits & _MAGNITUDE_BITS, jnp.float32)
+    magnitude = lax.bitcast_convert_type(bits & MAGNITUDE_BITS, jnp.float32)
     shrunk = lax.bitcast_convert_type(jnp.maximum(magnitude - threshold, 0.0), jnp.int32)
     return lax.bitcast_convert_type(shrunk | (bits & _SIGN_BIT), jnp.float32)
 
 
 @dataclasses.dataclass(frozen=True)
-class _Problem:
+class Problem:
+    """Static facts of one call."""
+
     m: int
     k: int
     axis: int
@@ -127,52 +129,42 @@ class _Problem:
         return 4 * self.warp_m
 
 
-def _value(scalar) -> ir.Value:
+def value_of(scalar) -> ir.Value:
     return scalar.registers.item()
 
 
-def _mul(x: ir.Value, y: int) -> ir.Value:
+def mul(x: ir.Value, y: int) -> ir.Value:
     return arith.muli(x, ptx.const32(y))
 
 
-def _add(x: ir.Value, y: ir.Value | int) -> ir.Value:
+def add(x: ir.Value, y: ir.Value | int) -> ir.Value:
     return arith.addi(x, ptx.const32(y) if isinstance(y, int) else y)
 
 
-def _address(base: ir.Value, offset: ir.Value, itemsize: int) -> ir.Value:
-    """Base address plus an element offset, which may exceed 32 bits once in bytes."""
-    wide = arith.extui(ptx.i64_type(), offset)
-    return arith.addi(base, arith.muli(wide, ptx.const64(itemsize)))
+def element(row: ir.Value, col: ir.Value, width: int) -> ir.Value:
+    return add(mul(row, width), col)
 
 
-def _element(row: ir.Value, col: ir.Value, width: int) -> ir.Value:
-    return _add(_mul(row, width), col)
-
-
-def _base(ref: ir.Value) -> ir.Value:
-    return llvm.ptrtoint(ptx.i64_type(), utils.memref_ptr(ref))
-
-
-def _position(p: _Problem, m_block: ir.Value, k_block: ir.Value):
+def position(p: Problem, m_block: ir.Value, k_block: ir.Value):
     """The thread's first packed row and k, and its place c in a quad."""
     thread = utils.thread_idx()
     warp = arith.divui(thread, ptx.const32(32))
     lane = arith.remui(thread, ptx.const32(32))
-    warp_row = _add(_mul(m_block, p.block_m), _mul(warp, p.warp_m))
+    warp_row = add(mul(m_block, p.block_m), mul(warp, p.warp_m))
     if p.axis == 1:
         c = arith.remui(lane, ptx.const32(4))
-        row = _add(warp_row, arith.divui(lane, ptx.const32(4)))
+        row = add(warp_row, arith.divui(lane, ptx.const32(4)))
     else:
         # m need not be a multiple of the block: the last warps then redo a neighbour's rows and
         # write the same words.
         warp_row = arith.minui(warp_row, ptx.const32(p.m - p.warp_m))
         c = arith.divui(lane, ptx.const32(8))
-        row = _add(warp_row, _mul(arith.remui(lane, ptx.const32(8)), p.rows))
-    return row, _add(_mul(k_block, 64), _mul(c, 16)), c
+        row = add(warp_row, mul(arith.remui(lane, ptx.const32(8)), p.rows))
+    return row, add(mul(k_block, 64), mul(c, 16)), c
 
 
-def _row_of(p: _Problem, row: ir.Value, j: int) -> ir.Value:
-    return _add(row, 8 * j if p.axis == 1 else j)
+def row_of(p: Problem, row: ir.Value, j: int) -> ir.Value:
+    return add(row, 8 * j if p.axis == 1 else j)
 
 
 def _load_words(address: ir.Value, num: int) -> list[ir.Value]:
@@ -185,7 +177,7 @@ def _load_words(address: ir.Value, num: int) -> list[ir.Value]:
     return [llvm.extractvalue(i32, out, [i]) for i in range(num)]
 
 
-def _floats(p: _Problem, word: ir.Value) -> list[ir.Value]:
+def _floats(p: Problem, word: ir.Value) -> list[ir.Value]:
     """The one or two elements of a 32-bit word, as float32."""
     f32 = ir.F32Type.get()
     if p.x_dtype == "float32":
@@ -201,32 +193,32 @@ def _floats(p: _Problem, word: ir.Value) -> list[ir.Value]:
     return halves
 
 
-def _to_array(values: list[ir.Value]):
+def to_array(values: list[ir.Value]):
     vec = ir.VectorType.get((1,), values[0].type)
     registers = np.array([vector.broadcast(vec, v) for v in values], dtype=object)
-    return mgpu.FragmentedArray(_registers=registers, _layout=_ARRAY.to_mgpu(), _is_signed=None)
+    return mgpu.FragmentedArray(_registers=registers, _layout=ARRAY.to_mgpu(), _is_signed=None)
 
 
-def _to_values(array) -> list[ir.Value]:
+def to_values(array) -> list[ir.Value]:
     return [vector.extract(r, [], [0]) for r in array.registers.flat]
 
 
-def _load(p: _Problem):
+def load_groups(p: Problem):
     """Elements 0..3 of the groups of each of the thread's rows: [row][element] -> 4 groups."""
-    array = plgpu.ShapeDtypeStruct((ptx.WARPGROUP * _GROUPS,), jnp.float32, layout=_ARRAY)
+    array = plgpu.ShapeDtypeStruct((ptx.WARPGROUP * GROUPS,), jnp.float32, layout=ARRAY)
     result = [[array] * 4] * p.rows
 
-    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), _SCALAR, _SCALAR), return_type=result)
+    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), SCALAR, SCALAR), return_type=result)
     def load(ctx, x_g, m_block, k_block):
         del ctx
-        row, k, _ = _position(p, _value(m_block), _value(k_block))
-        base = _base(x_g)
+        row, k, _ = position(p, value_of(m_block), value_of(k_block))
+        base = ptx.global_address(x_g)
         elements: list[list[ir.Value]] = [[] for _ in range(p.rows)]
         per_load = 16 // p.x_itemsize
         if p.axis == 1:
             words = [
                 _load_words(
-                    _address(base, _element(_row_of(p, row, j), _add(k, i), p.k), p.x_itemsize), 4
+                    ptx.offset_address(base, element(row_of(p, row, j), add(k, i), p.k), p.x_itemsize), 4
                 )
                 for j in range(p.rows)
                 for i in range(0, 16, per_load)
@@ -239,7 +231,7 @@ def _load(p: _Problem):
         else:
             words = [
                 _load_words(
-                    _address(base, _element(_add(k, i), row, p.m), p.x_itemsize),
+                    ptx.offset_address(base, element(add(k, i), row, p.m), p.x_itemsize),
                     p.rows * p.x_itemsize // 4,
                 )
                 for i in range(16)
@@ -248,50 +240,50 @@ def _load(p: _Problem):
                 columns = [value for word in four for value in _floats(p, word)]
                 for j in range(p.rows):
                     elements[j].append(columns[j])
-        return [[_to_array(elements[j][e::4]) for e in range(4)] for j in range(p.rows)]
+        return [[to_array(elements[j][e::4]) for e in range(4)] for j in range(p.rows)]
 
     return load
 
 
-def _store(p: _Problem):
+def _store(p: Problem):
     """Writes values and metadata of the thread's rows, from (low, high, nibble) of each row."""
-    rows = [[_ARRAY] * 3] * p.rows
+    rows = [[ARRAY] * 3] * p.rows
     refs = (plgpu.RefType(), plgpu.RefType())
 
-    @plgpu.inline_mgpu(arg_types=(*refs, _SCALAR, _SCALAR, rows))
+    @plgpu.inline_mgpu(arg_types=(*refs, SCALAR, SCALAR, rows))
     def store(ctx, values_g, meta_g, m_block, k_block, packed):
         del ctx
-        row, k, c = _position(p, _value(m_block), _value(k_block))
-        base = _base(values_g)
+        row, k, c = position(p, value_of(m_block), value_of(k_block))
+        base = ptx.global_address(values_g)
         halves = []
         half_k = arith.shrui(k, ptx.const32(1))
         for j, (low, high, nibbles) in enumerate(packed):
-            pairs = zip(_to_values(low), _to_values(high), strict=True)
+            pairs = zip(to_values(low), to_values(high), strict=True)
             words = [ptx.pack_pair(a, b, _PTX_NAMES[p.out_dtype]) for a, b in pairs]
-            address = _address(base, _element(_row_of(p, row, j), half_k, p.k // 2), 2)
+            address = ptx.offset_address(base, element(row_of(p, row, j), half_k, p.k // 2), 2)
             ptx.asm(
                 None, [address, *words], "st.global.v4.b32 [$0], {$1, $2, $3, $4};", "l,r,r,r,r"
             )
             half = ptx.const32(0)
-            for i, nibble in enumerate(_to_values(nibbles)):
+            for i, nibble in enumerate(to_values(nibbles)):
                 half = arith.ori(half, arith.shli(nibble, ptx.const32(4 * i)))
             halves.append(half)
-        _store_metadata(p, _base(meta_g), row, k, c, halves)
+        _store_metadata(p, ptx.global_address(meta_g), row, k, c, halves)
 
     return store
 
 
-def _store_metadata(p: _Problem, base, row, k, c, halves: list[ir.Value]) -> None:
+def _store_metadata(p: Problem, base, row, k, c, halves: list[ir.Value]) -> None:
     """Joins half-words of rows q and q + 8 and writes them at their thread's place of the tile."""
     c16 = ptx.const32(16)
     low16 = ptx.const32(0xFFFF)
     high16 = ptx.const32(-0x10000)
-    tile = _element(arith.shrui(row, ptx.const32(6)), arith.shrui(k, ptx.const32(6)), p.k // 64)
+    tile = element(arith.shrui(row, ptx.const32(6)), arith.shrui(k, ptx.const32(6)), p.k // 64)
     warp = arith.andi(arith.shrui(row, ptx.const32(4)), ptx.const32(3))
-    start = _add(_add(_mul(tile, 128), _mul(warp, 32)), c)
+    start = add(add(mul(tile, 128), mul(warp, 32)), c)
 
     def put(q: ir.Value, word: ir.Value) -> None:
-        address = _address(base, _add(start, _mul(q, 4)), 4)
+        address = ptx.offset_address(base, add(start, mul(q, 4)), 4)
         ptx.asm(None, [address, word], "st.global.b32 [$0], $1;", "l,r")
 
     if p.axis == 1:
@@ -304,7 +296,7 @@ def _store_metadata(p: _Problem, base, row, k, c, halves: list[ir.Value]) -> Non
     upper = arith.cmpi(arith.CmpIPredicate.ne, arith.andi(row, ptx.const32(8)), ptx.const32(0))
     pairs = [arith.ori(halves[i], arith.shli(halves[i + 1], c16)) for i in range(0, p.rows, 2)]
     middle = len(pairs) // 2
-    q0 = _add(
+    q0 = add(
         arith.andi(row, ptx.const32(7)),
         arith.select(upper, ptx.const32(p.rows // 2), ptx.const32(0)),
     )
@@ -319,20 +311,24 @@ def _store_metadata(p: _Problem, base, row, k, c, halves: list[ir.Value]) -> Non
         )
         lows = arith.select(upper, received, first)
         highs = arith.select(upper, last, received)
-        put(_add(q0, 2 * i), arith.ori(arith.andi(lows, low16), arith.shli(highs, c16)))
-        put(_add(q0, 2 * i + 1), arith.ori(arith.shrui(lows, c16), arith.andi(highs, high16)))
+        put(add(q0, 2 * i), arith.ori(arith.andi(lows, low16), arith.shli(highs, c16)))
+        put(add(q0, 2 * i + 1), arith.ori(arith.shrui(lows, c16), arith.andi(highs, high16)))
 
 
-def _kernel(p: _Problem, x_g, *rest):
-    scale_g, values_g, meta_g = rest if p.scaled else (None, *rest)
-    scale = scale_g[0] if scale_g is not None else None
+def block_of(p: Problem) -> tuple[jax.Array, jax.Array]:
+    """The part of the matrix that this block packs, in blocks along m and along k."""
     index = lax.axis_index("block")
     k_blocks, m_blocks = p.k // 64, pl.cdiv(p.m, p.block_m)
     if p.k_first:
-        m_block, k_block = lax.div(index, k_blocks), lax.rem(index, k_blocks)
-    else:
-        m_block, k_block = lax.rem(index, m_blocks), lax.div(index, m_blocks)
-    rows = _load(p)(x_g, m_block, k_block)
+        return lax.div(index, k_blocks), lax.rem(index, k_blocks)
+    return lax.rem(index, m_blocks), lax.div(index, m_blocks)
+
+
+def _kernel(p: Problem, x_g, *rest):
+    scale_g, values_g, meta_g = rest if p.scaled else (None, *rest)
+    scale = scale_g[0] if scale_g is not None else None
+    m_block, k_block = block_of(p)
+    rows = load_groups(p)(x_g, m_block, k_block)
     packed = [list(pack_group(elements, p.mode, scale)) for elements in rows]
     _store(p)(values_g, meta_g, m_block, k_block, packed)
 
@@ -369,7 +365,7 @@ def pack24(
         key = tables.key(axis=axis, dtype=x.dtype.name)
         entry = tables.lookup("hopper", "pack24", device.kind(), key)
         config = Pack24Config(**entry) if entry else Pack24Config()
-    p = _Problem(
+    p = Problem(
         m=m,
         k=k,
         axis=axis,

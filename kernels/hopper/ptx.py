@@ -17,6 +17,8 @@ from jaxlib.mlir.dialects import arith, llvm
 WARPGROUP = 128
 WARP = 32
 
+_8_BIT = ("e4m3", "e5m2")
+
 
 def i32_type() -> ir.Type:
     return ir.IntegerType.get_signless(32)
@@ -48,6 +50,26 @@ def asm(result: ir.Type | None, args: Sequence[ir.Value], ptx: str, constraints:
 def shared_address(ref: ir.Value) -> ir.Value:
     """The 32-bit shared-memory address of a shared-memory memref, its offset included."""
     return llvm.ptrtoint(i32_type(), utils.memref_ptr(ref))
+
+
+def global_address(ref: ir.Value) -> ir.Value:
+    """The 64-bit address of a global-memory memref, its offset included."""
+    return llvm.ptrtoint(i64_type(), utils.memref_ptr(ref))
+
+
+def offset_address(base: ir.Value, index: ir.Value, itemsize: int) -> ir.Value:
+    """A 64-bit address plus an unsigned 32-bit count of elements, which may exceed it in bytes."""
+    return arith.addi(base, arith.muli(arith.extui(i64_type(), index), const64(itemsize)))
+
+
+def load_global_f32(address: ir.Value, num: int) -> list[ir.Value]:
+    """Loads one or two consecutive float32 values that nothing writes while the kernel runs."""
+    f32 = ir.F32Type.get()
+    if num == 1:
+        return [asm(f32, [address], "ld.global.nc.f32 $0, [$1];", "=f,l")]
+    struct = llvm.StructType.get_literal([f32, f32])
+    out = asm(struct, [address], "ld.global.nc.v2.f32 {$0, $1}, [$2];", "=f,=f,l")
+    return [llvm.extractvalue(f32, out, [i]) for i in range(2)]
 
 
 def thread_in_warpgroup() -> ir.Value:
@@ -149,10 +171,12 @@ def wgmma_sparse(
     selector: int,
     dtype: str,
     b_transposed: bool,
+    b_dtype: str | None = None,
 ) -> list[ir.Value]:
-    """One ``wgmma.mma_async.sp`` of shape m64 n`n` k32 with float32 accumulation.
+    """One ``wgmma.mma_async.sp`` of shape m64 n`n` k32, or k64 of 8-bit types, into float32.
 
-    `acc` holds n/2 one-element float32 vectors a thread; None starts from zero, which saves
+    B's type is A's unless `b_dtype` names another one; both must be 8-bit types then, whose
+    operands have the contracted dimension contiguous (`b_transposed` is False). `acc` holds n/2 one-element float32 vectors a thread; None starts from zero, which saves
     clearing the registers. `a` is a descriptor or the thread's four 32-bit operand registers.
     """
     vec = ir.VectorType.get((1,), ir.F32Type.get())
@@ -172,12 +196,17 @@ def wgmma_sparse(
     a_text = "{" + ", ".join(names) + "}" if in_registers else names[0]
     constraints += ["r" if in_registers else "l"] * len(a_regs)
     operand += len(a_regs)
-    transposes = f"{int(b_transposed)}" if in_registers else f"0, {int(b_transposed)}"
+    if dtype in _8_BIT:
+        assert not b_transposed, dtype
+        k, transposes = 64, ""
+    else:
+        k = 32
+        transposes = f", {int(b_transposed)}" if in_registers else f", 0, {int(b_transposed)}"
     ptx = (
         "{ .reg .pred keep;\n"
         f"setp.ne.b32 keep, {int(acc is not None)}, 0;\n"
-        f"wgmma.mma_async.sp.sync.aligned.m64n{n}k32.f32.{dtype}.{dtype} {outputs}, {a_text}, "
-        f"${operand}, ${operand + 1}, {selector}, keep, 1, 1, {transposes}; }}"
+        f"wgmma.mma_async.sp.sync.aligned.m64n{n}k{k}.f32.{dtype}.{b_dtype or dtype} {outputs}, "
+        f"{a_text}, ${operand}, ${operand + 1}, {selector}, keep, 1, 1{transposes}; }}"
     )
     constraints += ["l", "r"]
     struct = llvm.StructType.get_literal([vec] * num)
@@ -206,6 +235,31 @@ def pack_pair(low: ir.Value, high: ir.Value, dtype: str) -> ir.Value:
     return llvm.inline_asm(
         i32_type(), [high, low], ptx, "=r,f,f", asm_dialect=0, has_side_effects=False
     )
+
+
+def pack_four(values: Sequence[ir.Value], dtype: str) -> ir.Value:
+    """Rounds four float32 values to an 8-bit type, saturating, and packs them, the first lowest."""
+    cvt = f"cvt.rn.satfinite.{dtype}x2.f32"
+    ptx = (
+        "{ .reg .b16 low, high;\n"
+        f"{cvt} low, $2, $1;\n"
+        f"{cvt} high, $4, $3;\n"
+        "mov.b32 $0, {low, high}; }"
+    )
+    return llvm.inline_asm(
+        i32_type(), list(values), ptx, "=r,f,f,f,f", asm_dialect=0, has_side_effects=False
+    )
+
+
+def warp_sum(value: ir.Value) -> ir.Value:
+    """The sum of a 32-bit integer over the warp."""
+    return asm(i32_type(), [value], "redux.sync.add.s32 $0, $1, 0xffffffff;", "=r,r")
+
+
+def shuffle_xor(value: ir.Value, mask: int) -> ir.Value:
+    """The value of the lane whose number differs in the bits of `mask`."""
+    ptx = f"shfl.sync.bfly.b32 $0, $1, {mask}, 31, 0xffffffff;"
+    return asm(i32_type(), [value], ptx, "=r,r")
 
 
 def stmatrix_x4(address: ir.Value, words: Sequence[ir.Value], *, transpose: bool) -> None:

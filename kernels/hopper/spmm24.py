@@ -41,9 +41,11 @@ from kernels.hopper.spmm24_pipeline import (
     mma_step,
     produce,
 )
-from kernels.hopper.spmm24_problem import DTYPES, Problem
+from kernels.hopper.spmm24_problem import DTYPES, FP8_DTYPES, Problem
 
 __all__ = ["Spmm24Config", "check_spmm24", "spmm24"]
+
+_JAX_DTYPES = {name: jnp.dtype(dtype) for dtype, name in (DTYPES | FP8_DTYPES).items()}
 
 Layout = Literal["nk", "kn"]
 OutLayout = Literal["mn", "nm"]
@@ -68,17 +70,18 @@ def tile_origin(p: Problem, linear: jax.Array, rank: jax.Array | int):
 
 def _kernel(p: Problem, a_g, meta_g, b_g, *rest):
     c = p.config
-    scale_g, out_g = rest if p.scaled else (None, rest[0])
+    *scales_g, out_g = rest
+    scale_g = scales_g.pop(0) if p.scaled else None
     k_steps = pl.cdiv(p.k, c.tile_k)
     fill = produce(p)
     first_step, next_step = mma_step(p, first=True), mma_step(p, first=False)
     end, write = finish(p), write_tile(p)
-    dtype = {"bf16": jnp.bfloat16, "f16": jnp.float16}[p.dtype]
+    a_dtype, b_dtype = (_JAX_DTYPES[name] for name in (p.dtype, p.b_dtype or p.dtype))
 
     @functools.partial(
         pl.run_scoped,
-        a_s=plgpu.SMEM((c.stages, c.block_m, c.tile_k // 2), dtype),
-        b_s=plgpu.SMEM((c.stages, *p.b_panel), dtype),
+        a_s=plgpu.SMEM((c.stages, c.block_m, c.tile_k // 2), a_dtype),
+        b_s=plgpu.SMEM((c.stages, *p.b_panel), b_dtype),
         out_s=plgpu.SMEM(
             (
                 c.warpgroups,
@@ -168,7 +171,7 @@ def _kernel(p: Problem, a_g, meta_g, b_g, *rest):
                     m0 = m0 + wg * (64 * c.wg_m)
                 else:
                     n0 = n0 + wg * c.tile_n
-                write(acc, out_s.at[wg], out_g, m0, n0, scale)
+                write(acc, out_s.at[wg], out_g, m0, n0, scale, *scales_g)
                 return slot, parity
 
             lax.fori_loop(0, my_tiles, tile, (jnp.int32(0), jnp.int32(0)))
@@ -229,23 +232,31 @@ def spmm24(
         cores=device.num_cores(),
         config=config,
     )
+    operands = [values, metadata, b]
+    if scale is not None:
+        operands.append(jnp.asarray(scale, jnp.float32).reshape(1))
+    return launch(p, operands)
+
+
+def launch(p: Problem, operands: list[jax.Array]) -> jax.Array:
+    """Runs the kernel of a problem: values, metadata, b, then the scales that it has."""
+    config = p.config
     call = plgpu.kernel(
         functools.partial(_kernel, p),
-        out_type=jax.ShapeDtypeStruct((m, n) if out_layout == "mn" else (n, m), out_dtype),
+        out_type=jax.ShapeDtypeStruct(
+            (p.m, p.n) if p.out_layout == "mn" else (p.n, p.m), p.out_dtype
+        ),
         grid=(p.blocks,),
         grid_names=("block",),
         cluster=(2,) if config.cluster else (),
         cluster_names=("cluster",) if config.cluster else (),
         num_threads=config.warpgroups + 1,
         thread_name="wg",
-        kernel_name="spmm24_hopper",
+        kernel_name="spmm24_hopper" if p.itemsize == 2 else "spmm24_fp8_hopper",
         compiler_params=plgpu.CompilerParams(
             lowering_semantics=plgpu.LoweringSemantics.Lane, unsafe_no_auto_barriers=True
         ),
     )
-    operands = [values, metadata, b]
-    if scale is not None:
-        operands.append(jnp.asarray(scale, jnp.float32).reshape(1))
     return call(*operands)
 
 

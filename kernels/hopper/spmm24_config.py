@@ -27,7 +27,7 @@ class Spmm24Config:
     split: the output dimension, "m" or "n", along which they share a block's tile.
     wg_m: rows of 64 in one warpgroup's part.
     tile_n: columns of one warpgroup's part, a multiple of 64 up to 256.
-    tile_k: contracted elements a pipeline stage holds, 64 or 128.
+    tile_k: contracted elements a pipeline stage holds, 64 or 128 (8-bit types: 128 or 256).
     stages: pipeline stages.
     in_flight: MMA groups left running when a stage's predecessor is released, 0 or 1.
     out_slots: output buffers, of 64 rows by epi_n columns, of each warpgroup.
@@ -59,9 +59,9 @@ class Spmm24Config:
     def block_n(self) -> int:
         return self.tile_n * (self.warpgroups if self.split == "n" else 1)
 
-    def smem_bytes(self, out_itemsize: int) -> int:
-        """Shared memory of the stages and the output buffers."""
-        stage = self.block_m * self.tile_k + self.block_n * self.tile_k * 2
+    def smem_bytes(self, out_itemsize: int, itemsize: int = 2) -> int:
+        """Shared memory of the stages and the output buffers; itemsize: of the operands."""
+        stage = (self.block_m * self.tile_k // 2 + self.block_n * self.tile_k) * itemsize
         stage += (self.block_m // 64) * (self.tile_k // 64) * 512
         slots = self.warpgroups * self.out_slots
         return self.stages * stage + slots * 64 * self.epi_n * out_itemsize
@@ -78,11 +78,13 @@ class Spmm24Config:
     def cluster_n(self) -> int:
         return self.block_n * (2 if self.cluster == "n" else 1)
 
-    def problem(self, out_itemsize: int) -> str | None:
-        """Why this configuration cannot run, or None."""
+    def problem(self, out_itemsize: int, itemsize: int = 2) -> str | None:
+        """Why this configuration cannot run, or None; itemsize: of the operands."""
         if self.warpgroups not in REGISTERS or self.split not in ("m", "n"):
             return f"{self.warpgroups=} {self.split=}"
-        if self.tile_n % 64 or not 64 <= self.tile_n <= 256 or self.tile_k not in (64, 128):
+        if self.tile_n % 64 or not 64 <= self.tile_n <= 256:
+            return f"{self.tile_n=} {self.tile_k=}"
+        if self.tile_k * itemsize not in (128, 256):
             return f"{self.tile_n=} {self.tile_k=}"
         if self.block_m > 256 or self.block_n > 256:
             return f"{self.block_m=} {self.block_n=} exceed a TMA box of 256"
@@ -90,14 +92,18 @@ class Spmm24Config:
             return f"{self.wg_m=} {self.tile_n=} need more registers than a thread has"
         if self.in_flight not in (0, 1) or self.stages < 2 or self.out_slots < 1:
             return f"{self.in_flight=} {self.stages=} {self.out_slots=}"
+        if itemsize == 1 and self.in_flight:
+            # ptxas (13.0 to 13.5) then lets every MMA wait for the one before (its remark C7513):
+            # with a word of metadata for every MMA, registers of consecutive groups differ.
+            return f"{self.in_flight=} must be 0 for 8-bit types"
         if self.epi_n % 64 or self.epi_n < 64 or self.tile_n % self.epi_n:
             return f"{self.epi_n=} is no multiple of 64 that divides {self.tile_n=}"
         if self.cluster not in (None, "m", "n"):
             return f"{self.cluster=}"
         if self.order not in ("m", "n") or self.width < 1:
             return f"{self.order=} {self.width=}"
-        if self.smem_bytes(out_itemsize) > _SMEM_BYTES:
-            return f"{self.smem_bytes(out_itemsize)=} exceeds {_SMEM_BYTES}"
+        if self.smem_bytes(out_itemsize, itemsize) > _SMEM_BYTES:
+            return f"{self.smem_bytes(out_itemsize, itemsize)=} exceeds {_SMEM_BYTES}"
         return None
 
 
@@ -115,27 +121,44 @@ def choose_config(
     m: int, n: int, k: int, b_layout: str, out_layout: str, out_dtype: Any
 ) -> Spmm24Config:
     """The tuned configuration of this device and shape, or the one for a similar shape."""
-    itemsize = jnp.dtype(out_dtype).itemsize
     key = tables.key(m=m, n=n, k=k, b=b_layout, out=out_layout)
-    entry = tables.lookup("hopper", "spmm24", device.kind(), key)
+    return _tuned_or_heuristic("spmm24", key, m, n, k, jnp.dtype(out_dtype).itemsize, 2)
+
+
+def choose_fp8_config(m: int, n: int, k: int, out_layout: str, out_dtype: Any) -> Spmm24Config:
+    """`choose_config` for operands of 8-bit types."""
+    key = tables.key(m=m, n=n, k=k, out=out_layout)
+    return _tuned_or_heuristic("spmm24_fp8", key, m, n, k, jnp.dtype(out_dtype).itemsize, 1)
+
+
+def _tuned_or_heuristic(
+    op: str, key: str, m: int, n: int, k: int, out_itemsize: int, itemsize: int
+) -> Spmm24Config:
+    entry = tables.lookup("hopper", op, device.kind(), key)
     if entry is not None:
         config = Spmm24Config(**entry)
-        if config.problem(itemsize) is None:
+        if config.problem(out_itemsize, itemsize) is None:
             return config
-    return heuristic(m, n, k, itemsize)
+    return heuristic(m, n, k, out_itemsize, itemsize)
 
 
-def heuristic(m: int, n: int, k: int, out_itemsize: int) -> Spmm24Config:
+def heuristic(m: int, n: int, k: int, out_itemsize: int, itemsize: int = 2) -> Spmm24Config:
     """The cheapest candidate for a shape that was not tuned, by waves of tiles over the device."""
     cores = device.num_cores()
 
     def cost(config: Spmm24Config) -> float:
         step, tile = _COSTS[config]
         tiles = -(-m // config.block_m) * -(-n // config.block_n)
-        return -(-tiles // cores) * (-(-k // 64) * step + tile)
+        # A step takes 128 bytes of a row of B, whatever their type: the same operands' bytes, and
+        # tensor cores are as much faster as the elements are smaller.
+        return -(-tiles // cores) * (-(-k * itemsize // 128) * step + tile)
 
     best = min(_COSTS, key=cost)
+    if itemsize == 1:
+        best = dataclasses.replace(best, tile_k=128, in_flight=0)
     # float32 output takes twice the shared memory.
     narrow = dataclasses.replace(best, epi_n=64, out_slots=1)
     shallow = dataclasses.replace(narrow, stages=best.stages - 1)
-    return next(c for c in (best, narrow, shallow) if c.problem(out_itemsize) is None)
+    return next(
+        c for c in (best, narrow, shallow) if c.problem(out_itemsize, itemsize) is None
+    )

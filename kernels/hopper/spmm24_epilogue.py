@@ -22,12 +22,17 @@ from kernels.hopper.spmm24_problem import (
 
 
 def write_tile(p: Problem):
-    """Applies scale and epilogue, and stores the warpgroup's part, 64 x 64 elements at a time."""
+    """Applies scale and epilogue, and stores the warpgroup's part, 64 x 64 elements at a time.
+
+    Arguments: accumulators, output buffers, output, first row and column, the scale of the whole
+    product, and the scales of rows and of columns that the problem has (global memory).
+    """
     c = p.config
-    args = (ACC, plgpu.RefType(), plgpu.RefType(), *(SCALAR,) * 3)
+    vectors = (plgpu.RefType(),) * (p.m_scaled + p.n_scaled)
+    args = (ACC, plgpu.RefType(), plgpu.RefType(), *(SCALAR,) * 3, *vectors)
 
     @plgpu.inline_mgpu(arg_types=args)
-    def write(ctx, acc, out_s, out_g, m0, n0, scale):
+    def write(ctx, acc, out_s, out_g, m0, n0, scale, *vectors):
         m0, n0, scale = map(scalar_value, (m0, n0, scale))
         regs = to_lists(acc)
         thread = ptx.thread_in_warpgroup()
@@ -35,6 +40,7 @@ def write_tile(p: Problem):
         lane = arith.remui(thread, ptx.const32(32))
         leader = arith.cmpi(arith.CmpIPredicate.eq, thread, ptx.const32(0))
         per_slot = c.epi_n // 64
+        m_scales, n_scales = _vector_scales(p, m0, n0, warp, lane, list(vectors))
         count = 0
         for i in range(c.wg_m):
             for first in range(0, c.tile_n // 64, per_slot):
@@ -48,7 +54,11 @@ def write_tile(p: Problem):
                 ]
                 for j, panel in enumerate(panels):
                     col = 32 * (first + j)
-                    chunk = [_epilogue(p, r, scale) for r in regs[i][col : col + 32]]
+                    of_n = n_scales(first + j)
+                    chunk = [
+                        _epilogue(p, r, scale, m_scales(i, e // 2 % 2), of_n[e // 4 * 2 + e % 2])
+                        for e, r in enumerate(regs[i][col : col + 32])
+                    ]
                     _store_chunk(p, chunk, ptx.shared_address(panel), warp, lane)
                 ptx.fence_async_shared()
                 utils.warpgroup_barrier()
@@ -60,10 +70,60 @@ def write_tile(p: Problem):
     return write
 
 
-def _epilogue(p: Problem, register: ir.Value, scale: ir.Value) -> ir.Value:
+def _vector_scales(p: Problem, m0, n0, warp, lane, vectors: list[ir.Value]):
+    """Functions that give the scales of a thread's accumulators, None where there are none.
+
+    The first one takes a block of 64 rows and which half of 16 rows; it loads at once, here. The
+    second one takes a chunk of 64 columns and returns the scales of its 16 columns of the thread;
+    a chunk is loaded while the one before is written.
+    """
+    c = p.config
+    of_rows = [[None, None]] * c.wg_m
+    if p.m_scaled:
+        base = ptx.global_address(vectors.pop(0))
+        first = arith.addi(arith.muli(warp, ptx.const32(16)), arith.shrui(lane, ptx.const32(2)))
+        of_rows = [
+            [_load_scales(base, add_const(arith.addi(m0, first), at + 8 * h), p.m, 1)[0]
+             for h in range(2)]
+            for at in range(0, 64 * c.wg_m, 64)
+        ]  # fmt: skip
+    m_scales = lambda i, half: of_rows[i][half]
+    if not p.n_scaled:
+        return m_scales, lambda chunk: [None] * 16
+    base = ptx.global_address(vectors.pop(0))
+    pair = arith.muli(arith.andi(lane, ptx.const32(3)), ptx.const32(2))
+    first = arith.addi(n0, pair)
+
+    def load(chunk: int) -> list[ir.Value]:
+        columns = [add_const(first, 64 * chunk + 8 * j) for j in range(8)]
+        return [s for column in columns for s in _load_scales(base, column, p.n, 2)]
+
+    order = list(range(c.tile_n // 64)) * c.wg_m
+    loaded = [load(order[0])]
+
+    def n_scales(chunk: int) -> list[ir.Value]:
+        assert order.pop(0) == chunk, chunk
+        current = loaded.pop()
+        if order:
+            loaded.append(load(order[0]) if order[0] != chunk else current)
+        return current
+
+    return m_scales, n_scales
+
+
+def _load_scales(base: ir.Value, index: ir.Value, size: int, num: int) -> list[ir.Value]:
+    """One or two neighbouring elements of a float32 vector; beyond its end, its last ones."""
+    index = arith.minui(index, ptx.const32(size - num))
+    return ptx.load_global_f32(ptx.offset_address(base, index, 4), num)
+
+
+def _epilogue(p: Problem, register: ir.Value, scale: ir.Value, of_m, of_n) -> ir.Value:
     value = vector.extract(register, [], [0])
     if p.scaled:
         value = arith.mulf(value, scale)
+    for factor in (of_m, of_n):
+        if factor is not None:
+            value = arith.mulf(value, factor)
     if p.relu2:
         zero = arith.constant(ir.F32Type.get(), ir.FloatAttr.get(ir.F32Type.get(), 0.0))
         value = arith.maximumf(value, zero)

@@ -89,10 +89,11 @@ def produce(p: Problem):
             )
             for i in range(p.b_panel[0]):
                 panel = utils.memref_slice(b_s, i)
+                width = p.b_panel_elems
                 if p.b_layout == "nk":
-                    window = (ds(n0, c.block_n), ds(add_const(k0, 64 * i), 64))
+                    window = (ds(n0, c.block_n), ds(add_const(k0, width * i), width))
                 else:
-                    window = (ds(k0, c.tile_k), ds(add_const(n0, 64 * i), 64))
+                    window = (ds(k0, c.tile_k), ds(add_const(n0, width * i), width))
                 copy(src_ref=b_g, dst_ref=panel, gmem_slice=window, swizzle=128, **share_b)
 
     return produce
@@ -105,7 +106,10 @@ def mma_step(p: Problem, *, first: bool):
     result = (_acc_type(c), _meta_type(c))
     refs = (plgpu.RefType(),) * 4
     scalars = (SCALAR,) * 3
-    k_steps = c.tile_k // 32
+    k_steps = c.tile_k // p.mma_k
+    # Instructions that a word of metadata, one for 64 x 64 elements and thread, serves. With two,
+    # half of the threads hold the first one's words: the selector says which.
+    sharers = 64 // p.mma_k
 
     def body(regs, old_metas, a_s, meta_s, b_s, bars, slot, parity, previous):
         slot, parity, previous = map(scalar_value, (slot, parity, previous))
@@ -115,11 +119,11 @@ def mma_step(p: Problem, *, first: bool):
         b_address = ptx.shared_address(b_s)
         meta_row = ptx.const32(0)
         if c.split == "m":
-            rows = arith.muli(warpgroup, ptx.const32(64 * c.wg_m * c.tile_k))
+            rows = arith.muli(warpgroup, ptx.const32(64 * c.wg_m * p.a_swizzle))
             a_address = arith.addi(a_address, rows)
             meta_row = arith.muli(warpgroup, ptx.const32(c.wg_m))
         else:
-            row_bytes = 128 if p.b_layout == "nk" else c.tile_k * 2
+            row_bytes = 128 if p.b_layout == "nk" else c.tile_k * p.itemsize
             cols = arith.muli(warpgroup, ptx.const32(c.tile_n * row_bytes))
             b_address = arith.addi(b_address, cols)
         a_desc = ptx.smem_descriptor(
@@ -155,10 +159,11 @@ def mma_step(p: Problem, *, first: bool):
                     acc,
                     ptx.advance(a_desc, i * 64 * p.a_swizzle + step * 32),
                     ptx.advance(b_desc, b_bytes),
-                    metas[i * per_row + step // 2],
+                    metas[i * per_row + step // sharers],
                     n=c.tile_n,
-                    selector=step % 2,
+                    selector=step % sharers,
                     dtype=p.dtype,
+                    b_dtype=p.b_dtype,
                     b_transposed=p.b_layout == "kn",
                 )
             if regs is None:

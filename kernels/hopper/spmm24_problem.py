@@ -14,6 +14,7 @@ from kernels.hopper import ptx
 from kernels.hopper.spmm24_config import Spmm24Config
 
 DTYPES = {"bfloat16": "bf16", "float16": "f16"}
+FP8_DTYPES = {"float8_e4m3fn": "e4m3", "float8_e5m2": "e5m2"}
 ACC = plgpu.Layout._WGMMA_ACC_32BIT
 SCALAR = plgpu.Layout.WG_SPLAT(())
 
@@ -33,6 +34,27 @@ class Problem:
     scaled: bool
     cores: int
     config: Spmm24Config
+    b_dtype: str | None = None
+    """B's type where it may be another one than A's: 8-bit types only."""
+    m_scaled: bool = False
+    """Whether every row of A B has a scale of its own."""
+    n_scaled: bool = False
+    """Whether every column of A B has a scale of its own."""
+
+    @property
+    def itemsize(self) -> int:
+        """Bytes of an element of A or B."""
+        return 1 if self.dtype in FP8_DTYPES.values() else 2
+
+    @property
+    def mma_k(self) -> int:
+        """Contracted elements of one instruction: 64 bytes of B, 32 of A."""
+        return 64 // self.itemsize
+
+    @property
+    def b_panel_elems(self) -> int:
+        """Elements of a panel's row, 128 bytes."""
+        return 128 // self.itemsize
 
     @property
     def m_tiles(self) -> int:
@@ -66,22 +88,24 @@ class Problem:
 
     @property
     def a_swizzle(self) -> int:
-        return self.config.tile_k  # bytes: tile_k/2 stored elements of two bytes
+        """Bytes of a row of A's stage, half of its tile_k elements."""
+        return self.config.tile_k * self.itemsize // 2
 
     @property
     def b_panel(self) -> tuple[int, int, int]:
-        """Shape of B's stage: panels of 64 (128-byte, swizzled) columns."""
+        """Shape of B's stage: panels of 128-byte, swizzled rows."""
         c = self.config
+        width = self.b_panel_elems
         if self.b_layout == "nk":
-            return (c.tile_k // 64, c.block_n, 64)
-        return (c.block_n // 64, c.tile_k, 64)
+            return (c.tile_k // width, c.block_n, width)
+        return (c.block_n // width, c.tile_k, width)
 
     @property
     def stage_bytes(self) -> int:
         c = self.config
         return (
-            c.block_m * c.tile_k
-            + c.block_n * c.tile_k * 2
+            c.block_m * self.a_swizzle
+            + c.block_n * c.tile_k * self.itemsize
             + (c.block_m // 64) * (c.tile_k // 64) * 512
         )
 
