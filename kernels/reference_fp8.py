@@ -60,7 +60,12 @@ def round_fp8(x: ArrayLike, dtype: DTypeLike) -> Array:
       ValueError: another dtype.
     """
     require_fp8("dtype", dtype)
-    y = _rounded(jnp.asarray(x).astype(jnp.float32), dtype)
+    return _round_fp8(jnp.asarray(x), jnp.dtype(dtype))
+
+
+@functools.partial(jax.jit, static_argnums=1, inline=True)
+def _round_fp8(x: Array, dtype: Any) -> Array:
+    y = _rounded(x.astype(jnp.float32), dtype)
     top = largest(dtype)
     # Not `clip`: XLA's CPU backend lets minima and maxima swallow a NaN.
     y = jnp.where(jnp.abs(y) > top, jnp.sign(y) * top, y)
@@ -175,6 +180,11 @@ def unpack24_fp8(values: Array, metadata: Array) -> Array:
       ValueError: the arrays do not belong together.
     """
     require_packed(values, metadata)
+    return _unpack24_fp8(values, metadata)
+
+
+@jax.jit
+def _unpack24_fp8(values: Array, metadata: Array) -> Array:
     i0, i1 = unpack_metadata(metadata)
     m, half_k = values.shape
     pairs = values.reshape(m, half_k // 2, 2)

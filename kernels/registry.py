@@ -2,8 +2,8 @@
 
 A backend is a module for each op, `kernels.<backend>.<op>`, with the function `<op>` and
 `check_<op>` of the same arguments, which raises NotImplementedError where it does not serve them.
-`kernels.reference` holds every op. Modules are imported when a call needs them, so that a machine
-without a GPU never loads the GPU compilers.
+`kernels.reference` holds every op, and `kernels.reference_fp8` those of 8-bit floats. Modules are
+imported when a call needs them, so that a machine without a GPU never loads the GPU compilers.
 
 `backend=None` takes the fastest backend whose check passes; passing over one is reported once for
 each op and shape. A named backend is strict: its refusal reaches the caller.
@@ -29,6 +29,12 @@ Backend = Literal["hopper", "triton", "reference"]
 Capability = tuple[int, int]
 
 BACKENDS: tuple[Backend, ...] = get_args(Backend)
+
+# Where the reference is defined of ops that are not in `kernels.reference`.
+_REFERENCE_MODULES = {
+    "pack24_fp8": "kernels.reference_fp8",
+    "spmm24_fp8": "kernels.reference_fp8",
+}
 
 assume_capability = jax.make_user_context(None)
 """Context manager: decide as if the device had this compute capability, such as (9, 0).
@@ -88,7 +94,9 @@ def load(op: str, backend: Backend) -> tuple[Callable, Callable]:
     Raises:
       NotImplementedError: the backend has no such op, or cannot be imported here.
     """
-    name = "kernels.reference" if backend == "reference" else f"kernels.{backend}.{op}"
+    name = f"kernels.{backend}.{op}"
+    if backend == "reference":
+        name = _REFERENCE_MODULES.get(op, "kernels.reference")
     try:
         module = importlib.import_module(name)
         return getattr(module, op), getattr(module, f"check_{op}")
@@ -187,3 +195,13 @@ def pack24(x, *, backend: Backend | None = None, **kwargs) -> tuple[Array, Array
 def spmm24(values, metadata, b, *, backend: Backend | None = None, **kwargs) -> Array:
     """`kernels.reference.spmm24` on the fastest backend that serves the call."""
     return call("spmm24", values, metadata, b, backend=backend, **kwargs)
+
+
+def pack24_fp8(x, *, backend: Backend | None = None, **kwargs) -> tuple[Array, Array, Array]:
+    """`kernels.reference_fp8.pack24_fp8` on the fastest backend that serves the call."""
+    return call("pack24_fp8", x, backend=backend, **kwargs)
+
+
+def spmm24_fp8(values, metadata, b, *, backend: Backend | None = None, **kwargs) -> Array:
+    """`kernels.reference_fp8.spmm24_fp8` on the fastest backend that serves the call."""
+    return call("spmm24_fp8", values, metadata, b, backend=backend, **kwargs)

@@ -213,13 +213,12 @@ def load_groups(p: Problem):
         del ctx
         row, k, _ = position(p, value_of(m_block), value_of(k_block))
         base = ptx.global_address(x_g)
+        address = lambda offset: ptx.offset_address(base, offset, p.x_itemsize)
         elements: list[list[ir.Value]] = [[] for _ in range(p.rows)]
         per_load = 16 // p.x_itemsize
         if p.axis == 1:
             words = [
-                _load_words(
-                    ptx.offset_address(base, element(row_of(p, row, j), add(k, i), p.k), p.x_itemsize), 4
-                )
+                _load_words(address(element(row_of(p, row, j), add(k, i), p.k)), 4)
                 for j in range(p.rows)
                 for i in range(0, 16, per_load)
             ]
@@ -230,10 +229,7 @@ def load_groups(p: Problem):
                         elements[j] += _floats(p, word)
         else:
             words = [
-                _load_words(
-                    ptx.offset_address(base, element(add(k, i), row, p.m), p.x_itemsize),
-                    p.rows * p.x_itemsize // 4,
-                )
+                _load_words(address(element(add(k, i), row, p.m)), p.rows * p.x_itemsize // 4)
                 for i in range(16)
             ]
             for four in words:

@@ -116,8 +116,8 @@ def _store_metadata(p: Problem, base, row, k, c, halves: list[ir.Value]) -> None
     lower, upper = arith.select(odd, received, kept), arith.select(odd, kept, received)
     own = arith.select(odd, ptx.const32(num), ptx.const32(0))  # the first of the thread's words
 
-    tile = pack24.element(arith.shrui(row, ptx.const32(6)), arith.shrui(k, ptx.const32(6)), p.k // 64)
-    tile = mul(tile, 128)
+    row_tile, k_tile = (arith.shrui(at, ptx.const32(6)) for at in (row, k))
+    tile = mul(pack24.element(row_tile, k_tile, p.k // 64), 128)
     h2 = arith.andi(c, ptx.const32(2))  # twice the half of the 64 elements
     for i in range(num):
         if i == 0:

@@ -176,8 +176,9 @@ def wgmma_sparse(
     """One ``wgmma.mma_async.sp`` of shape m64 n`n` k32, or k64 of 8-bit types, into float32.
 
     B's type is A's unless `b_dtype` names another one; both must be 8-bit types then, whose
-    operands have the contracted dimension contiguous (`b_transposed` is False). `acc` holds n/2 one-element float32 vectors a thread; None starts from zero, which saves
-    clearing the registers. `a` is a descriptor or the thread's four 32-bit operand registers.
+    operands have the contracted dimension contiguous (`b_transposed` is False). `acc` holds n/2
+    one-element float32 vectors a thread; None starts from zero, which saves clearing the registers.
+    `a` is a descriptor or the thread's four 32-bit operand registers.
     """
     vec = ir.VectorType.get((1,), ir.F32Type.get())
     num = n // 2

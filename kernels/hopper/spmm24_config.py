@@ -159,6 +159,4 @@ def heuristic(m: int, n: int, k: int, out_itemsize: int, itemsize: int = 2) -> S
     # float32 output takes twice the shared memory.
     narrow = dataclasses.replace(best, epi_n=64, out_slots=1)
     shallow = dataclasses.replace(narrow, stages=best.stages - 1)
-    return next(
-        c for c in (best, narrow, shallow) if c.problem(out_itemsize, itemsize) is None
-    )
+    return next(c for c in (best, narrow, shallow) if c.problem(out_itemsize, itemsize) is None)

@@ -10,13 +10,19 @@ from jax import Array, lax
 from jax.typing import ArrayLike, DTypeLike
 
 from kernels import reference, registry
+from sparsejax import fp8
 from sparsejax.formats import Sparse24, pack
+from sparsejax.ops import matmul24_fp8
 from sparsejax.ops.spmm24 import spmm24
 from sparsejax.prune import mvue24
 from sparsejax.remat import keep
 from sparsejax.spec import WeightGradient
 
 SampledOperand = Literal["dy", "x"]
+Precision = Literal["fp8"]
+
+PROBE_SIZE = 4
+"""Of a `probe`: overflowed and underflowed elements of x, then of dy."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,6 +33,7 @@ class _Options:
     sampled: SampledOperand
     backend: registry.Backend | None
     w_dtype: jnp.dtype | None  # None: no gradient for the weight
+    fp8: bool = False
 
 
 def _dot(a: Array, b: Array, contract: tuple[int, int], out_dtype: DTypeLike) -> Array:
@@ -67,20 +74,31 @@ def _sampled_weight_gradient(x: Array, dy: Array, key: Array, options: _Options)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _matmul24(options: _Options, x: Array, w: Array | None, packed: Sparse24, key: Array | None):
-    del w, key
+def _matmul24(
+    options: _Options,
+    x: Array,
+    w: Array | None,
+    packed: Sparse24,
+    key: Array | None,
+    probe: Array | None,
+):
+    del w, key, probe
+    if options.fp8:
+        return matmul24_fp8.forward(x, packed, options.backend)
     if packed.axis == 0:
         return spmm24(packed, x, b_layout="nk", out_layout="nm", backend=options.backend)
     return _dot(x, packed.unpack(), (1, 0), x.dtype)
 
 
-def _matmul24_fwd(options, x, w, packed, key):
-    return keep(_matmul24(options, x, w, packed, key)), (x, packed, key)
+def _matmul24_fwd(options, x, w, packed, key, probe):
+    return keep(_matmul24(options, x, w, packed, key, probe)), (x, packed, key, probe)
 
 
 def _matmul24_bwd(options: _Options, residuals, dy: Array):
-    x, packed, key = residuals
-    if packed.axis == 1:
+    x, packed, key, probe = residuals
+    if options.fp8:
+        dx = matmul24_fp8.input_gradient(dy, packed, options.backend)
+    elif packed.axis == 1:
         dx = spmm24(packed, dy, b_layout="nk", out_layout="nm", backend=options.backend)
     else:
         dx = _dot(dy, packed.unpack(), (1, 1), x.dtype)
@@ -91,8 +109,9 @@ def _matmul24_bwd(options: _Options, residuals, dy: Array):
         else:
             dw = _sampled_weight_gradient(x, dy, key, options)
         dw = dw.astype(options.w_dtype)
+    found = None if probe is None else matmul24_fp8.losses(x, dy, packed)
     # None is a zero cotangent: the gradient passes the packed weight by, straight to w.
-    return dx, dw, None, None
+    return dx, dw, None, None, found
 
 
 _matmul24.defvjp(_matmul24_fwd, _matmul24_bwd)
@@ -109,6 +128,8 @@ def matmul24(
     sampled: SampledOperand = "dy",
     key: Array | None = None,
     dtype: DTypeLike = jnp.bfloat16,
+    precision: Precision | None = None,
+    probe: Array | None = None,
     backend: registry.Backend | None = None,
 ) -> Array:
     """x @ (beta S(w)), S the soft threshold to 2:4 along `axis` of w (arXiv 2409.09099).
@@ -127,8 +148,13 @@ def matmul24(
     "dense" is x^T dy; "mvue24" makes one operand 2:4 along the tokens, without bias
     (`sparsejax.prune.mvue24`), and multiplies it on sparse tensor cores.
 
-    x and w are rounded to `dtype`, products accumulate in float32, results are rounded once. Works
-    under jit, vmap over leading axes of x, remat and scan; reverse-mode derivatives only.
+    x and w are rounded to `dtype`, products accumulate in float32, results are rounded once.
+
+    With precision="fp8" the operands of y and dx are 8-bit floats, W and x float8_e4m3fn, dy
+    float8_e5m2, scaled as `sparsejax.fp8` says; dw stays in 16 bits (`sparsejax.ops.matmul24_fp8`
+    says why). Rounding has no derivative: gradients pass it straight through.
+
+    Works under jit, vmap over leading axes of x, remat and scan; reverse-mode derivatives only.
 
     Args:
       x: (..., k), floating point.
@@ -136,14 +162,20 @@ def matmul24(
         dtype and gets no gradient (for inference).
       axis: the axis of w that groups of four run along; its size must be a multiple of 4.
       beta: scalar scale, not differentiated; None for 1. Give it to `pack` if you pass `packed`.
-      packed: beta S(w) packed before, by `pack(w, axis=axis, mode="soft_threshold", scale=beta)`:
-        once per optimiser step instead of once per call. The values then come from it alone, and w
-        only receives the gradient. None packs w here.
+      packed: beta S(w) packed before, by `pack(w, axis=axis, mode="soft_threshold", scale=beta)`
+        (with dtype=jnp.float8_e4m3fn for "fp8"): once per optimiser step instead of once per
+        call. The values then come from it alone, and w only receives the gradient. None packs w
+        here.
       weight_gradient: "dense" or "mvue24".
       sampled: what "mvue24" samples: "dy" or "x".
       key: PRNG key, needed by "mvue24" and only used in the backward pass.
       dtype: of the computation and of the result: bfloat16 or float16 (float32 on the reference
         backend only).
+      precision: None, or "fp8" for 8-bit operands, with dtype bfloat16. A `Sparse24` of 8-bit
+        floats implies it.
+      probe: with "fp8", float32 zeros (4,) that the value does not depend on. Its *gradient* is
+        what rounding lost: elements that overflowed and that underflowed to zero, of x, then of dy.
+        That is how a count leaves a backward pass; it costs another look at x and dy.
       backend: a kernel backend (strict), or None for the fastest.
 
     Returns:
@@ -157,16 +189,26 @@ def matmul24(
     reference.require_one_of("axis", axis, (0, 1))
     reference.require_one_of("weight_gradient", weight_gradient, get_args(WeightGradient))
     reference.require_one_of("sampled", sampled, get_args(SampledOperand))
+    if precision is not None:
+        reference.require_one_of("precision", precision, get_args(Precision))
+    in_8_bits = precision == "fp8"
     if isinstance(w, Sparse24):
         if packed is not None:
             raise ValueError("packed must be None where w is a Sparse24 already")
-        packed, axis, dtype, master = w, w.axis, w.dtype, None
+        packed, axis, master = w, w.axis, None
+        in_8_bits = in_8_bits or fp8.is_fp8(w.dtype)
+        dtype = dtype if in_8_bits else w.dtype
     else:
         master = jnp.asarray(w)
         reference.require_float("w.dtype", master.dtype)
     dtype = jnp.dtype(dtype)
     reference.require_float("x.dtype", x.dtype)
     reference.require_float("dtype", dtype)
+    if in_8_bits and dtype != jnp.bfloat16:
+        raise ValueError(f"dtype={dtype.name} must be bfloat16 with precision='fp8'")
+    if probe is not None and (not in_8_bits or jnp.shape(probe) != (PROBE_SIZE,)):
+        raise ValueError(f"{jnp.shape(probe)=} must be ({PROBE_SIZE},), with precision='fp8' only")
+    stored = fp8.FORWARD if in_8_bits else dtype
 
     shape = packed.shape if master is None and packed is not None else jnp.shape(w)
     if len(shape) != 2 or 0 in shape:
@@ -184,19 +226,20 @@ def matmul24(
             axis=axis,
             mode="soft_threshold",
             scale=None if beta is None else lax.stop_gradient(beta),
-            dtype=dtype,
+            dtype=stored,
             backend=backend,
         )
     elif beta is not None:
         raise ValueError("beta must be None where the weight is packed already, with its scale")
     found = (packed.shape, packed.axis, packed.dtype)
-    if found != (tuple(shape), axis, dtype):
+    if found != (tuple(shape), axis, stored):
         raise ValueError(
-            f"packed shape, axis and dtype {found} must be {(shape, axis, dtype.name)}"
+            f"packed shape, axis and dtype {found} must be {(shape, axis, stored.name)}"
         )
 
-    options = _Options(weight_gradient, sampled, backend, None if master is None else master.dtype)
+    w_dtype = None if master is None else master.dtype
+    options = _Options(weight_gradient, sampled, backend, w_dtype, in_8_bits)
     # Rounding x outside the custom_vjp gives dx the dtype of x by the rule for conversions.
     rows = x.reshape(-1, shape[0]).astype(dtype)
-    y = _matmul24(options, rows, master, packed, key)
+    y = _matmul24(options, rows, master, packed, key, probe)
     return y.reshape(*x.shape[:-1], shape[1])

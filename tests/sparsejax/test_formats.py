@@ -99,7 +99,7 @@ def test_stack_under_vmap_and_scan():
         ({"x": np.ones((4, 4), np.int32)}, "x.dtype=int32"),
         ({"axis": -1}, "axis=-1"),
         ({"mode": "top2"}, "mode='top2'"),
-        ({"dtype": jnp.float8_e4m3fn}, "float8_e4m3fn"),
+        ({"dtype": jnp.float8_e4m3b11fnuz}, "float8_e4m3b11fnuz"),
         ({"scale": np.ones(3)}, r"\(3,\)"),
         ({"backend": "cutlass"}, "'cutlass'"),
     ],
