@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from benchmarks import devices
+from benchmarks import devices, fp8_contenders
 from benchmarks.cusparselt import CuSparseLt
 from benchmarks.failures import Failures
 from benchmarks.products import Product, Shape, reference_rows, relative_error
@@ -105,15 +105,21 @@ def measure_product(
     sampling: Sampling,
     failures: Failures,
     require_tuned: bool = False,
+    in_8_bits: fp8_contenders.Checked | None = None,
 ) -> list[dict[str, Any]]:
     """Rows of one product: one for each contender, refused ones with the reason."""
     shape = product.shape
     what = f"{shape.name}, {data} data"
     calls, errors, notes = _checked(product, kernels, library, failures, what)
     calls = {"xla dense": jax_timed(dense, *product.dense_operands), **calls}
+    if in_8_bits is not None:
+        calls |= in_8_bits.calls
+        notes |= in_8_bits.notes
     samples = interleaved(calls, sampling)
     kind = jax.devices()[0].device_kind
-    bounds = devices.spmm_bounds(kind, shape.m, shape.n, shape.k)
+    bounds_of = lambda name: devices.spmm_bounds(
+        kind, shape.m, shape.n, shape.k, itemsize=1 if name.endswith("fp8") else 2
+    )
     common = {**dataclasses.asdict(shape), "data": data}
     rows = []
     for name, taken in samples.items():
@@ -121,8 +127,17 @@ def measure_product(
         row["effective_tflops"] = shape.flops / taken.median / 1e12
         row["speedup_over_dense"] = samples["xla dense"].median / taken.median
         row["relative_error"] = errors.get(name)
-        if name != "xla dense" and bounds.sparse is not None:
-            row["share_of_bound"] = bounds.sparse / taken.median
+        if in_8_bits is not None:
+            row |= in_8_bits.facts.get(name, {})
+            if fp8_contenders.DENSE in samples:
+                dense_fp8 = samples[fp8_contenders.DENSE].median
+                row["speedup_over_dense_fp8"] = dense_fp8 / taken.median
+        bound = bounds_of(name).sparse
+        if not name.startswith("xla dense") and bound is not None:
+            row["share_of_bound"] = bound / taken.median
+        if name == "hopper fp8":
+            key = tables.key(m=shape.m, n=shape.n, k=shape.k, out=shape.out_layout)
+            row["tuned"] = tables.lookup("hopper", "spmm24_fp8", kind, key) is not None
         if name in registry.BACKENDS and name != "reference":
             key = tables.key(
                 m=shape.m, n=shape.n, k=shape.k, b=shape.b_layout, out=shape.out_layout
@@ -136,7 +151,6 @@ def measure_product(
     notes = {**refusals, **notes}
     rows += [{**common, "contender": name, "note": note} for name, note in notes.items()]
     for row in rows:
-        row["bounds_ms"] = {
-            k: None if v is None else 1e3 * v for k, v in dataclasses.asdict(bounds).items()
-        }
+        bounds = dataclasses.asdict(bounds_of(row["contender"]))
+        row["bounds_ms"] = {k: None if v is None else 1e3 * v for k, v in bounds.items()}
     return rows

@@ -42,31 +42,36 @@ class Bounds:
         return max(known) if known else None
 
 
-def packed_bytes(m: int, k: int) -> int:
-    """Bytes of a packed 16-bit (m, k) matrix: half of the elements, and 2 bits for each of them."""
-    return m * k // 2 * 2 + m * k // 8
+def packed_bytes(m: int, k: int, itemsize: int = 2) -> int:
+    """Bytes of a packed (m, k) matrix: half of the elements, and 2 bits for each of them."""
+    return m * k // 2 * itemsize + m * k // 8
 
 
-def spmm_bounds(device_kind: str, m: int, n: int, k: int) -> Bounds:
-    """Bounds of a 16-bit product A (m, k) times B (k, n), A 2:4 along k.
+def spmm_bounds(device_kind: str, m: int, n: int, k: int, itemsize: int = 2) -> Bounds:
+    """Bounds of a product A (m, k) times B (k, n), A 2:4 along k, with a result of 16 bits.
 
     Args:
       device_kind: `jax.Device.device_kind`.
       m, n, k: sizes.
+      itemsize: bytes of the operands' elements: 2, or 1 for 8-bit floats, which Hopper chips
+        multiply at twice the rate.
     """
     found: Chip | None = chip(device_kind)
-    if found is None:
+    hopper = found is not None and bool(_HOPPER & set(found.name.split()))
+    if found is None or (itemsize == 1 and not hopper):
         return Bounds(None, None, None, None)
     flops = 2.0 * m * n * k
+    peak = found.bf16_flops * 2 / itemsize
     shared = None
-    if _HOPPER & set(found.name.split()):
+    if hopper:
         rate = found.bf16_flops / _FLOPS_PER_CYCLE * _SHARED_BYTES_PER_CYCLE
-        instructions = m * n * k / (_MMA[0] * _MMA[1] * _MMA[2])
+        # An instruction takes the same bytes of both operands, and so contracts more elements.
+        instructions = m * n * k / (_MMA[0] * _MMA[1] * _MMA[2] * 2 / itemsize)
         shared = instructions * _MMA_BYTES / rate
-    moved = packed_bytes(m, k) + 2 * k * n + 2 * m * n
+    moved = packed_bytes(m, k, itemsize) + itemsize * k * n + 2 * m * n
     return Bounds(
-        dense=flops / found.bf16_flops,
-        arithmetic=flops / (2 * found.bf16_flops),
+        dense=flops / peak,
+        arithmetic=flops / (2 * peak),
         shared_memory=shared,
         memory=moved / found.bandwidth,
     )

@@ -3,9 +3,10 @@
     python -m benchmarks.gemm --out gemm.json            # on a GPU: json, png and a table
     python -m benchmarks.gemm --out gemm.json --smoke    # anywhere: tiny shapes, no claim of speed
 
-Times are medians of interleaved rounds, so that clock and temperature drifts meet every contender
-alike, on tensors of a briefly trained model and on Gaussian noise. Every sparse result is checked
-against float32 before it is timed. Rates count the FLOPs of the dense product.
+Every product runs in bf16 and in 8-bit floats, dense (as XLA calls cuBLASLt) and sparse. Times are
+medians of interleaved rounds, so that clock and temperature drifts meet every contender alike, on
+tensors of a briefly trained model and on Gaussian noise. Every sparse result is checked against
+float32 before it is timed. Rates count the FLOPs of the dense product.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from typing import Any
 
 import jax
 
-from benchmarks import report
+from benchmarks import fp8_contenders, report
 from benchmarks.capture import CaptureConfig, FfnTensors, capture
 from benchmarks.command_line import contenders, make_parser
 from benchmarks.contenders import compile_dense, compile_sparse, measure_product
@@ -53,6 +54,8 @@ class Settings:
     backends: tuple[registry.Backend, ...]
     sampling: Sampling
     torch: bool
+    fp8: bool = True
+    """Whether every product is measured in 8-bit floats as well."""
     require_tuned: bool = False
     smoke: bool = False
 
@@ -140,7 +143,9 @@ def run(settings: Settings, save: Callable[[dict[str, Any]], None]) -> dict[str,
       What the result file holds.
     """
     clock, failures = _Clock(), Failures()
-    all_packings = [p for m in settings.models for p in packings(m.name, m.capture)]
+    all_packings = [
+        p for m in settings.models for p in packings(m.name, m.capture, in_8_bits=settings.fp8)
+    ]
 
     # Kernels compile on the host while the models train; dense products compile later, on a quiet
     # device, because their compiler times candidates.
@@ -148,6 +153,8 @@ def run(settings: Settings, save: Callable[[dict[str, Any]], None]) -> dict[str,
     for model in settings.models:
         for shape in model_shapes(model):
             compiled.submit(shape, compile_sparse)
+            if settings.fp8:
+                compiled.submit(fp8_contenders.Fp8Shape(shape), fp8_contenders.compile_sparse)
     for packing in all_packings:
         compiled.submit(packing, compile_packing)
     captured, reports = {}, {}
@@ -185,14 +192,23 @@ def run(settings: Settings, save: Callable[[dict[str, Any]], None]) -> dict[str,
         }
         for shape in model_shapes(model):
             kernels, refusals = compiled.of(shape)
-            dense = None
+            dense = dense_fp8 = None
             for data, tensors in sets.items():
                 product = build(shape, tensors)
                 dense = dense or compile_dense(product)
                 clock.lap("prepare operands", f"{shape.name}, {data}")
+                checked = None
+                if settings.fp8:
+                    operands = fp8_contenders.build(product)
+                    dense_fp8 = dense_fp8 or fp8_contenders.compile_dense(operands)
+                    checked = fp8_contenders.check(
+                        product, operands, *compiled.of(fp8_contenders.Fp8Shape(shape)),
+                        dense_fp8, failures, f"{shape.name}, {data} data",
+                    )  # fmt: skip
+                    clock.lap("prepare 8-bit operands", f"{shape.name}, {data}")
                 measure = functools.partial(
                     measure_product, product, data, kernels, refusals, dense, library,
-                    settings.sampling, failures, settings.require_tuned,
+                    settings.sampling, failures, settings.require_tuned, checked,
                 )  # fmt: skip
                 found, _ = failures.attempt(f"{shape.name}, {data} data", measure)
                 rows += found or []
@@ -227,6 +243,7 @@ def main(arguments: list[str] | None = None) -> None:
         "gemm", "Times 2:4 products and packing on the default JAX device.", steps=250
     )
     parser.add_argument("--no-torch", action="store_true", help="leave cuSPARSELt out")
+    parser.add_argument("--no-fp8", action="store_true", help="leave 8-bit floats out")
     parser.add_argument("--require-tuned", action="store_true", help="fail on a tuned-table miss")
     options = parser.parse_args(arguments)
     backends, sampling = contenders(parser, options)
@@ -235,6 +252,7 @@ def main(arguments: list[str] | None = None) -> None:
         backends=backends,
         sampling=sampling,
         torch=jax.default_backend() == "gpu" and not options.no_torch,
+        fp8=not options.no_fp8,
         require_tuned=options.require_tuned,
         smoke=options.smoke,
     )

@@ -14,7 +14,8 @@ from benchmarks import devices
 from benchmarks.capture import CaptureConfig
 from benchmarks.failures import Failures
 from benchmarks.timing import Samples, Sampling, Timed, interleaved, jax_timed
-from kernels import reference, registry
+from kernels import reference, reference_fp8, registry
+from sparsejax import fp8
 
 _COPY_BYTES = 1 << 29
 
@@ -29,12 +30,24 @@ class Packing:
     dtype: str
     axis: int
     mode: reference.Mode
+    out_dtype: str = "bfloat16"
+
+    @property
+    def in_8_bits(self) -> bool:
+        """Whether values are scaled, with one factor a row, and rounded to 8 bits."""
+        return fp8.is_fp8(self.out_dtype)
+
+    @property
+    def m(self) -> int:
+        """Rows of the packed matrix."""
+        return self.cols if self.axis == 0 else self.rows
 
     @property
     def bytes(self) -> int:
         """Moved by one call: the input read once, the packed matrix written once."""
-        m, k = (self.rows, self.cols) if self.axis == 1 else (self.cols, self.rows)
-        return m * k * jnp.dtype(self.dtype).itemsize + devices.packed_bytes(m, k)
+        read = self.rows * self.cols * jnp.dtype(self.dtype).itemsize
+        itemsize = jnp.dtype(self.out_dtype).itemsize
+        return read + devices.packed_bytes(self.m, self.rows * self.cols // self.m, itemsize)
 
     @property
     def copies(self) -> int:
@@ -42,15 +55,20 @@ class Packing:
         return min(8, max(2, math.ceil(1e9 / self.bytes)))
 
 
-def packings(model: str, capture: CaptureConfig) -> list[Packing]:
+def packings(model: str, capture: CaptureConfig, *, in_8_bits: bool = False) -> list[Packing]:
     """Weights once an optimiser step (float32), activations (bfloat16), along both axes."""
     d, h, t = capture.width, capture.hidden, capture.tokens
-    return [
+    found = [
         Packing(f"{model} W1", d, h, "float32", 0, "soft_threshold"),
         Packing(f"{model} W2", h, d, "float32", 1, "soft_threshold"),
         Packing(f"{model} Y2", t, h, "bfloat16", 1, "value"),
         Packing(f"{model} Y2 tokens", t, h, "bfloat16", 0, "magnitude"),
     ]
+    if in_8_bits:
+        found += [
+            dataclasses.replace(p, name=f"{p.name} fp8", out_dtype=fp8.FORWARD.name) for p in found
+        ]
+    return found
 
 
 def trace_packing(packing: Packing, backend: registry.Backend):
@@ -60,9 +78,10 @@ def trace_packing(packing: Packing, backend: registry.Backend):
       NotImplementedError: the backend does not serve this device or shape.
     """
     x = jax.ShapeDtypeStruct((packing.rows, packing.cols), packing.dtype)
-    scale = jax.ShapeDtypeStruct((), jnp.float32)
-    options = {"axis": packing.axis, "mode": packing.mode}
-    _, function = registry.select("pack24", x, scale=scale, backend=backend, **options)
+    scale = jax.ShapeDtypeStruct((packing.m,) if packing.in_8_bits else (), jnp.float32)
+    options = _options(packing)
+    op = "pack24_fp8" if packing.in_8_bits else "pack24"
+    _, function = registry.select(op, x, scale=scale, backend=backend, **options)
     # One jitted function, so that the calls share one lowering.
     pack_one = jax.jit(lambda x, scale: function(x, scale=scale, **options))
 
@@ -70,6 +89,10 @@ def trace_packing(packing: Packing, backend: registry.Backend):
         return [pack_one(x, scale) for x in inputs]
 
     return jax.jit(pack_all).trace([x] * packing.copies, scale)
+
+
+def _options(packing: Packing) -> dict[str, Any]:
+    return {"axis": packing.axis, "mode": packing.mode, "dtype": jnp.dtype(packing.out_dtype)}
 
 
 def compile_packing(packing: Packing, backend: registry.Backend):
@@ -99,8 +122,12 @@ def measure_packing(
     """Rows of one packing: one for each backend."""
     draw = jax.jit(lambda key: jax.random.normal(key, (packing.rows, packing.cols), packing.dtype))
     inputs = [draw(key) for key in jax.random.split(jax.random.key(2), packing.copies)]
+    pack: Any = reference.pack24
     scale = jnp.float32(1.484)
-    expected = reference.pack24(inputs[-1], axis=packing.axis, mode=packing.mode, scale=scale)
+    if packing.in_8_bits:
+        pack = reference_fp8.pack24_fp8
+        scale = 1.484 * jnp.exp2(jnp.arange(packing.m) % 8)
+    expected = pack(inputs[-1], scale=scale, **_options(packing))
     calls = {}
     for backend, call in compiled.items():
         out, note = failures.attempt(

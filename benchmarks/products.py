@@ -134,7 +134,8 @@ def build(shape: Shape, tensors: FfnTensors) -> Product:
     return product
 
 
-def _row_indices(shape: Shape) -> Array:
+def row_indices(shape: Shape) -> Array:
+    """Rows of the result that are checked: the first and the last 128."""
     return jnp.r_[: min(128, shape.m), max(0, shape.m - 128) : shape.m]
 
 
@@ -144,7 +145,7 @@ def reference_rows(product: Product) -> Array:
     a = a.T if product.sparse.axis == 0 else a
     contracted = product.shape.b_layout.index("k")
     return jax.lax.dot_general(
-        a[_row_indices(product.shape)],
+        a[row_indices(product.shape)],
         product.b,
         (((1,), (contracted,)), ((), ())),
         preferred_element_type=jnp.float32,
@@ -154,5 +155,5 @@ def reference_rows(product: Product) -> Array:
 def relative_error(product: Product, expected: Array, out: Array) -> float:
     """Frobenius error of those rows of a result, relative to `reference_rows`."""
     out = out.T if product.shape.out_layout == "nm" else out
-    difference = out[_row_indices(product.shape)].astype(jnp.float32) - expected
+    difference = out[row_indices(product.shape)].astype(jnp.float32) - expected
     return float(jnp.linalg.norm(difference) / jnp.linalg.norm(expected))

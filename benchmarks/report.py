@@ -20,7 +20,19 @@ _COLOURS = {
     "triton": "#5b8def",
     "hopper": "#1b9e77",
     "reference": "#b07aa1",
+    "xla dense fp8": "#5f6368",
+    "hopper fp8": "#0b5d43",
+    "reference fp8": "#6b4a63",
 }
+
+
+def _rivals(contender: str) -> tuple[str, ...]:
+    """Whom a contender is compared with in the summary."""
+    if contender == "xla dense fp8":
+        return ("xla dense",)
+    if contender.endswith(" fp8"):
+        return ("xla dense fp8", contender.removesuffix(" fp8"), "xla dense")
+    return ("xla dense", "cusparselt")
 
 
 def _vendor(contender: str) -> str:
@@ -47,7 +59,7 @@ def summary(rows: list[Row], packing: list[Row]) -> Row:
     found: Row = {}
     backends = sorted({r["contender"] for r in rows if r["contender"] in _COLOURS})
     for backend in backends:
-        for rival in ("xla dense", "cusparselt"):
+        for rival in _rivals(backend):
             for data in sorted({data for _, data in groups}):
                 ratios = [
                     g[rival]["ms"] / g[backend]["ms"]
@@ -129,7 +141,7 @@ def table(result: Row, console: Console | None = None) -> None:
             f"{facts['last_loss']:.2f}, {facts['active_share']:.0%} of neurons active"
         )
     view.caption = "\n".join(lines)
-    (console or Console(width=160)).print(view)
+    (console or Console(width=200)).print(view)
 
 
 def plot(result: Row, file: pathlib.Path) -> None:

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from benchmarks import capture as capture_module
-from benchmarks import contenders, devices, gemm, packing, products, report
+from benchmarks import contenders, devices, fp8_contenders, gemm, packing, products, report
 from benchmarks.capture import CaptureConfig, FfnTensors, capture
 from benchmarks.failures import Failures
 from benchmarks.timing import Sampling, Timed, interleaved
@@ -44,21 +44,28 @@ def test_smoke_run(tmp_path, capsys):
         (kind, data, contender)
         for kind in [*KINDS, "cube"]
         for data in ("training", "gaussian")
-        for contender in ("xla dense", "reference")
+        for contender in ("xla dense", "reference", "xla dense fp8", "reference fp8")
     }
     for row in rows:
         assert len(row["rounds_ms"]) == 2
         assert row["ms"] == pytest.approx(np.median(row["rounds_ms"]))
         rate = 2e-9 * row["m"] * row["n"] * row["k"] / row["ms"]
         assert row["effective_tflops"] == pytest.approx(rate)
-        if row["contender"] == "reference":
+        if row["contender"] != "xla dense":
             assert row["relative_error"] < 5e-3
-    assert {r["name"] for r in result["packing"]} == {
-        "tiny W1", "tiny W2", "tiny Y2", "tiny Y2 tokens"
-    }  # fmt: skip
+        assert row["speedup_over_dense_fp8"] > 0
+    tensors = ("tiny W1", "tiny W2", "tiny Y2", "tiny Y2 tokens")
+    assert {r["name"] for r in result["packing"]} == {*tensors, *(f"{t} fp8" for t in tensors)}
     assert all(0 < r["share_of_copy"] < 10 for r in result["packing"])
     assert result["copy_bytes_per_second"] > 0
-    assert "reference over xla dense, training data" in result["summary"]
+    for pair in (
+        "reference over xla dense",
+        "reference fp8 over xla dense fp8",
+        "reference fp8 over reference",
+        "reference fp8 over xla dense",
+        "xla dense fp8 over xla dense",
+    ):
+        assert f"{pair}, training data" in result["summary"]
     assert 0 < result["capture"]["tiny"]["active_share"] < 1
 
 
@@ -122,6 +129,9 @@ def test_full_size_kernels_lower_for_a_gpu(model, backend, capability):
         for shape in gemm.model_shapes(model):
             traced = contenders.trace_sparse(shape, backend)
             assert "custom_call" in traced.lower(lowering_platforms=("cuda",)).as_text()
+            if backend == "hopper":
+                traced = fp8_contenders.trace_sparse(fp8_contenders.Fp8Shape(shape), backend)
+                assert "custom_call" in traced.lower(lowering_platforms=("cuda",)).as_text()
         case = packing.packings(model.name, model.capture)[0]
         traced = packing.trace_packing(case, backend)
         assert "custom_call" in traced.lower(lowering_platforms=("cuda",)).as_text()
@@ -155,6 +165,38 @@ def test_build_refuses_other_tensors():
     shape = products.shapes("m", WIDTH, HIDDEN, TOKENS)[0]
     with pytest.raises(ValueError, match="tensors give"):
         products.build(dataclasses.replace(shape, k=128), network())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_8_bit_contenders_multiply_the_same_tensors(kind):
+    """Both within what rounding to 8 bits does to the product of 16 bits."""
+    shape = {s.kind: s for s in products.shapes("m", WIDTH, HIDDEN, TOKENS)}[kind]
+    product = products.build(shape, network())
+    operands = fp8_contenders.build(product)
+    item = fp8_contenders.Fp8Shape(shape)
+    sparse = fp8_contenders.compile_sparse(item, "reference")
+    dense = fp8_contenders.compile_dense(operands)
+    failures = Failures()
+    checked = fp8_contenders.check(
+        product, operands, {"reference": sparse}, {"hopper": "no"}, dense, failures, "it"
+    )
+    assert not failures
+    assert checked.notes == {"hopper fp8": "no"}
+    assert set(checked.calls) == {"reference fp8", "xla dense fp8"}
+    assert checked.facts["xla dense fp8"]["implementation"] == "xla's own kernel"
+    out = checked.calls["reference fp8"].run()
+    assert 1e-3 < products.relative_error(product, products.reference_rows(product), out) < 0.08
+    exact = contenders.dense_product(*product.dense_operands, contract=product.dense_contract)
+    found = checked.calls["xla dense fp8"].run().astype(jnp.float32)
+    error = jnp.linalg.norm(found - exact.astype(jnp.float32)) / jnp.linalg.norm(exact)
+    assert 1e-3 < float(error) < 0.08
+
+    def wrong(*arguments):
+        return sparse(*arguments) * 1.05
+
+    fp8_contenders.check(product, operands, {"reference": wrong}, {}, dense, failures, "it")
+    assert len(failures) == 1
+    assert "reference fp8: relative error" in failures[0]
 
 
 def measure(call) -> tuple[list[dict], Failures]:
@@ -233,6 +275,12 @@ def test_bounds_of_an_h100():
     moved = 8192 * 2048 * 9 / 8 + 2 * 2048 * 16384 + 2 * 8192 * 16384
     assert bounds.memory == pytest.approx(moved / 3.35e12)
     assert bounds.sparse == bounds.shared_memory
+    in_8_bits = devices.spmm_bounds("NVIDIA H100 80GB HBM3", 8192, 16384, 2048, itemsize=1)
+    assert in_8_bits.sparse == pytest.approx(bounds.sparse / 2)
+    assert in_8_bits.dense == pytest.approx(bounds.dense / 2)
+    moved = 8192 * 2048 * 5 / 8 + 2048 * 16384 + 2 * 8192 * 16384
+    assert in_8_bits.memory == pytest.approx(moved / 3.35e12)
+    assert devices.spmm_bounds("NVIDIA A100-SXM4-80GB", 64, 64, 64, itemsize=1).sparse is None
     assert devices.spmm_bounds("NVIDIA A100-SXM4-80GB", 64, 64, 64).shared_memory is None
     assert devices.spmm_bounds("cpu", 64, 64, 64).sparse is None
 
