@@ -127,18 +127,19 @@ def implementation(dense: Any) -> str:
     return "cublaslt fp8" if "__cublas$lt$matmul$f8" in dense.as_text() else "xla's own kernel"
 
 
-def relative_error(product: Product, a: Array, b: fp8.Quantized, out: Array) -> float:
+@functools.partial(jax.jit, static_argnums=0)
+def _relative_error(shape: Shape, a: Array, b: fp8.Quantized, out: Array) -> Array:
     """Frobenius error of some rows of a result, against float32 products of rounded operands."""
-    rows = row_indices(product.shape)
+    rows = row_indices(shape)
     expected = jax.lax.dot_general(
         a[rows],
         fp8.dequantize(b),
         (((1,), (1,)), ((), ())),
         precision=jax.lax.Precision.HIGHEST,
     )
-    out = out.T if product.shape.out_layout == "nm" else out
+    out = out.T if shape.out_layout == "nm" else out
     difference = out[rows].astype(jnp.float32) - expected
-    return float(jnp.linalg.norm(difference) / jnp.linalg.norm(expected))
+    return jnp.linalg.norm(difference) / jnp.linalg.norm(expected)
 
 
 @dataclasses.dataclass
@@ -163,8 +164,7 @@ def check(
     found = Checked(notes={f"{name} fp8": note for name, note in refusals.items()})
     sparse, b = operands.sparse, operands.b
     arguments = (sparse.values, sparse.metadata, b.values, sparse.scale, b.scale)
-    a = sparse.unpack()
-    a = a.T if sparse.axis == 0 else a
+    a = jax.jit(lambda s: s.unpack().T if s.axis == 0 else s.unpack())(sparse)
     # The dense product of X W has W second: its rows are the sparse operand's.
     first, second = operands.dense
     if product.shape.out_layout == "nm":
@@ -192,4 +192,4 @@ def check(
 
 
 def _error_of(product: Product, call: Timed, a: Array, b: fp8.Quantized) -> float:
-    return relative_error(product, a, b, call.run())
+    return float(_relative_error(product.shape, a, b, call.run()))

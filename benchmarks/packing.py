@@ -65,8 +65,10 @@ def packings(model: str, capture: CaptureConfig, *, in_8_bits: bool = False) -> 
         Packing(f"{model} Y2 tokens", t, h, "bfloat16", 0, "magnitude"),
     ]
     if in_8_bits:
+        # One of each input type and axis: a weight and the activations.
         found += [
-            dataclasses.replace(p, name=f"{p.name} fp8", out_dtype=fp8.FORWARD.name) for p in found
+            dataclasses.replace(p, name=f"{p.name} fp8", out_dtype=fp8.FORWARD.name)
+            for p in (found[0], found[2])
         ]
     return found
 
