@@ -23,6 +23,8 @@ from typing import Any, Literal, get_args
 
 import jax
 import jax.custom_batching
+import jax.numpy as jnp
+import numpy as np
 from jax import Array
 
 Backend = Literal["hopper", "triton", "reference"]
@@ -172,6 +174,10 @@ def call(op: str, *args, backend: Backend | None = None, **kwargs) -> Any:
     Calls with equal shapes and options share one trace, so that a model of many layers lowers and
     compiles a kernel once. The device that is traced for is part of the key of `jax.jit`'s cache.
     """
+    # Scales may come as numbers or as numpy's arrays: data all the same, not options.
+    data = (float, np.ndarray, np.generic)
+    to_array = lambda v: jnp.asarray(v, jnp.float32) if isinstance(v, data) else v
+    kwargs = {key: to_array(value) for key, value in kwargs.items()}
     name, function = select(op, *args, backend=backend, **kwargs)
     arrays = {key: value for key, value in kwargs.items() if isinstance(value, Array)}
     options = {key: value for key, value in kwargs.items() if key not in arrays}
