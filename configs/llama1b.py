@@ -10,10 +10,17 @@ def config() -> Config:
         name="llama1b",
         steps=60_000,
         batch_size=256,
-        micro_batches=64,
+        micro_batches=32,  # 8 sequences a device at a time fill an H100's 80 GB.
         sequence_length=4096,
         model=ModelConfig(
-            width=2048, num_layers=25, num_heads=16, vocab_size=128_256, remat="dots"
+            width=2048,
+            num_layers=25,
+            num_heads=16,
+            vocab_size=128_256,
+            # What was fastest on an H100 (docs/training_speed.md).
+            scan_layers=False,
+            remat="dots",
+            logits="compute",
         ),
         sparsity=Sparsity(m=16, v=128),
         schedule=ScheduleConfig(warmup_steps=1000, sparse_fraction=0.5),
