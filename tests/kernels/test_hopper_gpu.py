@@ -1,7 +1,7 @@
 """The Hopper kernels on a GPU: every orientation and epilogue against float32 references.
 
 A sweep of the same cases under NVIDIA's checkers:
-``compute-sanitizer --tool memcheck python -m tests.kernels.sanitize_hopper`` (or racecheck).
+``compute-sanitizer --tool memcheck python -m tests.kernels.sanitize hopper`` (or racecheck).
 """
 
 import functools
