@@ -1,6 +1,6 @@
 """Searches the `hopper` kernels' configurations on this device and writes the tuned table.
 
-    python -m benchmarks.tune [--write] [--op spmm24|pack24] [--rounds 5] [--only SUBSTRING]
+    python -m benchmarks.tune [--write] [--op spmm24|spmm24_fp8|pack24] [--rounds 5] [--only TEXT]
 
 Every candidate is compared with a float32 reference over the whole output before it is timed, and
 candidates are timed in turns together with XLA's dense product of the same operands.
@@ -21,26 +21,35 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from benchmarks.timing import Sampling, Timed, interleaved, jax_timed
-from kernels import reference
+from kernels import reference, reference_fp8
 from kernels.hopper import pack24 as packing
 from kernels.hopper import spmm24 as products
+from kernels.hopper.spmm24_fp8 import spmm24_fp8
 from kernels.tuning import tables
 
 MAX_ERROR = 5e-3
+MAX_ERROR_IN_8_BITS = 1e-2  # tensor cores add these with fewer bits
 
 
 @dataclasses.dataclass(frozen=True)
 class Problem:
-    """A product with A (m, k) sparse, in one orientation."""
+    """A product with A (m, k) sparse, in one orientation, in 16 or in 8 bits."""
 
     m: int
     n: int
     k: int
     b: Literal["nk", "kn"]
     out: Literal["mn", "nm"]
+    in_8_bits: bool = False
+
+    @property
+    def op(self) -> str:
+        return "spmm24_fp8" if self.in_8_bits else "spmm24"
 
     @property
     def key(self) -> str:
+        if self.in_8_bits:
+            return tables.key(m=self.m, n=self.n, k=self.k, out=self.out)
         return tables.key(m=self.m, n=self.n, k=self.k, b=self.b, out=self.out)
 
 
@@ -57,13 +66,37 @@ def problems(tokens: int = 16384) -> list[Problem]:
     return list(dict.fromkeys(found))
 
 
+def problems_in_8_bits() -> list[Problem]:
+    """The same, where the contraction of both operands is contiguous, as it must be."""
+    found = [dataclasses.replace(p, b="nk", in_8_bits=True) for p in problems()]
+    return list(dict.fromkeys(found))
+
+
+def candidates_in_8_bits() -> list[products.Spmm24Config]:
+    """Tiles of 16 bits, of as many bytes; more output buffers, as a tile takes half as long."""
+    make = functools.partial(products.Spmm24Config, tile_k=128, in_flight=0)
+    wide = functools.partial(make, wg_m=2, tile_n=192)
+    found = [
+        wide(epi_n=192, out_slots=1, order="n"),
+        wide(epi_n=64, out_slots=2, order="n"),
+        wide(epi_n=64, out_slots=3, order="n"),
+        wide(epi_n=192, out_slots=1, order="m", width=16),
+        make(order="m", width=16),
+        make(order="n"),
+        make(order="m", width=16, tile_k=256, stages=2),
+        wide(tile_n=128, stages=4, out_slots=2, order="n"),
+    ]
+    return [c for c in found if c.problem(2, itemsize=1) is None]
+
+
 def candidates(problem: Problem) -> list[products.Spmm24Config]:
     """Tiles that can be best, with the tile orders that keep most of both operands in L2.
 
     Others were slower on every problem tried on an H100: 256 x 128 and smaller tiles, clusters,
     three stages (see `kernels.hopper.spmm24`).
     """
-    del problem
+    if problem.in_8_bits:
+        return candidates_in_8_bits()
     make = products.Spmm24Config
     wide = functools.partial(make, wg_m=2, tile_n=192, epi_n=192, out_slots=1)
     found = [
@@ -96,35 +129,51 @@ def _compile_all(calls: dict[Any, Callable[[], Any]]) -> dict[Any, Any]:
 
 
 def _dense(problem: Problem, a: Array, b: Array) -> Array:
+    """XLA's dense product; of 8-bit operands cuBLASLt's, with scales of 1."""
     contracted = 1 if problem.b == "nk" else 0
+    wide = lambda x: x.astype(jnp.bfloat16)
     if problem.out == "mn":
-        return lax.dot_general(a, b, (((1,), (contracted,)), ((), ())))
-    return lax.dot_general(b, a, (((contracted,), (1,)), ((), ())))
+        return lax.dot_general(wide(a), wide(b), (((1,), (contracted,)), ((), ())))
+    return lax.dot_general(wide(b), wide(a), (((contracted,), (1,)), ((), ())))
 
 
 @functools.partial(jax.jit, static_argnums=0)
 def _error(problem: Problem, pruned: Array, b: Array, out: Array) -> Array:
-    """Relative Frobenius error; the operands are 16-bit, so float32 products of them are exact."""
+    """Relative Frobenius error; operands have 16 bits at most, so their products are exact."""
     contracted = 1 if problem.b == "nk" else 0
     dims = (((1,), (contracted,)), ((), ()))
-    expected = lax.dot_general(pruned, b, dims, preferred_element_type=jnp.float32)
+    wide = lambda x: x.astype(jnp.bfloat16)
+    expected = lax.dot_general(wide(pruned), wide(b), dims, preferred_element_type=jnp.float32)
     expected = expected.T if problem.out == "nm" else expected
     return jnp.linalg.norm(out.astype(jnp.float32) - expected) / jnp.linalg.norm(expected)
 
 
-def tune_product(problem: Problem, sampling: Sampling) -> tuple[dict[str, Any], float] | None:
-    """The fastest correct configuration of one problem, and its speed relative to XLA dense."""
+def _operands(problem: Problem) -> tuple[Array, Array, Array, Array, Array]:
+    """A before pruning, and pruned; B; values and metadata."""
     key_a, key_b = jax.random.split(jax.random.key(0))
     b_shape = (problem.n, problem.k) if problem.b == "nk" else (problem.k, problem.n)
     a = jax.random.normal(key_a, (problem.m, problem.k), jnp.bfloat16)
     b = jax.random.normal(key_b, b_shape, jnp.bfloat16)
-    values, metadata = reference.pack24(a, axis=1, mode="magnitude")
-    pruned = reference.unpack24(values, metadata)
+    if not problem.in_8_bits:
+        values, metadata = reference.pack24(a, axis=1, mode="magnitude")
+        return a, reference.unpack24(values, metadata), b, values, metadata
+    values, metadata, _ = reference_fp8.pack24_fp8(a, axis=1, mode="magnitude")
+    a, b = (reference_fp8.round_fp8(x, values.dtype) for x in (a, b))
+    return a, reference_fp8.unpack24_fp8(values, metadata), b, values, metadata
+
+
+def tune_product(problem: Problem, sampling: Sampling) -> tuple[dict[str, Any], float] | None:
+    """The fastest correct configuration of one problem, and its speed relative to XLA dense."""
+    a, pruned, b, values, metadata = _operands(problem)
 
     def build(config: products.Spmm24Config) -> Any:
         call = functools.partial(
             products.spmm24, b_layout=problem.b, out_layout=problem.out, config=config
         )
+        if problem.in_8_bits:
+            call = functools.partial(spmm24_fp8, out_layout=problem.out, config=config)
+            scales = jnp.ones(problem.m), jnp.ones(problem.n)
+            call = functools.partial(call, a_scale=scales[0], b_scale=scales[1])
         return jax.jit(call).lower(values, metadata, b).compile()
 
     compiled = _compile_all({c: functools.partial(build, c) for c in candidates(problem)})
@@ -133,7 +182,7 @@ def tune_product(problem: Problem, sampling: Sampling) -> tuple[dict[str, Any], 
     by_name = {}
     for config, call in compiled.items():
         error = float(_error(problem, pruned, b, call(values, metadata, b)))
-        if not error < MAX_ERROR:
+        if not error < (MAX_ERROR_IN_8_BITS if problem.in_8_bits else MAX_ERROR):
             print(f"  WRONG, {error=:.1e}: {config}")
             continue
         calls[str(config)] = jax_timed(call, values, metadata, b)
@@ -205,17 +254,20 @@ def geometric_mean(values: Iterable[float]) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--write", action="store_true", help="write the table of this device")
-    parser.add_argument("--op", choices=("spmm24", "pack24"), action="append")
+    ops = ("spmm24", "spmm24_fp8", "pack24")
+    parser.add_argument("--op", choices=ops, action="append")
     parser.add_argument("--only", default="", help="substring of the keys of problems to tune")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--round-seconds", type=float, default=0.01)
     args = parser.parse_args()
     sampling = Sampling(args.rounds, args.round_seconds)
     kind = jax.devices()[0].device_kind
-    ops = args.op or ["spmm24", "pack24"]
-    if "spmm24" in ops:
+    chosen = args.op or ops
+    for op, found in (("spmm24", problems()), ("spmm24_fp8", problems_in_8_bits())):
+        if op not in chosen:
+            continue
         speedups = []
-        for problem in problems():
+        for problem in found:
             if args.only not in problem.key:
                 continue
             best = tune_product(problem, sampling)
@@ -223,11 +275,11 @@ def main() -> None:
                 fields, speedup = best
                 speedups.append(speedup)
                 if args.write:
-                    tables.save("hopper", kind, "spmm24", {problem.key: fields})
+                    tables.save("hopper", kind, problem.op, {problem.key: fields})
         if speedups:
             mean = geometric_mean(speedups)
-            print(f"geometric mean {mean:.3f}x, least {min(speedups):.3f}x of XLA dense")
-    if "pack24" in ops:
+            print(f"{op}: geometric mean {mean:.3f}x, least {min(speedups):.3f}x of XLA dense")
+    if "pack24" in chosen:
         tuned = tune_packing(sampling)
         if args.write:
             tables.save("hopper", kind, "pack24", tuned)

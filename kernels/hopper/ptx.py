@@ -230,6 +230,15 @@ def keep(words: Sequence[ir.Value]) -> None:
     asm(None, words, "", ",".join(["r"] * len(words)))
 
 
+def use(value: ir.Value) -> None:
+    """Uses a float32 value in an instruction that is there for that alone: its load must happen.
+
+    It compares the value with one NaN of many, and traps on it.
+    """
+    ptx = "{ .reg .pred never;\nsetp.eq.b32 never, $0, 0x7fdeadbf;\n@never trap; }"
+    asm(None, [value], ptx, "f")
+
+
 def pack_pair(low: ir.Value, high: ir.Value, dtype: str) -> ir.Value:
     """Rounds two float32 values to nearest even and packs them, `low` in the low half."""
     ptx = f"cvt.rn.{dtype}x2.f32 $0, $1, $2;"

@@ -33,7 +33,7 @@ from jax import lax
 
 from kernels.hopper import device
 from kernels.hopper.spmm24_config import REGISTERS, Spmm24Config, choose_config
-from kernels.hopper.spmm24_epilogue import write_tile
+from kernels.hopper.spmm24_epilogue import touch_scales, write_tile
 from kernels.hopper.spmm24_pipeline import (
     cluster_barrier,
     finish,
@@ -76,6 +76,7 @@ def _kernel(p: Problem, a_g, meta_g, b_g, *rest):
     fill = produce(p)
     first_step, next_step = mma_step(p, first=True), mma_step(p, first=False)
     end, write = finish(p), write_tile(p)
+    touch = touch_scales(p) if p.m_scaled or p.n_scaled else None
     a_dtype, b_dtype = (_JAX_DTYPES[name] for name in (p.dtype, p.b_dtype or p.dtype))
 
     @functools.partial(
@@ -147,9 +148,16 @@ def _kernel(p: Problem, a_g, meta_g, b_g, *rest):
             plgpu.set_max_registers(REGISTERS[c.warpgroups], action="increase")
             scale = scale_g[0] if scale_g is not None else jnp.float32(1)
 
+            def own_origin(t):
+                m0, n0 = origin(t)
+                if c.split == "m":
+                    return m0 + wg * (64 * c.wg_m), n0
+                return m0, n0 + wg * c.tile_n
+
             def tile(t, state):
                 slot, parity = state
                 at = lambda slot: (a_s.at[slot], meta_s.at[slot], b_s.at[slot], bars)
+                early = [touch(*scales_g, *own_origin(t))] if touch is not None else []
                 acc, metas = first_step(*at(slot), slot, parity, slot)
                 carry = (acc, metas, *advance(slot, parity), slot)
 
@@ -166,12 +174,7 @@ def _kernel(p: Problem, a_g, meta_g, b_g, *rest):
                     carry = step(carry)
                 acc, metas, slot, parity, previous = carry
                 acc = end(acc, metas, bars, previous)
-                m0, n0 = origin(t)
-                if c.split == "m":
-                    m0 = m0 + wg * (64 * c.wg_m)
-                else:
-                    n0 = n0 + wg * c.tile_n
-                write(acc, out_s.at[wg], out_g, m0, n0, scale, *scales_g)
+                write(acc, out_s.at[wg], out_g, *own_origin(t), scale, *scales_g, *early)
                 return slot, parity
 
             lax.fori_loop(0, my_tiles, tile, (jnp.int32(0), jnp.int32(0)))

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
+import numpy as np
+from jax.experimental.mosaic import gpu as mgpu
 from jax.experimental.mosaic.gpu import utils
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, vector
@@ -20,15 +22,20 @@ from kernels.hopper.spmm24_problem import (
     to_lists,
 )
 
+# An array of one element for each thread.
+_ONE_EACH = plgpu.Layout.WG_STRIDED((ptx.WARPGROUP,), vec_size=1)
+
 
 def write_tile(p: Problem):
     """Applies scale and epilogue, and stores the warpgroup's part, 64 x 64 elements at a time.
 
     Arguments: accumulators, output buffers, output, first row and column, the scale of the whole
-    product, and the scales of rows and of columns that the problem has (global memory).
+    product, and the scales of rows and of columns that the problem has (global memory), with what
+    `touch_scales` read of them.
     """
     c = p.config
-    vectors = (plgpu.RefType(),) * (p.m_scaled + p.n_scaled)
+    num_vectors = p.m_scaled + p.n_scaled
+    vectors = [*(plgpu.RefType(),) * num_vectors, *(_ONE_EACH,) * (num_vectors > 0)]
     args = (ACC, plgpu.RefType(), plgpu.RefType(), *(SCALAR,) * 3, *vectors)
 
     @plgpu.inline_mgpu(arg_types=args)
@@ -40,9 +47,12 @@ def write_tile(p: Problem):
         lane = arith.remui(thread, ptx.const32(32))
         leader = arith.cmpi(arith.CmpIPredicate.eq, thread, ptx.const32(0))
         per_slot = c.epi_n // 64
-        m_scales, n_scales = _vector_scales(p, m0, n0, warp, lane, list(vectors))
+        if num_vectors:
+            ptx.use(vector.extract(vectors[-1].registers.item(), [], [0]))
+        m_scales, n_scales = _vector_scales(p, m0, n0, warp, lane, list(vectors[:num_vectors]))
         count = 0
         for i in range(c.wg_m):
+            of_m = m_scales(i)
             for first in range(0, c.tile_n // 64, per_slot):
                 slot = utils.memref_slice(out_s, count % c.out_slots)
                 count += 1
@@ -56,7 +66,7 @@ def write_tile(p: Problem):
                     col = 32 * (first + j)
                     of_n = n_scales(first + j)
                     chunk = [
-                        _epilogue(p, r, scale, m_scales(i, e // 2 % 2), of_n[e // 4 * 2 + e % 2])
+                        _epilogue(p, r, scale, of_m[e // 2 % 2], of_n[e // 4 * 2 + e % 2])
                         for e, r in enumerate(regs[i][col : col + 32])
                     ]
                     _store_chunk(p, chunk, ptx.shared_address(panel), warp, lane)
@@ -70,43 +80,71 @@ def write_tile(p: Problem):
     return write
 
 
-def _vector_scales(p: Problem, m0, n0, warp, lane, vectors: list[ir.Value]):
-    """Functions that give the scales of a thread's accumulators, None where there are none.
+def touch_scales(p: Problem):
+    """Reads one scale of every cache line that `write_tile` will want, a tile's time before.
 
-    The first one takes a block of 64 rows and which half of 16 rows; it loads at once, here. The
-    second one takes a chunk of 64 columns and returns the scales of its 16 columns of the thread;
-    a chunk is loaded while the one before is written.
+    Returns the thread's value, which `write_tile` takes: a load whose result is not used is no load
+    to the compiler.
     """
-    c = p.config
-    of_rows = [[None, None]] * c.wg_m
+    vectors = (plgpu.RefType(),) * (p.m_scaled + p.n_scaled)
+    result = plgpu.ShapeDtypeStruct((ptx.WARPGROUP,), jnp.float32, layout=_ONE_EACH)
+
+    @plgpu.inline_mgpu(arg_types=(*vectors, SCALAR, SCALAR), return_type=result)
+    def touch(ctx, *args):
+        del ctx
+        *vectors, m0, n0 = args
+        lane = arith.remui(utils.thread_idx(), ptx.const32(ptx.WARP))
+        # A warpgroup's part has at most 256 rows and columns: eight lines of 32 scales of each.
+        line = arith.muli(arith.andi(lane, ptx.const32(7)), ptx.const32(32))
+        places = []
+        if p.m_scaled:
+            places.append((arith.addi(scalar_value(m0), line), p.m))
+        if p.n_scaled:
+            places.append((arith.addi(scalar_value(n0), line), p.n))
+        addresses = [
+            ptx.offset_address(ptx.global_address(v), arith.minui(index, ptx.const32(size - 1)), 4)
+            for v, (index, size) in zip(vectors, places, strict=True)
+        ]
+        address = addresses[0]
+        if len(addresses) == 2:
+            rows = arith.cmpi(
+                arith.CmpIPredicate.eq, arith.andi(lane, ptx.const32(8)), ptx.const32(0)
+            )
+            address = arith.select(rows, *addresses)
+        value = ptx.load_global_f32(address, 1)[0]
+        vec = ir.VectorType.get((1,), ir.F32Type.get())
+        registers = np.array([vector.broadcast(vec, value)], dtype=object)
+        return mgpu.FragmentedArray(
+            _registers=registers, _layout=_ONE_EACH.to_mgpu(), _is_signed=None
+        )
+
+    return touch
+
+
+def _vector_scales(p: Problem, m0, n0, warp, lane, vectors: list[ir.Value]):
+    """Functions that load the scales of a thread's accumulators, None where there are none.
+
+    The first one takes a block of 64 rows and returns the scales of its two rows of the thread, the
+    second one takes a chunk of 64 columns and returns those of its 16 columns.
+    """
+    m_scales, n_scales = (lambda i: [None] * 2), (lambda chunk: [None] * 16)
     if p.m_scaled:
-        base = ptx.global_address(vectors.pop(0))
-        first = arith.addi(arith.muli(warp, ptx.const32(16)), arith.shrui(lane, ptx.const32(2)))
-        of_rows = [
-            [_load_scales(base, add_const(arith.addi(m0, first), at + 8 * h), p.m, 1)[0]
-             for h in range(2)]
-            for at in range(0, 64 * c.wg_m, 64)
-        ]  # fmt: skip
-    m_scales = lambda i, half: of_rows[i][half]
-    if not p.n_scaled:
-        return m_scales, lambda chunk: [None] * 16
-    base = ptx.global_address(vectors.pop(0))
-    pair = arith.muli(arith.andi(lane, ptx.const32(3)), ptx.const32(2))
-    first = arith.addi(n0, pair)
+        m_base = ptx.global_address(vectors.pop(0))
+        row = arith.addi(arith.muli(warp, ptx.const32(16)), arith.shrui(lane, ptx.const32(2)))
+        row = arith.addi(m0, row)
 
-    def load(chunk: int) -> list[ir.Value]:
-        columns = [add_const(first, 64 * chunk + 8 * j) for j in range(8)]
-        return [s for column in columns for s in _load_scales(base, column, p.n, 2)]
+        def m_scales(i: int) -> list[ir.Value]:
+            rows = [add_const(row, 64 * i + 8 * half) for half in range(2)]
+            return [s for at in rows for s in _load_scales(m_base, at, p.m, 1)]
 
-    order = list(range(c.tile_n // 64)) * c.wg_m
-    loaded = [load(order[0])]
+    if p.n_scaled:
+        n_base = ptx.global_address(vectors.pop(0))
+        pair = arith.muli(arith.andi(lane, ptx.const32(3)), ptx.const32(2))
+        column = arith.addi(n0, pair)
 
-    def n_scales(chunk: int) -> list[ir.Value]:
-        assert order.pop(0) == chunk, chunk
-        current = loaded.pop()
-        if order:
-            loaded.append(load(order[0]) if order[0] != chunk else current)
-        return current
+        def n_scales(chunk: int) -> list[ir.Value]:
+            columns = [add_const(column, 64 * chunk + 8 * j) for j in range(8)]
+            return [s for at in columns for s in _load_scales(n_base, at, p.n, 2)]
 
     return m_scales, n_scales
 

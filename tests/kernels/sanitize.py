@@ -3,7 +3,7 @@
     compute-sanitizer --tool memcheck python -m tests.kernels.sanitize hopper
     compute-sanitizer --tool racecheck python -m tests.kernels.sanitize triton
 
-A second argument takes one family: products (with packing) or grouped. Operands are made with
+A second argument takes one family: products (with packing), grouped, or fp8 (hopper only). Operands are made with
 numpy, so that the kernels are nearly all that runs on the device.
 """
 
@@ -62,8 +62,23 @@ def grouped(backend: str) -> None:
     finite(dense, y2, y3, by_token, dy1, dy1_values, dw)
 
 
+def fp8(backend: str) -> None:
+    if backend != "hopper":
+        print("fp8: hopper only")
+        return
+    pack24_fp8 = importlib.import_module("kernels.hopper.pack24_fp8").pack24_fp8
+    spmm24_fp8 = importlib.import_module("kernels.hopper.spmm24_fp8").spmm24_fp8
+    x, y = on_device(320, 320, dtype=np.float32), on_device(392, 320, dtype=jnp.float8_e4m3fn)
+    rows, columns = jax.device_put((np.ones(320, np.float32), np.ones(392, np.float32)))
+    for axis in (0, 1):
+        values, metadata, _ = pack24_fp8(x, axis=axis, mode="soft_threshold", scale=rows)
+        for out_layout, b_scale in (("mn", columns), ("nm", None)):
+            options = {"a_scale": rows, "b_scale": b_scale, "out_layout": out_layout}
+            finite(spmm24_fp8(values, metadata, y, **options))
+
+
 def main(backend: str, *families: str) -> None:
-    known = {"products": products, "grouped": grouped}
+    known = {"products": products, "grouped": grouped, "fp8": fp8}
     for family in families or known:
         known[family](backend)
         print(family, "done")

@@ -1,6 +1,7 @@
 """The Hopper kernels of 8-bit floats without a GPU: lowering, counting, refusals."""
 
 import functools
+import json
 import re
 
 import jax
@@ -16,6 +17,7 @@ from kernels.hopper import spmm24_fp8 as products
 from kernels.hopper.spmm24_config import heuristic
 from kernels.hopper.spmm24_problem import Problem
 from kernels.registry import assume_capability, select
+from kernels.tuning import tables
 
 # What these kernels need of JAX is private or experimental: every version must lower them.
 pytestmark = pytest.mark.core
@@ -114,6 +116,12 @@ def test_heuristic_configurations_are_valid(m, n, k, out_itemsize):
     config = heuristic(m, n, k, out_itemsize, itemsize=1)
     assert config.problem(out_itemsize, itemsize=1) is None
     assert config.in_flight == 0
+
+
+def test_tuned_configurations_are_valid():
+    for file in tables.FOLDER.glob("hopper_*.json"):
+        for fields in json.loads(file.read_text())["entries"].get("spmm24_fp8", {}).values():
+            assert products.Spmm24Config(**fields).problem(2, itemsize=1) is None, fields
 
 
 @pytest.mark.parametrize("config", CONFIGS, ids=str)
