@@ -3,8 +3,8 @@
     compute-sanitizer --tool memcheck python -m tests.kernels.sanitize hopper
     compute-sanitizer --tool racecheck python -m tests.kernels.sanitize triton
 
-A second argument takes one family: products (with packing), grouped, or fp8 (hopper only). Operands are made with
-numpy, so that the kernels are nearly all that runs on the device.
+A second argument takes one family: products (with packing), grouped, or fp8 (hopper only). Operands
+are made with numpy, so that the kernels are nearly all that runs on the device.
 """
 
 import importlib
