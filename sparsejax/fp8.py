@@ -143,7 +143,14 @@ def _losses(x: Array, quantized: Quantized) -> Losses:
     return Losses(saturated + infinite, underflowed)
 
 
-def dot(a: Quantized, b: Quantized, *, contract: tuple[int, int], out_dtype: DTypeLike) -> Array:
+def dot(
+    a: Quantized,
+    b: Quantized,
+    *,
+    contract: tuple[int, int],
+    out_dtype: DTypeLike,
+    precision: lax.Precision | None = None,
+) -> Array:
     """Dense product of two matrices in 8 bits, accumulated in float32.
 
     On Hopper XLA turns it into one call of cuBLASLt on the 8-bit operands, with the scales applied
@@ -154,6 +161,8 @@ def dot(a: Quantized, b: Quantized, *, contract: tuple[int, int], out_dtype: DTy
       a, b: matrices with one scale each.
       contract: contracted axis of each. cuBLASLt wants the last one of both: XLA transposes others.
       out_dtype: of the result.
+      precision: Hopper's 8-bit units add up with fewer bits than float32 has; HIGHEST moves their
+        sums to float32 now and then, at some cost in speed.
 
     Raises:
       ValueError: a scale is not that of a whole tensor.
@@ -162,5 +171,10 @@ def dot(a: Quantized, b: Quantized, *, contract: tuple[int, int], out_dtype: DTy
         if operand.scale.shape != ():
             raise ValueError(f"{name}.scale has shape {operand.scale.shape}, must be a scalar")
     wide = lambda q: q.values.astype(jnp.bfloat16) * q.scale.astype(jnp.bfloat16)
-    out = lax.dot_general(wide(a), wide(b), (((contract[0],), (contract[1],)), ((), ())))
-    return out.astype(out_dtype)
+    return lax.dot_general(
+        wide(a),
+        wide(b),
+        (((contract[0],), (contract[1],)), ((), ())),
+        precision=precision,
+        preferred_element_type=jnp.dtype(out_dtype),
+    )

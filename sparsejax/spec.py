@@ -9,6 +9,8 @@ from typing import Literal, get_args
 Metric = Literal["cosine", "l2"]
 Backend = Literal["reference", "triton", "hopper"]
 WeightGradient = Literal["dense", "mvue24"]
+Precision = Literal["compute", "fp8"]
+"""Operands of dense products: of the compute dtype, or rounded to 8 bits."""
 
 GROUP = 4
 """Elements of a 2:4 group, and live columns in a block of M."""

@@ -453,6 +453,8 @@ def _activation_bytes(config: Config, mesh: MeshShape, size: int, sparse: bool) 
         # values of silu and the product.
         neuron = {"relu2": size, "relu2_gated": 3 * size, "swiglu": 6 * size}
         ffn = hidden * neuron[m.ffn]
+        if m.ffn_precision == "fp8":
+            ffn += hidden + width  # the products' rounded inputs
         outputs = hidden * (2 if m.gated else 1) * size
     block = norms + attention + ffn
     kept = block if m.remat == "none" else size * width  # at least the block's input

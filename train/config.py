@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
 from sparsejax.schedule import Phase
-from sparsejax.spec import Sparsity
+from sparsejax.spec import Precision, Sparsity
 from train.data.config import DataConfig
 from train.profiling import parse_steps
 
@@ -72,6 +72,10 @@ class ModelConfig:
     compute_dtype: Literal["auto", "bfloat16", "float32"] = "auto"
     """Type of activations and matrix products; auto is bfloat16 on a GPU and float32 elsewhere.
     Master weights are always float32."""
+    ffn_precision: Precision = "compute"
+    """Operands of the dense steps' FFN products: of the compute dtype, or fp8, 8-bit floats with a
+    scale for each tensor and step (e4m3, gradients e5m2), which sm_89 and later multiply faster.
+    Sparse steps, and what reads a finished run, use the compute dtype."""
     loss_chunk: int = 2048
     """Tokens whose logits exist at the same time in the cross-entropy; bounds the memory of
     large vocabularies."""
@@ -449,6 +453,10 @@ def validate(config: Config, *, tokenizer_vocab_size: int | None = None) -> None
         )
     if model.attention == "cudnn" and model.compute_dtype == "float32":
         raise ValueError(f"model.attention=cudnn needs bfloat16, not {model.compute_dtype}")
+    if model.ffn_precision not in get_args(Precision):
+        raise ValueError(
+            f"model.ffn_precision={model.ffn_precision!r} must be one of {get_args(Precision)}"
+        )
     if model.vocab_size is not None and model.vocab_size < (tokenizer_vocab_size or 1):
         raise ValueError(
             f"model.vocab_size={model.vocab_size} is smaller than the tokenizer's "

@@ -30,6 +30,8 @@ FREE = (
     "attention",
     "compute_dtype",
     "loss_chunk",
+    "logits",
+    "ffn_precision",
 )
 """Fields of the model that decide how it is initialised, stored and computed, not which function
 it is."""

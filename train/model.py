@@ -15,8 +15,9 @@ import jax.numpy as jnp
 from flax import nnx
 
 from sparsejax.nn.routed_ffn import RoutedFFN, RoutingStats
+from sparsejax.ops.dense import product
 from sparsejax.remat import products
-from sparsejax.spec import Sparsity
+from sparsejax.spec import Precision, Sparsity
 from train import scopes
 from train.attention import Attention, KeyValues
 from train.backend import compute_dtype
@@ -42,12 +43,15 @@ class SwiGLU(nnx.Module):
         self.w1 = nnx.Param(init(rngs.params(), (d, h), jnp.float32).T)
         self.wg = nnx.Param(init(rngs.params(), (d, h), jnp.float32).T)
         self.w2 = nnx.Param(out_init(rngs.params(), (h, d), jnp.float32))
+        self.precision: Precision = config.ffn_precision
 
     def __call__(self, x: jax.Array, packed: Packed = None) -> tuple[jax.Array, Stats]:
         del packed
         weight = lambda name: gathered(getattr(self, name)[...], x.dtype, name)
-        y = jax.nn.silu(x @ weight("wg").T) * (x @ weight("w1").T)
-        return y @ weight("w2"), None
+        dot, shape = product(self.precision), x.shape
+        x = x.reshape(-1, shape[-1])
+        y = jax.nn.silu(dot(x, weight("wg"), axis=1)) * dot(x, weight("w1"), axis=1)
+        return dot(y, weight("w2"), axis=0).reshape(shape), None
 
 
 class Block(nnx.Module):
@@ -67,6 +71,7 @@ class Block(nnx.Module):
                 gated=config.ffn == "relu2_gated",
                 sparsity=sparsity,
                 dtype=compute_dtype(config),
+                precision=config.ffn_precision,
                 kernel_init=linear_init(config.init_scale),
                 out_init=linear_init(config.init_scale * config.residual_scale),
                 axes=FFN_AXES,

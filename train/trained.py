@@ -96,6 +96,9 @@ def load_run(
         raise ValueError(f"run {str(folder)!r} has no folder {CHECKPOINTS}/: nothing was saved")
     saved = read_config(checkpoints, step=step)
     config = config_from_dict(Config, saved)
+    # 8-bit products are a way to train fast, not a property of the weights.
+    model_config = dataclasses.replace(config.model, ffn_precision="compute")
+    config = dataclasses.replace(config, model=model_config)
     graph = model_graph(config)
     sharding = jax.sharding.SingleDeviceSharding(device or jax.devices()[0])
     on_device = lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)

@@ -12,8 +12,9 @@ from jax.nn.initializers import Initializer
 from jax.typing import DTypeLike
 
 from sparsejax import sharding
+from sparsejax.ops.dense import product
 from sparsejax.ops.packed_ffn import PackedFFN
-from sparsejax.ops.relu2 import relu2
+from sparsejax.ops.relu2 import relu2, relu2_of_kept
 from sparsejax.ops.routed_ffn import pack_ffn, routed_ffn
 from sparsejax.prune import select24, soft_threshold_beta
 from sparsejax.routing import (
@@ -23,7 +24,7 @@ from sparsejax.routing import (
     to_expert_major,
 )
 from sparsejax.sharding import MeshAxes
-from sparsejax.spec import Sparsity
+from sparsejax.spec import Precision, Sparsity
 
 
 class RoutingState(nnx.Variable):
@@ -86,6 +87,7 @@ class RoutedFFN(nnx.Module):
         gated: bool = False,
         sparsity: Sparsity | None = None,
         dtype: DTypeLike = jnp.bfloat16,
+        precision: Precision = "compute",
         param_dtype: DTypeLike = jnp.float32,
         kernel_init: Initializer | None = None,
         out_init: Initializer | None = None,
@@ -99,6 +101,8 @@ class RoutedFFN(nnx.Module):
           gated: adds Wg.
           sparsity: what is sparse in the sparse phase; None for a network that stays dense.
           dtype: of the products' operands. param_dtype: of the master weights.
+          precision: "fp8" rounds the operands of the dense network's products to 8 bits
+            (`sparsejax.ops.dense`); the sparse network stays in `dtype`.
           kernel_init: of W1 and Wg (D, H); out_init: of W2 (H, D); LeCun normal where None. Called
             with (fan-in, fan-out) shapes.
           axes: what the axes of the mesh mean; None where tokens and weights are not sharded by us.
@@ -116,6 +120,7 @@ class RoutedFFN(nnx.Module):
         self.gated = gated
         self.sparsity = sparsity
         self.dtype = jnp.dtype(dtype)
+        self.precision: Precision = precision
         self.axes = axes
         kernel_init = kernel_init or nnx.initializers.lecun_normal()
         out_init = out_init or nnx.initializers.lecun_normal()
@@ -206,9 +211,11 @@ class RoutedFFN(nnx.Module):
             weight = lambda w: sharding.gathered(
                 w, self.dtype, sharding.weight_spec(self.axes), self.axes
             )
-            y2 = relu2(x @ weight(w1).T)
-            y2 = y2 if wg is None else y2 * (x @ weight(wg).T)
-            return (y2 @ weight(w2)).reshape(shape), None
+            dot = product(self.precision)
+            activation = relu2 if self.precision == "compute" else relu2_of_kept
+            y2 = activation(dot(x, weight(w1), axis=1))
+            y2 = y2 if wg is None else y2 * dot(x, weight(wg), axis=1)
+            return dot(y2, weight(w2), axis=0).reshape(shape), None
         sparsity = self._sparsity()
         if sparsity.num_experts == 1:
             plan, counts = None, jnp.full((1,), x.shape[0], jnp.int32)

@@ -1,4 +1,4 @@
-"""Squared ReLU that saves its result alone."""
+"""Squared ReLU that saves its result alone, or its argument alone."""
 
 from __future__ import annotations
 
@@ -34,3 +34,24 @@ def _backward(y: Array, g: Array) -> tuple[Array]:
 
 
 relu2.defvjp(_forward, _backward)
+
+
+@jax.custom_vjp
+def relu2_of_kept(x: Array) -> Array:
+    """As `relu2`, and what is kept is x: for where x exists anyway and the result does not.
+
+    Args:
+      x: floating point.
+    """
+    return relu2(x)
+
+
+def _forward_of_kept(x: Array) -> tuple[Array, Array]:
+    return relu2(x), x
+
+
+def _backward_of_kept(x: Array, g: Array) -> tuple[Array]:
+    return (2 * jnp.maximum(x, 0) * g,)
+
+
+relu2_of_kept.defvjp(_forward_of_kept, _backward_of_kept)

@@ -236,6 +236,15 @@ def test_memory_of_activations_falls_with_rematerialisation():
     assert sizes[-1] < sizes[0] / 4
 
 
+def test_memory_of_products_in_8_bits():
+    config = llama1b()
+    in_8_bits = llama1b(model=dataclasses.replace(config.model, ffn_precision="fp8"))
+    dense, more = (accounting.memory(c).activations for c in (config, in_8_bits))
+    # A byte for each input of the two products; the block at hand counts twice.
+    assert more - dense == 26 * 16_384 * (2048 + 8192)
+    assert accounting.memory(in_8_bits, sparse=True) == accounting.memory(config, sparse=True)
+
+
 def test_memory_of_a_sparse_step():
     config = llama1b()
     dense, sparse = accounting.memory(config), accounting.memory(config, sparse=True)

@@ -65,6 +65,7 @@ def test_unknown_configuration_lists_the_known():
         ),
         ({"optimizer__decay": "step"}, "optimizer.decay='step' must be cosine, linear or wsd"),
         ({"optimizer__decay_fraction": 0.0}, r"decay_fraction=0.0 must be in \(0, 1\]"),
+        ({"model__ffn_precision": "int8"}, "model.ffn_precision='int8' must be one of"),
         ({"model__output_scale": -1.0}, "model.output_scale=-1.0 must not be negative"),
         ({"model__embedding_scale": -1.0}, "model.embedding_scale=-1.0 must not be negative"),
         ({"optimizer__rewarm_at": "end"}, "optimizer.rewarm_at='end' must be one of"),

@@ -65,6 +65,14 @@ def test_greedy_with_a_cache_equals_forward_passes_without(run, view):
     assert len({tuple(ids) for ids in want}) == len(PROMPTS)
 
 
+def test_products_in_8_bits_end_with_the_training(tmp_path, run):
+    """The same weights are the same model, however their products were computed."""
+    write_run(tmp_path / "fp8", step=9, sparse=True, ffn_precision="fp8")
+    fp8 = load_run(tmp_path / "fp8")
+    ids = np.asarray([PROMPTS[2]])
+    np.testing.assert_array_equal(full_logits(fp8, ids), full_logits(run, ids))
+
+
 def test_ids_that_pad_the_vocabulary_are_never_drawn(run, decoder):
     head = jnp.zeros_like(run.model.head[...]).at[:, 300].set(1.0)
     graph, state = nnx.split(run.model)

@@ -43,7 +43,8 @@ def by_name(tree):
 @pytest.mark.parametrize("scan_layers", [True, False])
 def test_parameters_and_nothing_else(source, scan_layers):
     folder, config = source
-    model = dataclasses.replace(config.model, scan_layers=scan_layers)
+    changes = {"scan_layers": scan_layers, "logits": "compute", "ffn_precision": "fp8"}
+    model = dataclasses.replace(config.model, **changes)
     config = dataclasses.replace(config, init_from=str(folder), model=model, seed=3)
     check_init_from(config)
     fresh, state, step = start(config)

@@ -29,7 +29,10 @@ RUNS = """
         config = resolve(
             Config(
                 steps=7, batch_size=8, sequence_length=16, micro_batches=3 - shards,
-                model=ModelConfig(width=32, num_layers=2, num_heads=4, loss_chunk=16),
+                model=ModelConfig(
+                    width=32, num_layers=2, num_heads=4, loss_chunk=16,
+                    ffn_precision="fp8" if shards == 1 else "compute",
+                ),
                 sparsity=Sparsity(m=8, v=8, bias_rate=0.01, kmeans_iterations=3, shards=shards),
                 schedule=ScheduleConfig(warmup_steps=2, sparse_fraction=0.5),
                 optimizer=OptimizerConfig(warmup_steps=2),

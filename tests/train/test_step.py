@@ -124,6 +124,25 @@ def test_sparse_steps_train_and_even_out_the_load(trained):
     )
 
 
+def test_an_ffn_in_8_bits_trains_like_one_of_exact_products(trained):
+    rounded = Rig(model=dataclasses.replace(CONFIG.model, ffn_precision="fp8"))
+    losses = []
+    for rig in (trained, rounded):
+        state, step = trained.state, rig.step("dense")
+        state, first = step(state, batch(3))
+        for _ in range(9):
+            state, last = step(state, batch(3))
+        losses.append((float(first["loss"]), float(last["loss"])))
+    exact, fp8 = losses
+    assert 0 < abs(fp8[0] - exact[0]) < 0.05
+    assert exact[1] < exact[0] - 0.5
+    assert abs(fp8[1] - exact[1]) < 0.1
+    # A sparse step is the same whatever dense ones do.
+    state = trained.cluster(True)(trained.state)
+    one, two = (rig.step("sparse")(state, batch(3))[0].params for rig in (trained, rounded))
+    chex.assert_trees_all_equal(one, two)
+
+
 def test_refresh_keeps_beta_and_bias(trained):
     state = trained.cluster(True)(trained.state)
     state, _ = trained.step("sparse")(state, batch(1))
