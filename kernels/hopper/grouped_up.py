@@ -19,51 +19,13 @@ from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, llvm
 
 from kernels import reference_grouped
+from kernels.groups24 import CHOOSE
 from kernels.hopper import device, ptx
 from kernels.hopper import grouped_common as common
 from kernels.hopper import grouped_neurons as neurons
 
 _SLOTS = 2  # staging buffers, of 32 tokens, of a warpgroup
 _EMPTY = 0x44444444  # metadata of zeros: elements 0 and 1 of every group
-
-# Keeps a group's two largest of relu(x)^2, x in $2 .. $5. $0 is the pair, rounded and packed in the
-# order of the indices; $1 says how `prmt` on (pair, 0) spreads it to four neurons, with the
-# selector of neurons 0 and 1 in the low half, of 2 and 3 in the high half. Which zero byte a
-# selector takes is free, and chosen such that bits 0-1 are the lower and bits 28-29 the higher kept
-# index.
-#
-# relu^2 keeps the order of positive numbers, so x itself is compared, ties to the lower index;
-# where fewer than two are positive, others complete the pair, as zeros. x |x| is the square, and
-# the conversion clamps it. Predicated products instead of selections, because comparisons, minima,
-# logic and selections share a unit of half the rate, which bounds this epilogue. A NaN stays.
-CHOOSE = """{ .reg .pred second, fourth, front, back;
-.reg .f32 top0, bottom0, top1, bottom1, m, low, high;
-setp.gt.f32 second, $3, $2;
-setp.gt.f32 fourth, $5, $4;
-max.NaN.f32 top0, $2, $3;
-min.NaN.f32 bottom0, $2, $3;
-max.NaN.f32 top1, $4, $5;
-min.NaN.f32 bottom1, $4, $5;
-setp.ge.f32 front, bottom0, top1;
-setp.gt.f32 back, bottom1, top0;
-abs.f32 m, top0;
-mul.f32 low, top0, m;
-abs.f32 m, $4;
-@back mul.f32 low, $4, m;
-abs.f32 m, $2;
-@front mul.f32 low, $2, m;
-abs.f32 m, top1;
-mul.f32 high, top1, m;
-abs.f32 m, $5;
-@back mul.f32 high, $5, m;
-abs.f32 m, $3;
-@front mul.f32 high, $3, m;
-cvt.rn.relu.DTYPEx2.f32 $0, high, low;
-mov.b32 $1, 0x64324410;
-@second add.s32 $1, $1, 0xffffcc35;
-@fourth add.s32 $1, $1, 0xce120000;
-@back mov.b32 $1, 0x32104446;
-@front mov.b32 $1, 0x54443210; }"""
 
 
 def _choose(x: list[ir.Value], dtype: str) -> tuple[ir.Value, ir.Value]:

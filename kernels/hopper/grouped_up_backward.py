@@ -19,6 +19,7 @@ from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, llvm
 
 from kernels import reference_grouped
+from kernels.groups24 import SCALE, WIDENINGS
 from kernels.hopper import device, ptx
 from kernels.hopper import grouped_common as common
 from kernels.hopper import grouped_neurons as neurons
@@ -76,49 +77,6 @@ def _await(t: common.SparseTile):
         ptx.mbarrier_wait(common.barrier_address(bars, number), common.scalar(parity))
 
     return wait
-
-
-# dY1 = 2 sqrt(Y2) dY2 of a group: $0 and $1 hold its four numbers, rounded, $2 the kept pair.
-# $3 and $4 hold the four Y2, $5 .. $8 are dY2, $9 the kept indices i0 | i1 << 2. Where Y2 is zero
-# so is dY1: the support needs no selection. The pair is bytes 2 i0, 2 i0 + 1, 2 i1 and 2 i1 + 1.
-SCALE = """{ .reg .f32 a, b, c, d;
-.reg .b32 lower, selector;
-WIDEN
-sqrt.approx.ftz.f32 a, a;
-sqrt.approx.ftz.f32 b, b;
-sqrt.approx.ftz.f32 c, c;
-sqrt.approx.ftz.f32 d, d;
-add.f32 a, a, a;
-add.f32 b, b, b;
-add.f32 c, c, c;
-add.f32 d, d, d;
-mul.f32 a, a, $5;
-mul.f32 b, b, $6;
-mul.f32 c, c, $7;
-mul.f32 d, d, $8;
-cvt.rn.DTYPEx2.f32 $0, b, a;
-cvt.rn.DTYPEx2.f32 $1, d, c;
-and.b32 lower, $9, 3;
-mad.lo.s32 selector, $9, 0x880, 0x1010;
-mad.lo.s32 selector, lower, -0x85e, selector;
-prmt.b32 $2, $0, $1, selector; }"""
-WIDENINGS = {
-    "bf16": """shl.b32 lower, $3, 16;
-mov.b32 a, lower;
-and.b32 lower, $3, 0xffff0000;
-mov.b32 b, lower;
-shl.b32 lower, $4, 16;
-mov.b32 c, lower;
-and.b32 lower, $4, 0xffff0000;
-mov.b32 d, lower;""",
-    "f16": """{ .reg .b16 low, high;
-mov.b32 {low, high}, $3;
-cvt.f32.f16 a, low;
-cvt.f32.f16 b, high;
-mov.b32 {low, high}, $4;
-cvt.f32.f16 c, low;
-cvt.f32.f16 d, high; }""",
-}
 
 
 def _scale(dense: list[ir.Value], x: list[ir.Value], nibble: ir.Value, dtype: str):

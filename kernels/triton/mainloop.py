@@ -99,6 +99,8 @@ def accumulate(
     tile: Tile,
     *,
     b_layout: str,
+    b_row: jax.Array | None = None,
+    aligned: bool = True,
     emulate: bool,
 ) -> list[jax.Array]:
     """One output tile: float32 accumulators of every thread, in fragment order.
@@ -107,20 +109,27 @@ def accumulate(
       values_ref: (m, k // 2) bf16 or fp16, row-major.
       metadata_ref: (m // 64, k // 64, 128) int32.
       b_ref: (n, k) for "nk", (k, n) for "kn".
-      m0, n0: scalars, the tile's first row and column. Rows and columns past the edge are clamped:
-        what they accumulate is meaningless and must not be stored.
+      m0, n0: scalars, the tile's first row and column, m0 a multiple of 64 and n0 of 8. Rows and
+        columns past the edge are clamped: what they accumulate is meaningless and must not be
+        stored.
+      b_row: for "kn": scalar, the row of `b_ref` where k begins, if that has more rows than k.
+      aligned: whether m0 and n0 are multiples of the tile's sizes, which saves clamping.
 
     Returns:
       4 * frags_m * frags_n arrays (threads,); accumulator 4 * (i * frags_n + j) + c is row
       16 i + 8 (c // 2) + q, column 8 j + 2 t + c % 2 of the warp's tile.
     """
     if emulate:
-        return _emulate(values_ref, metadata_ref, b_ref, m0, n0, tile, b_layout)
+        return _emulate(values_ref, metadata_ref, b_ref, m0, n0, tile, b_layout, b_row)
     m, k_half = values_ref.shape
     n = b_ref.shape[0] if b_layout == "nk" else b_ref.shape[1]
     kind = {"bfloat16": "bf16", "float16": "f16"}[jnp.dtype(values_ref.dtype).name]
-    asm = _Writer(tile, m, n, 2 * k_half, b_layout, kind).write()
-    starts = [jnp.full((tile.threads,), x, jnp.int32) for x in (m0, n0)]
+    writer = _Writer(
+        tile, m, n, 2 * k_half, b_layout, kind, aligned=aligned, b_row=b_row is not None
+    )
+    asm = writer.write()
+    origin = [m0, n0] if b_row is None else [m0, n0, b_row]
+    starts = [jnp.full((tile.threads,), x, jnp.int32) for x in origin]
     count = 4 * tile.frags_m * tile.frags_n
     return ptx.inline_ptx(asm, [values_ref, metadata_ref, b_ref], starts, out=["float32"] * count)
 
@@ -128,11 +137,26 @@ def accumulate(
 class _Writer:
     """Writes the PTX of one tile. Registers are named for what they hold; x to z are scratch."""
 
-    def __init__(self, tile: Tile, m: int, n: int, k: int, b_layout: str, kind: str):
+    def __init__(
+        self,
+        tile: Tile,
+        m: int,
+        n: int,
+        k: int,
+        b_layout: str,
+        kind: str,
+        *,
+        aligned: bool = True,
+        b_row: bool = False,
+    ):
         self.tile, self.m, self.n, self.k, self.b_layout, self.kind = tile, m, n, k, b_layout, kind
+        # Whether a tile may hang over the edge.
+        self.ragged_m = not aligned or m % tile.block_m != 0
+        self.ragged_n = not aligned or n % tile.block_n != 0
         self.count = 4 * tile.frags_m * tile.frags_n
-        args = [f"${self.count + i}" for i in range(5)]
-        self.a_arg, self.metadata_arg, self.b_arg, self.m0_arg, self.n0_arg = args
+        args = [f"${self.count + i}" for i in range(6)]
+        self.a_arg, self.metadata_arg, self.b_arg, self.m0_arg, self.n0_arg, self.b_row_arg = args
+        self.b_row = b_row
         self.stage_bytes = tile.a_bytes + tile.b_bytes
         # Shared tiles are rows of 16-byte chunks.
         self.a_chunks = tile.block_k // 16
@@ -226,10 +250,10 @@ class _Writer:
                 self.emit(f"add.u32 y, y, {base};", f"add.u32 {name}_dst{i}, y, ring;")
                 source(f"{name}_ptr{i}")
 
-        def along_k(arg: str, origin: str, size: int, block: int, pitch: int) -> Callable:
+        def along_k(arg: str, origin: str, size: int, ragged: bool, pitch: int) -> Callable:
             def source(out: str) -> None:
                 self.emit(f"add.s32 y, {origin}, row;")
-                if size % block:
+                if ragged:
                     self.emit(f"min.s32 y, y, {size - 1};")
                 self.emit(f"mad.wide.s32 {out}, y, {pitch}, {arg};")
                 self.emit(f"mad.wide.s32 {out}, col, 16, {out};")
@@ -238,13 +262,15 @@ class _Writer:
 
         def along_n(out: str) -> None:
             self.emit("shl.b32 y, col, 3;", f"add.s32 y, y, {self.n0_arg};")
-            if n % tile.block_n:
+            if self.ragged_n:
                 self.emit(f"min.s32 y, y, {n - 8};")
+            if self.b_row:
+                self.emit(f"add.s32 row, row, {self.b_row_arg};")
             self.emit(f"mad.wide.s32 {out}, row, {2 * n}, {self.b_arg};")
             self.emit(f"mad.wide.s32 {out}, y, 2, {out};")
 
-        rows_of_a = along_k(self.a_arg, self.m0_arg, self.m, tile.block_m, k)
-        rows_of_b = along_k(self.b_arg, self.n0_arg, n, tile.block_n, 2 * k)
+        rows_of_a = along_k(self.a_arg, self.m0_arg, self.m, self.ragged_m, k)
+        rows_of_b = along_k(self.b_arg, self.n0_arg, n, self.ragged_n, 2 * k)
         chunks("a", self.a_copies, self.a_chunks, 0, rows_of_a)
         source = rows_of_b if self.b_layout == "nk" else along_n
         chunks("b", self.b_copies, self.b_chunks, tile.a_bytes, source)
@@ -254,7 +280,7 @@ class _Writer:
         self.emit(f"mad.lo.u32 x, wm, {16 * self.tile.frags_m}, {self.m0_arg};")
         for g in range(self.metadata_tiles):
             self.emit(f"add.u32 y, x, {64 * g};", "shr.u32 z, y, 6;")
-            if self.m % self.tile.block_m:
+            if self.ragged_m:
                 self.emit(f"min.u32 z, z, {self.m // 64 - 1};")
             self.emit(
                 f"mad.wide.u32 meta_ptr{g}, z, {self.k // 64 * 512}, {self.metadata_arg};",
@@ -463,14 +489,16 @@ def _registers(name: str, first: int) -> str:
     return "{" + ", ".join(f"{name}{first + i}" for i in range(4)) + "}"
 
 
-def _emulate(values_ref, metadata_ref, b_ref, m0, n0, tile: Tile, b_layout: str):
-    m = values_ref.shape[0]
+def _emulate(values_ref, metadata_ref, b_ref, m0, n0, tile: Tile, b_layout: str, b_row):
+    m, k_half = values_ref.shape
     n = b_ref.shape[0] if b_layout == "nk" else b_ref.shape[1]
     rows = jnp.minimum(m0 + jnp.arange(tile.block_m), m - 1)
     cols = jnp.minimum(n0 + jnp.arange(tile.block_n), n - 1)
     a = _decompress(values_ref[...], metadata_ref[...])[rows]
     b = b_ref[...].astype(jnp.float32)
     b = b[cols].T if b_layout == "nk" else b[:, cols]
+    if b_row is not None:
+        b = lax.dynamic_slice_in_dim(b, b_row, 2 * k_half)
     out = jnp.dot(a, b, precision=lax.Precision.HIGHEST)
     out = out.reshape(tile.warps_m, tile.frags_m, 2, 8, tile.warps_n, tile.frags_n, 4, 2)
     # (frag m, frag n, row half, pair) then (warp m, warp n, q, t).

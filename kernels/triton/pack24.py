@@ -137,11 +137,11 @@ def _pack24(x, scale, *, axis, mode, dtype, config, interpret):
         col = 64 * tile_k + word % 4 * 16
         inside = tile_k < tiles_k
         metadata = jnp.zeros(thread.shape, jnp.uint32)
-        loaded = [_load_16(x_ref, row + 8 * half, col, axis, interpret) for half in range(2)]
+        loaded = [load_16(x_ref, row + 8 * half, col, axis, interpret) for half in range(2)]
         for half, elements in enumerate(loaded):
             packed = []
             for g in range(4):
-                first, second, nibble = _select(elements[4 * g : 4 * g + 4], mode, x.dtype)
+                first, second, nibble = select(elements[4 * g : 4 * g + 4], mode, x.dtype)
                 metadata |= nibble << (16 * half + 4 * g)
                 if scale_ref:
                     first, second = first * scale_ref[0][0], second * scale_ref[0][0]
@@ -177,7 +177,7 @@ def _pack24(x, scale, *, axis, mode, dtype, config, interpret):
     return values, metadata.reshape(tiles_m, tiles_k, 128)
 
 
-def _load_16(x_ref, row, col, axis: int, emulate: bool) -> list[jax.Array]:
+def load_16(x_ref, row, col, axis: int, emulate: bool) -> list[jax.Array]:
     """16 consecutive elements along k, as float32; zeros past the edges."""
     if axis == 0:
         rows, cols = x_ref.shape
@@ -194,11 +194,12 @@ def _load_16(x_ref, row, col, axis: int, emulate: bool) -> list[jax.Array]:
         inside = (row < x_ref.shape[0]) & (col + i < x_ref.shape[1])
         words = ptx.load_words(x_ref, row, col + i, inside.astype(jnp.int32), emulate=emulate)
         for word in words:
-            elements += _from_word(word, x_ref.dtype)
+            elements += from_word(word, x_ref.dtype)
     return elements
 
 
-def _from_word(word: jax.Array, dtype) -> list[jax.Array]:
+def from_word(word: jax.Array, dtype) -> list[jax.Array]:
+    """The float32 values in a uint32 word: one float32, or two of 16 bits."""
     if dtype == jnp.float32:
         return [lax.bitcast_convert_type(word, jnp.float32)]
     if dtype == jnp.bfloat16:
@@ -211,8 +212,13 @@ def _from_word(word: jax.Array, dtype) -> list[jax.Array]:
     ]
 
 
-def _select(x: list[jax.Array], mode: str, dtype) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """The two kept values of a group of four and the nibble that names their positions."""
+def select(x: list[jax.Array], mode: str, dtype) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """The two kept values of a group of four and the nibble that names their positions.
+
+    Args:
+      x: four float32 arrays, which came from `dtype`.
+      mode: as for `pack24`.
+    """
     keys = [_rank_key(e, mode, dtype) for e in x]
     # All ones where the later element j ranks above i, else zero; ties go to the earlier one. Masks
     # in ordinary registers: the few predicate registers would spill.

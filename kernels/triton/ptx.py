@@ -117,30 +117,40 @@ def _address(ref_shape, itemsize: int, ref: str, row: str, col: str) -> list[str
     ]
 
 
+def _vector(first: int, count: int) -> tuple[str, str]:
+    """Suffix and operand of a load or store of one, two or four words."""
+    operands = ", ".join(f"${first + i}" for i in range(count))
+    return (f".v{count}", "{" + operands + "}") if count > 1 else ("", operands)
+
+
 def load_words(
-    ref, row: jax.Array, col: jax.Array, valid: jax.Array, *, emulate: bool
+    ref, row: jax.Array, col: jax.Array, valid: jax.Array, *, count: int = 4, emulate: bool
 ) -> list[jax.Array]:
-    """The 16 bytes at (row, col) of a two-dimensional ref, as four uint32 words.
+    """The words at (row, col) of a two-dimensional ref that nothing writes, as uint32.
 
     Args:
-      col: a multiple of 16 bytes, as the row pitch must be.
+      col: a multiple of `count` words, as the row pitch must be.
       valid: (threads,) int32; a thread where it is zero gets zeros and reads nothing.
+      count: words, one, two or four.
     """
     itemsize = jnp.dtype(ref.dtype).itemsize
     if emulate:
-        cols = col[:, None] + jnp.arange(16 // itemsize)
+        cols = col[:, None] + jnp.arange(4 * count // itemsize)
         read = ref[...].at[row[:, None], cols].get(mode="fill", fill_value=0)
         elements = jnp.where(valid[:, None] != 0, read, jnp.zeros((), ref.dtype))
-        words = lax.bitcast_convert_type(elements.reshape(-1, 4, 4 // itemsize), jnp.uint32)
-        return [words.reshape(-1, 4)[:, i] for i in range(4)]
+        split = elements.reshape(-1, count, 4 // itemsize)
+        words = lax.bitcast_convert_type(split, jnp.uint32).reshape(-1, count)
+        return [words[:, i] for i in range(count)]
+    suffix, target = _vector(0, count)
+    base, at_row, at_col, on = (f"${count + i}" for i in range(4))
     asm = _block(
         ".reg .pred on;",
-        "setp.ne.s32 on, $7, 0;",
-        *_address(ref.shape, itemsize, "$4", "$5", "$6"),
-        *(f"mov.b32 ${i}, 0;" for i in range(4)),
-        "@on ld.global.v4.b32 {$0, $1, $2, $3}, [addr];",
+        f"setp.ne.s32 on, {on}, 0;",
+        *_address(ref.shape, itemsize, base, at_row, at_col),
+        *(f"mov.b32 ${i}, 0;" for i in range(count)),
+        f"@on ld.global.nc{suffix}.b32 {target}, [addr];",
     )
-    return inline_ptx(asm, [ref], [row, col, valid], out=["uint32"] * 4)
+    return inline_ptx(asm, [ref], [row, col, valid], out=["uint32"] * count)
 
 
 def store_words(
@@ -160,18 +170,27 @@ def store_words(
         cols = col[:, None] + jnp.arange(elements.shape[1])
         ref[...] = ref[...].at[rows, cols].set(elements, mode="drop")
         return
-    count = len(words)
-    operands = ", ".join(f"${5 + i}" for i in range(count))
-    vector = f".v{count}" if count > 1 else ""
+    suffix, operands = _vector(5, len(words))
     asm = _block(
         ".reg .pred on;",
         "mov.b32 $0, 0;",
         "setp.ne.s32 on, $4, 0;",
         *_address(ref.shape, itemsize, "$1", "$2", "$3"),
-        f"@on st.global{vector}.b32 [addr], "
-        + ("{" + operands + "};" if count > 1 else operands + ";"),
+        f"@on st.global{suffix}.b32 [addr], {operands};",
     )
     inline_ptx(asm, [ref], [row, col, valid, *words], out=["uint32"])
+
+
+def prefetch(ref, row: jax.Array, col: jax.Array, valid: jax.Array) -> None:
+    """Starts bringing the cache lines at (row, col) of a two-dimensional ref to the L2 cache."""
+    asm = _block(
+        ".reg .pred on;",
+        "mov.b32 $0, 0;",
+        "setp.ne.s32 on, $4, 0;",
+        *_address(ref.shape, jnp.dtype(ref.dtype).itemsize, "$1", "$2", "$3"),
+        "@on prefetch.global.L2 [addr];",
+    )
+    inline_ptx(asm, [ref], [row, col, valid], out=["uint32"])
 
 
 def pack_pair(low: jax.Array, high: jax.Array, dtype, *, emulate: bool) -> jax.Array:
@@ -184,33 +203,62 @@ def pack_pair(low: jax.Array, high: jax.Array, dtype, *, emulate: bool) -> jax.A
     return word
 
 
-def transpose_quad(words: Sequence[jax.Array], *, emulate: bool) -> list[jax.Array]:
-    """Transposes four words across four neighbouring threads: j of thread t to t of j."""
+def _swap(lanes: int, a: str, b: str, x: str, y: str) -> list[str]:
+    """x, y = a 2 x 2 transpose of a and b across threads whose numbers differ by `lanes`."""
+    return [
+        f"and.b32 s, lane, {lanes};",
+        "setp.ne.b32 p, s, 0;",
+        f"selp.b32 s, {a}, {b}, p;",
+        f"shfl.sync.bfly.b32 s, s, {lanes}, 31, -1;",
+        f"selp.b32 {x}, s, {a}, p;",
+        f"selp.b32 {y}, {b}, s, p;",
+    ]
+
+
+_SWAP_REGISTERS = (".reg .pred p;", ".reg .b32 s, lane, w<4>;", "mov.u32 lane, %laneid;")
+
+
+def transpose_pair(
+    words: Sequence[jax.Array], lanes: int, *, emulate: bool
+) -> tuple[jax.Array, jax.Array]:
+    """Transposes two words across two threads: j of the i-th thread to i of the j-th.
+
+    Args:
+      words: two (threads,) uint32.
+      lanes: what the numbers of the two threads differ by, a power of two below 32.
+    """
+    a, b = words
     if emulate:
-        stacked = jnp.stack(words, axis=-1).reshape(-1, 4, 4)
-        turned = jnp.swapaxes(stacked, 1, 2).reshape(-1, 4)
-        return [turned[:, i] for i in range(4)]
+        split = [w.reshape(-1, 2, lanes) for w in (a, b)]
+        x, y = (jnp.stack([w[:, i] for w in split], axis=1).reshape(a.shape) for i in range(2))
+        return x, y
+    asm = _block(*_SWAP_REGISTERS, *_swap(lanes, "$2", "$3", "$0", "$1"))
+    x, y = inline_ptx(asm, [], [a, b], out=["uint32"] * 2)
+    return x, y
 
-    def swap(mask: int, a: str, b: str, x: str, y: str) -> list[str]:
-        return [
-            f"and.b32 s, lane, {mask};",
-            "setp.ne.b32 p, s, 0;",
-            f"selp.b32 s, {a}, {b}, p;",
-            f"shfl.sync.bfly.b32 s, s, {mask}, 31, -1;",
-            f"selp.b32 {x}, s, {a}, p;",
-            f"selp.b32 {y}, {b}, s, p;",
-        ]
 
+def transpose_quad(
+    words: Sequence[jax.Array], lanes: tuple[int, int] = (1, 2), *, emulate: bool
+) -> list[jax.Array]:
+    """Transposes four words across four threads: j of the i-th thread to i of the j-th.
+
+    Args:
+      words: four (threads,) uint32.
+      lanes: the i-th thread's number is the first one's plus lanes[0] (i % 2) + lanes[1] (i // 2).
+    """
+    a, b, c, d = words
+    if emulate:
+        (a, b), (c, d) = (transpose_pair(p, lanes[0], emulate=True) for p in ((a, b), (c, d)))
+        (a, c), (b, d) = (transpose_pair(p, lanes[1], emulate=True) for p in ((a, c), (b, d)))
+        return [a, b, c, d]
     asm = _block(
-        ".reg .pred p;",
-        ".reg .b32 s, lane, w<4>;",
-        "mov.u32 lane, %laneid;",
-        *swap(1, "$4", "$5", "w0", "w1"),
-        *swap(1, "$6", "$7", "w2", "w3"),
-        *swap(2, "w0", "w2", "$0", "$2"),
-        *swap(2, "w1", "w3", "$1", "$3"),
+        *_SWAP_REGISTERS,
+        *_swap(lanes[0], "$4", "$5", "w0", "w1"),
+        *_swap(lanes[0], "$6", "$7", "w2", "w3"),
+        *_swap(lanes[1], "w0", "w2", "$0", "$2"),
+        *_swap(lanes[1], "w1", "w3", "$1", "$3"),
     )
-    return inline_ptx(asm, [], list(words), out=["uint32"] * 4)
+    return inline_ptx(asm, [], [a, b, c, d], out=["uint32"] * 4)
 
 
 def transpose_tile(word: jax.Array, *, emulate: bool) -> jax.Array:

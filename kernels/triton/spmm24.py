@@ -11,9 +11,8 @@ import jax
 import jax.experimental.pallas as pl
 import jax.experimental.pallas.triton as plt
 import jax.numpy as jnp
-from jax import lax
 
-from kernels.triton import device, mainloop, ptx
+from kernels.triton import device, mainloop, output, shared_memory
 from kernels.tuning import tables
 
 
@@ -75,7 +74,8 @@ def _check_arguments(values, metadata, b, *, b_layout, out_layout, scale, epilog
         raise ValueError(f"scale must be a scalar, not of shape {jnp.shape(scale)}")
 
 
-def _check_config(config: Spmm24Config) -> None:
+def check_config(config: Spmm24Config) -> None:
+    """Raises ValueError unless the main loop can run with this tiling."""
     tile = config.tile
     if config.frags_m not in (2, 4, 8) or config.frags_n not in (4, 8, 16):
         raise ValueError(f"{config=}: frags_m must be 2, 4 or 8 and frags_n 4, 8 or 16")
@@ -90,10 +90,8 @@ def _check_config(config: Spmm24Config) -> None:
         )
     if tile.a_bytes // 16 % tile.threads or tile.b_bytes // 16 % tile.threads:
         raise ValueError(f"{config=}: {tile.threads=} must divide the 16-byte chunks of both tiles")
-    if tile.ring_bytes > _reserved_bytes(*_RESERVATIONS[-1]):
-        raise ValueError(
-            f"{config=}: {tile.ring_bytes=} must not exceed {_reserved_bytes(*_RESERVATIONS[-1])}"
-        )
+    if tile.ring_bytes > shared_memory.LARGEST:
+        raise ValueError(f"{config=}: {tile.ring_bytes=} must not exceed {shared_memory.LARGEST}")
 
 
 def check_spmm24(
@@ -113,8 +111,10 @@ def check_spmm24(
     device.require_capability("spmm24", 8.0)
     if values.dtype not in (jnp.bfloat16, jnp.float16):
         raise NotImplementedError(f"triton spmm24 takes bfloat16 or float16, not {values.dtype=}")
-    if jnp.dtype(out_dtype) not in (jnp.bfloat16, jnp.float16):
-        raise NotImplementedError(f"triton spmm24 writes bfloat16 or float16, not {out_dtype=}")
+    if jnp.dtype(out_dtype) not in (jnp.bfloat16, jnp.float16, jnp.float32):
+        raise NotImplementedError(
+            f"triton spmm24 writes bfloat16, float16 or float32, not {out_dtype=}"
+        )
     n = _shape(values, b, b_layout)[1]
     if n == 0 or n % 8:
         raise NotImplementedError(f"triton spmm24 needs {n=} to be a multiple of 8")
@@ -126,6 +126,11 @@ def default_config(m: int, n: int, k: int, b_layout: str, out_layout: str) -> Sp
     tuned = tables.lookup("triton", "spmm24", device.kind(), facts)
     if tuned is not None:
         return Spmm24Config(**tuned)
+    return heuristic_config(m, n)
+
+
+def heuristic_config(m: int, n: int) -> Spmm24Config:
+    """A tiling for so many rows and columns of results."""
     # Large tiles read least from L2; with few of them, small ones keep every multiprocessor busy.
     if math.ceil(m / 256) * math.ceil(n / 128) < 96:
         return Spmm24Config(warps_m=2, warps_n=2, frags_n=4, stages=4)
@@ -147,10 +152,10 @@ def _spmm24(
 
     def kernel(values_ref, metadata_ref, b_ref, *rest):
         *scale_ref, out_ref = rest
-        tile_m, tile_n = _grouped(pl.program_id(0), grid_m, grid_n, config.group_m)
+        tile_m, tile_n = tile_order(pl.program_id(0), grid_m, grid_n, config.group_m)
         m0, n0 = tile_m * tile.block_m, tile_n * tile.block_n
         if tile.dynamic_bytes and not interpret:
-            _reserve_dynamic_shared(values_ref, out_ref, tile.dynamic_bytes)
+            shared_memory.reserve(values_ref, out_ref, tile.dynamic_bytes)
         acc = mainloop.accumulate(
             values_ref, metadata_ref, b_ref, m0, n0, tile, b_layout=b_layout, emulate=interpret
         )
@@ -160,12 +165,19 @@ def _spmm24(
         if epilogue == "relu2":
             # Not jnp.maximum: Triton's drops NaN.
             acc = [jnp.square(jnp.where(x <= 0.0, 0.0, x)) for x in acc]
-        _store_tile(out_ref, acc, m0, n0, tile, out_layout, (m, n), emulate=interpret)
+        output.store_tile(
+            out_ref,
+            acc,
+            output.place(m0, n0, tile),
+            tile,
+            out_layout=out_layout,
+            limits=out_ref.shape,
+            emulate=interpret,
+        )
 
     return pl.pallas_call(
         kernel,
-        # At least two programs: the id of a lone one is the constant 0, and the branch that
-        # reserves shared memory would be gone too early. One past the last tile stores nothing.
+        # At least two programs, for `reserve`. One past the last tile stores nothing.
         grid=(max(2, grid_m * grid_n),),
         out_shape=jax.ShapeDtypeStruct((m, n) if out_layout == "mn" else (n, m), out_dtype),
         compiler_params=plt.CompilerParams(num_warps=config.warps_m * config.warps_n, num_stages=1),
@@ -174,76 +186,13 @@ def _spmm24(
     )(values, metadata, b, *([] if scale is None else [jnp.asarray(scale, jnp.float32).reshape(1)]))
 
 
-def _reserve_dynamic_shared(values_ref, out_ref, size: int) -> None:
-    """Makes the launch provide at least `size` bytes of dynamic shared memory.
-
-    Pallas Triton has no parameter for it: Triton adds up what the operations it sees need, and a
-    product of two matrices needs both of them in shared memory. This one is in a branch that is
-    never taken, and it leaves no code behind: the compiler knows that program ids are not negative.
-    """
-    depth, width = next(shape for shape in _RESERVATIONS if _reserved_bytes(*shape) >= size)
-
-    @pl.when(pl.program_id(0) < 0)
-    def _never():
-        def operand(rows: int, cols: int):
-            row = lax.broadcasted_iota(jnp.int32, (rows, cols), 0)
-            return plt.load(values_ref.at[row, lax.broadcasted_iota(jnp.int32, (rows, cols), 1)])
-
-        product = plt.dot(operand(64, depth), operand(depth, width))
-        out_ref[0, 0] = jnp.sum(product).astype(out_ref.dtype)
-
-
-# Depth and width of products of 64 rows, by their bytes.
-_RESERVATIONS = ((128, 64), (256, 64), (128, 256), (256, 128), (512, 64), (256, 256), (512, 128))
-
-
-def _reserved_bytes(depth: int, width: int) -> int:
-    return 2 * depth * (64 + width)
-
-
-def _grouped(program, grid_m: int, grid_n: int, group_m: int):
-    """Tile of a program: groups of `group_m` rows of tiles, column by column within a group."""
+def tile_order(program, grid_m: int, grid_n: int, group_m: int):
+    """A program's tile (m, n): groups of `group_m` rows of tiles, column by column in a group."""
     group_size = group_m * grid_n
     first = program // group_size * group_m
     rows = jnp.minimum(grid_m - first, group_m)
     within = program % group_size
     return first + within % rows, within // rows
-
-
-def _store_tile(out_ref, acc, m0, n0, tile: mainloop.Tile, out_layout, shape, *, emulate) -> None:
-    m, n = shape
-    fn = tile.frags_n
-    thread = lax.broadcasted_iota(jnp.int32, (tile.threads,), 0)
-    warp, q, t = thread // 32, thread % 32 // 4, thread % 4
-    row0 = m0 + warp // tile.warps_n * (16 * tile.frags_m)
-    col0 = n0 + warp % tile.warps_n * (8 * fn)
-    # One word for each 8 x 8 tile: this thread's two elements, row q, columns 2 t and 2 t + 1.
-    words = [
-        [
-            ptx.pack_pair(
-                acc[4 * (i * fn + j) + 2 * half],
-                acc[4 * (i * fn + j) + 2 * half + 1],
-                out_ref.dtype,
-                emulate=emulate,
-            )
-            for j in range(fn)
-        ]
-        for i in range(tile.frags_m)
-        for half in range(2)
-    ]
-    major0, minor0, limits = row0, col0, (m, n)
-    if out_layout == "nm":
-        columns = [[row[j] for row in words] for j in range(fn)]
-        words = [[ptx.transpose_tile(w, emulate=emulate) for w in column] for column in columns]
-        major0, minor0, limits = col0, row0, (n, m)
-    # Four neighbouring tiles at a time: then a thread holds a whole row of one of them, 16 bytes.
-    for i, row in enumerate(words):
-        for j in range(0, len(row), 4):
-            vector = ptx.transpose_quad(row[j : j + 4], emulate=emulate)
-            major = major0 + (8 * i + q)
-            minor = minor0 + (8 * j + 8 * t)
-            valid = ((major < limits[0]) & (minor < limits[1])).astype(jnp.int32)
-            ptx.store_words(out_ref, major, minor, vector, valid, emulate=emulate)
 
 
 def spmm24(
@@ -269,7 +218,7 @@ def spmm24(
       out_layout: "mn" or "nm"; the latter writes the transpose.
       scale: None or a float32 scalar, applied to the float32 accumulator.
       epilogue: None, or "relu2" for max(x, 0)^2.
-      out_dtype: bfloat16 or float16.
+      out_dtype: bfloat16, float16 or float32.
       config: tiling; None takes the tuned table, else a heuristic.
       interpret: run in Pallas's interpreter, with jax.numpy in place of the inline PTX.
 
@@ -293,7 +242,7 @@ def spmm24(
         check_spmm24(values, metadata, b, b_layout=b_layout, out_dtype=out_dtype)
     if config is None:
         config = default_config(*_shape(values, b, b_layout), b_layout, out_layout)
-    _check_config(config)
+    check_config(config)
     return _spmm24(
         values,
         metadata,

@@ -1,7 +1,5 @@
 """The grouped kernels of Hopper without a GPU: lowering, refusals, order of tiles, arithmetic."""
 
-import re
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -12,8 +10,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kernels.hopper import grouped24, grouped_common, grouped_up, grouped_up_backward
+from kernels import groups24
+from kernels.hopper import grouped24, grouped_common
 from kernels.registry import assume_capability
+from tests.kernels.ptx_words import floats, interpret, pack, prmt, words
 
 pytestmark = pytest.mark.core
 
@@ -160,80 +160,6 @@ def test_every_tile_once(major, minor, width):
     assert order[1].max() == minor - 1
 
 
-def floats(bits: np.ndarray) -> np.ndarray:
-    return np.asarray(bits, np.uint32).view(np.float32)
-
-
-def words(values: np.ndarray) -> np.ndarray:
-    return np.asarray(values, np.float32).view(np.uint32)
-
-
-def prmt(a: np.ndarray, b: np.ndarray, selector: np.ndarray) -> np.ndarray:
-    both = a.astype(np.uint64) | b.astype(np.uint64) << np.uint64(32)
-    out = np.zeros_like(a)
-    for i in range(4):
-        index = selector >> np.uint32(4 * i) & np.uint32(7)
-        byte = both >> (np.uint64(8) * index.astype(np.uint64)) & np.uint64(255)
-        out |= byte.astype(np.uint32) << np.uint32(8 * i)
-    return out
-
-
-def pack(low: np.ndarray, high: np.ndarray) -> np.ndarray:
-    low, high = (
-        v.astype(ml_dtypes.bfloat16).view(np.uint16).astype(np.uint32) for v in (low, high)
-    )
-    return low | high << np.uint32(16)
-
-
-def clamp(x: np.ndarray) -> np.ndarray:
-    return np.where(x <= 0, np.float32(0), x)
-
-
-# What the inline assembly is made of, on 32-bit words.
-OPERATIONS: dict[str, Callable[..., np.ndarray]] = {
-    "setp.gt.f32": lambda a, b: floats(a) > floats(b),
-    "setp.ge.f32": lambda a, b: floats(a) >= floats(b),
-    "max.NaN.f32": lambda a, b: words(np.maximum(floats(a), floats(b))),
-    "min.NaN.f32": lambda a, b: words(np.minimum(floats(a), floats(b))),
-    "abs.f32": lambda a: a & np.uint32(0x7FFFFFFF),
-    "mul.f32": lambda a, b: words(floats(a) * floats(b)),
-    "add.f32": lambda a, b: words(floats(a) + floats(b)),
-    "sqrt.approx.ftz.f32": lambda a: words(np.sqrt(floats(a))),
-    "cvt.rn.bf16x2.f32": lambda high, low: pack(floats(low), floats(high)),
-    "cvt.rn.relu.bf16x2.f32": lambda high, low: pack(clamp(floats(low)), clamp(floats(high))),
-    "mov.b32": lambda a: a,
-    "add.s32": lambda a, b: a + b,
-    "and.b32": lambda a, b: a & b,
-    "shl.b32": lambda a, b: a << b,
-    "mad.lo.s32": lambda a, b, c: a * b + c,
-    "prmt.b32": prmt,
-}
-
-
-def interpret(text: str, inputs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Runs straight-line PTX on arrays of 32-bit words; every register must be written first."""
-    registers = dict(inputs)
-    size = next(iter(inputs.values())).size
-
-    def value(operand: str) -> np.ndarray:
-        if re.fullmatch(r"-?(0x[0-9a-f]+|[0-9]+)", operand):
-            return np.full(size, int(operand, 0) & 0xFFFFFFFF, np.uint32)
-        return registers[operand]
-
-    for line in re.sub(r"[{}]|\.reg [^;]*;", "", text).split(";"):
-        if not line.strip():
-            continue
-        match = re.fullmatch(r"\s*(@\w+)?\s*(\S+) (.*)", line)
-        assert match is not None, line
-        guard, opcode, rest = match.groups()
-        target, *operands = (o.strip() for o in rest.split(","))
-        result = OPERATIONS[opcode](*map(value, operands))
-        if guard:
-            result = np.where(registers[guard[1:]], result, registers[target])
-        registers[target] = result
-    return registers
-
-
 def halves(word: np.ndarray) -> np.ndarray:
     """(2, n) float32 from words of two bfloat16."""
     return np.stack([floats(word << np.uint32(16)), floats(word & np.uint32(0xFFFF0000))])
@@ -249,7 +175,7 @@ def groups() -> np.ndarray:
 
 def test_choice_of_two_of_four():
     x = groups()
-    text = grouped_up.CHOOSE.replace("DTYPE", "bf16")
+    text = groups24.CHOOSE.replace("DTYPE", "bf16")
     out = interpret(text, {f"${2 + i}": words(x[i]) for i in range(4)})
     pair, code = out["$0"], out["$1"]
     lower, higher = code & np.uint32(3), code >> np.uint32(28) & np.uint32(3)
@@ -277,7 +203,7 @@ def test_choice_keeps_a_nan():
     x = np.tile(np.array([[1.0], [2.0], [3.0], [4.0]], np.float32), 4)
     np.fill_diagonal(x, np.nan)
     out = interpret(
-        grouped_up.CHOOSE.replace("DTYPE", "bf16"), {f"${2 + i}": words(x[i]) for i in range(4)}
+        groups24.CHOOSE.replace("DTYPE", "bf16"), {f"${2 + i}": words(x[i]) for i in range(4)}
     )
     assert np.isnan(halves(out["$0"])).any(axis=0).all()
 
@@ -294,7 +220,7 @@ def test_gradient_of_the_squared_relu():
     y = y.astype(ml_dtypes.bfloat16).astype(np.float32)
     x = rng.standard_normal(y.shape).astype(np.float32)
 
-    text = grouped_up_backward.SCALE.replace("WIDEN", grouped_up_backward.WIDENINGS["bf16"])
+    text = groups24.SCALE.replace("WIDEN", groups24.WIDENINGS["bf16"])
     inputs = {"$3": pack(y[0], y[1]), "$4": pack(y[2], y[3])}
     inputs |= {f"${5 + i}": words(x[i]) for i in range(4)}
     inputs["$9"] = (lower | higher << 2).astype(np.uint32)

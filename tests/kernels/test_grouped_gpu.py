@@ -1,24 +1,33 @@
-"""The grouped kernels of Hopper against the definitions, on the same 16-bit inputs."""
+"""The grouped kernels of each backend against the definitions, on the same 16-bit inputs."""
+
+import importlib
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from kernels import reference, reference_grouped
-from kernels.hopper import grouped24
+from kernels import reference, reference_grouped, registry
 
 pytestmark = pytest.mark.gpu
 
-V = 128
+BACKENDS = ("hopper", "triton")
 TIE = 1e-5  # relative; closer magnitudes may be ranked either way
 FROBENIUS = 5e-3
-CASES = [
+SIZES = [
     # tokens of each expert, D, h
     ([300, 0, 129, 700], 192, 256),
     ([128, 1], 64, 128),
     ([0, 0, 1000], 512, 384),
     ([2000, 2100], 1024, 512),
+    # Enough for large tiles.
+    ([5000, 100, 0, 6000], 1024, 2048),
+]
+CASES = [
+    *((backend, *sizes, 128) for backend in BACKENDS for sizes in SIZES),
+    # What only one of them serves.
+    ("triton", [70, 0, 129, 300], 320, 192, 64),
 ]
 
 
@@ -26,12 +35,19 @@ def draw(seed: int, *shape: int) -> jax.Array:
     return jax.random.normal(jax.random.key(seed), shape, jnp.float32)
 
 
-def layout(counts: list[int], unused: int = 2) -> tuple[jax.Array, jax.Array, int]:
+def load(backend: registry.Backend) -> Any:
+    """The backend's module. Skips the test where the device cannot run it."""
+    if backend not in registry.available_backends():
+        pytest.skip(f"{backend} does not run on {jax.devices()[0].device_kind}")
+    return importlib.import_module(f"kernels.{backend}.grouped24")
+
+
+def layout(counts: list[int], v: int, unused: int = 2) -> tuple[jax.Array, jax.Array, int]:
     """offsets, block_expert and T_pad for so many tokens of each expert, and unused blocks."""
-    blocks = [-(-c // V) for c in counts]
+    blocks = [-(-c // v) for c in counts]
     experts = [e for e, n in enumerate(blocks) for _ in range(n)] + [len(counts) - 1] * unused
-    offsets = np.concatenate([[0], np.cumsum(blocks)]) * V
-    return jnp.asarray(offsets, jnp.int32), jnp.asarray(experts, jnp.int32), len(experts) * V
+    offsets = np.concatenate([[0], np.cumsum(blocks)]) * v
+    return jnp.asarray(offsets, jnp.int32), jnp.asarray(experts, jnp.int32), len(experts) * v
 
 
 def distance(actual: jax.Array, expected: jax.Array) -> float:
@@ -46,15 +62,16 @@ def same(a: jax.Array, b: jax.Array) -> bool:
 class Problem:
     """Inputs of a case, in both orders of the weights' rows."""
 
-    def __init__(self, counts: list[int], width: int, live: int):
+    def __init__(self, backend: registry.Backend, counts: list[int], width: int, live: int, v: int):
+        self.functions = load(backend)
         self.experts, self.live, self.width = len(counts), live, width
-        self.offsets, self.block_expert, self.rows = layout(counts)
+        self.offsets, self.block_expert, self.rows = layout(counts, v)
         self.used = int(self.offsets[-1])
         self.layout = (self.offsets, self.block_expert)
         self.w = draw(0, self.experts * live, width) * width**-0.5
         options = {"num_experts": self.experts, "m": 4 * self.experts, "scale": 1.5}
         self.reference = reference_grouped.pack_weight24(self.w, **options)
-        self.packed = grouped24.pack_weight24(self.w, **options)
+        self.packed = self.functions.pack_weight24(self.w, **options)
         unused = jnp.arange(self.rows)[:, None] >= self.used
         # What lies in unused rows must not matter.
         self.x, self.dy = (
@@ -73,7 +90,9 @@ class Problem:
         return np.concatenate(out)
 
 
-@pytest.fixture(scope="module", params=CASES, ids=lambda c: f"D{c[1]}-h{c[2]}-E{len(c[0])}")
+@pytest.fixture(
+    scope="module", params=CASES, ids=lambda c: f"{c[0]}-D{c[2]}-h{c[3]}-E{len(c[1])}-V{c[4]}"
+)
 def problem(request):
     return Problem(*request.param)
 
@@ -82,11 +101,11 @@ def test_pack(problem):
     values, metadata, dense = problem.packed
     assert same(dense, problem.reference[2])
     unpacked = reference.unpack24(values, metadata).reshape(dense.shape)
-    assert same(unpacked, dense[:, grouped24.row_order(problem.live)])
+    assert same(unpacked, dense[:, problem.functions.row_order(problem.live)])
 
 
 def test_up(problem):
-    y2, values, metadata = grouped24.up24(*problem.packed[:2], problem.x, *problem.layout)
+    y2, values, metadata = problem.functions.up24(*problem.packed[:2], problem.x, *problem.layout)
     assert same(reference.unpack24(values, metadata), y2)
     assert not np.asarray(y2[problem.used :], np.float32).any()
 
@@ -105,31 +124,31 @@ def test_up(problem):
 def test_ties_keep_the_lower_index(problem):
     # Equal weights make the four neurons of a group equal.
     w = jnp.repeat(problem.w[::4], 4, axis=0)
-    packed = grouped24.pack_weight24(
+    packed = problem.functions.pack_weight24(
         w, num_experts=problem.experts, m=4 * problem.experts, scale=None
     )
-    _, _, metadata = grouped24.up24(*packed[:2], problem.x, *problem.layout)
+    _, _, metadata = problem.functions.up24(*packed[:2], problem.x, *problem.layout)
     assert (np.asarray(metadata) == 0x44444444).all()
 
 
 def test_down(problem):
-    _, values, metadata = grouped24.up24(*problem.packed[:2], problem.x, *problem.layout)
+    _, values, metadata = problem.functions.up24(*problem.packed[:2], problem.x, *problem.layout)
     dense = problem.packed[2]
-    out = grouped24.down24(values, metadata, dense, *problem.layout)
+    out = problem.functions.down24(values, metadata, dense, *problem.layout)
     y = reference.unpack24(values, metadata)
     assert distance(out[: problem.used], problem.by_expert(y, "th,hd->td")) < FROBENIUS
     assert not np.asarray(out[problem.used :], np.float32).any()
 
 
 def test_down_by_token(problem):
-    _, values, metadata = grouped24.up24(*problem.packed[:2], problem.x, *problem.layout)
+    _, values, metadata = problem.functions.up24(*problem.packed[:2], problem.x, *problem.layout)
     operands = (values, metadata, problem.packed[2], *problem.layout)
     tokens = problem.used - 3
     permutation = np.full(problem.rows, tokens, np.int32)
     shuffled = np.random.default_rng(3).permutation(problem.used)
     permutation[: problem.used] = np.minimum(shuffled, tokens)
-    out = grouped24.down24(*operands, permutation=jnp.asarray(permutation), tokens=tokens)
-    by_row = np.asarray(grouped24.down24(*operands), np.float32)
+    out = problem.functions.down24(*operands, permutation=jnp.asarray(permutation), tokens=tokens)
+    by_row = np.asarray(problem.functions.down24(*operands), np.float32)
     expected = np.zeros((tokens, problem.width), np.float32)
     kept = permutation < tokens
     expected[permutation[kept]] = by_row[kept]
@@ -137,8 +156,8 @@ def test_down_by_token(problem):
 
 
 def test_up_backward(problem):
-    y2, _, metadata = grouped24.up24(*problem.packed[:2], problem.x, *problem.layout)
-    dy1, values = grouped24.up24_backward(
+    y2, _, metadata = problem.functions.up24(*problem.packed[:2], problem.x, *problem.layout)
+    dy1, values = problem.functions.up24_backward(
         *problem.packed[:2], problem.dy, y2, metadata, *problem.layout
     )
     assert same(reference.unpack24(values, metadata), dy1)
@@ -149,8 +168,10 @@ def test_up_backward(problem):
 
 
 def test_weight_gradient(problem):
-    y2, _, _ = grouped24.up24(*problem.packed[:2], problem.x, *problem.layout)
-    out = grouped24.weight_gradient(y2, problem.dy, problem.offsets, num_experts=problem.experts)
+    y2, _, _ = problem.functions.up24(*problem.packed[:2], problem.x, *problem.layout)
+    out = problem.functions.weight_gradient(
+        y2, problem.dy, problem.offsets, num_experts=problem.experts
+    )
     expected = reference_grouped.weight_gradient(
         y2, problem.dy, problem.offsets, num_experts=problem.experts
     )
@@ -161,15 +182,17 @@ def test_weight_gradient(problem):
 
 
 def everything(problem, x, dy):
-    packed = grouped24.pack_weight24(
+    packed = problem.functions.pack_weight24(
         problem.w, num_experts=problem.experts, m=4 * problem.experts, scale=1.5
     )
-    y2, values, metadata = grouped24.up24(*packed[:2], x, *problem.layout)
-    y3 = grouped24.down24(values, metadata, packed[2], *problem.layout)
-    dy1, dy1_values = grouped24.up24_backward(*packed[:2], dy, y2, metadata, *problem.layout)
-    dx = grouped24.down24(dy1_values, metadata, packed[2], *problem.layout)
+    y2, values, metadata = problem.functions.up24(*packed[:2], x, *problem.layout)
+    y3 = problem.functions.down24(values, metadata, packed[2], *problem.layout)
+    dy1, dy1_values = problem.functions.up24_backward(
+        *packed[:2], dy, y2, metadata, *problem.layout
+    )
+    dx = problem.functions.down24(dy1_values, metadata, packed[2], *problem.layout)
     gradients = [
-        grouped24.weight_gradient(*pair, problem.offsets, num_experts=problem.experts)
+        problem.functions.weight_gradient(*pair, problem.offsets, num_experts=problem.experts)
         for pair in ((y2, dy), (dy1, x))
     ]
     return *packed, y2, values, metadata, y3, dy1, dy1_values, dx, *gradients
@@ -187,8 +210,10 @@ def test_repeatable(problem):
             assert same(a, b)
 
 
-def test_float16():
-    p = Problem([300, 129], 128, 256)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_float16(backend):
+    p = Problem(backend, [300, 129], 128, 256, 128)
+    grouped24 = p.functions
     options = {"num_experts": 2, "m": 8, "scale": 1.5, "dtype": jnp.float16}
     values, metadata, dense = grouped24.pack_weight24(p.w, **options)
     x = p.x.astype(jnp.float16)

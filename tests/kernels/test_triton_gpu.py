@@ -34,8 +34,11 @@ def poison(shape, dtype) -> None:
     jnp.full(shape, jnp.nan, dtype).block_until_ready().delete()
 
 
-def check_product(m, n, k, *, b_layout, out_layout="mn", epilogue=None, dtype=None, config=None):
+def check_product(
+    m, n, k, *, b_layout, out_layout="mn", epilogue=None, dtype=None, out_dtype=None, config=None
+):
     dtype = dtype or ml_dtypes.bfloat16
+    out_dtype = out_dtype or dtype
     rng = fresh_rng()
     values, metadata, dense = sparse_operand(rng, m, k, dtype)
     b = rng.standard_normal((n, k)).astype(dtype)
@@ -44,14 +47,14 @@ def check_product(m, n, k, *, b_layout, out_layout="mn", epilogue=None, dtype=No
     operands = [jnp.asarray(x) for x in operands]
 
     def product():
-        poison((m, n), dtype)
+        poison((m, n), out_dtype)
         out = spmm24(
             *operands,
             b_layout=b_layout,
             out_layout=out_layout,
             scale=scale,
             epilogue=epilogue,
-            out_dtype=dtype,
+            out_dtype=out_dtype,
             config=config,
         )
         return np.asarray(out)
@@ -71,11 +74,18 @@ def check_product(m, n, k, *, b_layout, out_layout="mn", epilogue=None, dtype=No
 
 @pytest.mark.parametrize("b_layout", ["nk", "kn"])
 @pytest.mark.parametrize("out_layout", ["mn", "nm"])
-@pytest.mark.parametrize(("epilogue", "dtype"), [(None, ml_dtypes.bfloat16), ("relu2", np.float16)])
-def test_spmm24_every_orientation_and_epilogue(b_layout, out_layout, epilogue, dtype):
+@pytest.mark.parametrize(
+    ("epilogue", "dtype", "out_dtype"),
+    [
+        (None, ml_dtypes.bfloat16, None),
+        ("relu2", np.float16, None),
+        (None, ml_dtypes.bfloat16, np.float32),
+    ],
+)
+def test_spmm24_every_orientation_and_epilogue(b_layout, out_layout, epilogue, dtype, out_dtype):
     check_product(
         320, 264, 192, b_layout=b_layout, out_layout=out_layout, epilogue=epilogue, dtype=dtype,
-        config=Spmm24Config(),
+        out_dtype=out_dtype, config=Spmm24Config(),
     )  # fmt: skip
 
 

@@ -187,6 +187,19 @@ class Machine:
             self.registers[name] = self.registers[name] + out[:, i]
 
 
+def run_tile(tile, m: int, n: int, k: int, b_layout: str, arrays, starts, **options) -> np.ndarray:
+    """The accumulators of one program, (block_m, block_n); starts: m0, n0 and perhaps B's row."""
+    writer = mainloop._Writer(tile, m, n, k, b_layout, "bf16", **options)
+    machine = Machine(tile.threads, list(arrays), 1024 + tile.ring_bytes)
+    count = 4 * tile.frags_m * tile.frags_n
+    for i, start in enumerate((1 << 32, 2 << 32, 3 << 32, *starts)):
+        machine.registers[f"${count + i}"] = np.full(tile.threads, start)
+    machine.run(writer.write())
+    out = np.stack([machine.registers[f"${i}"] for i in range(count)])
+    out = out.reshape(tile.frags_m, tile.frags_n, 2, 2, tile.warps_m, tile.warps_n, 8, 4)
+    return out.transpose(4, 0, 2, 6, 5, 1, 7, 3).reshape(tile.block_m, tile.block_n)
+
+
 @pytest.mark.parametrize("b_layout", ["nk", "kn"])
 @pytest.mark.parametrize(
     "tile",
@@ -206,15 +219,27 @@ def test_the_program_of_the_last_tile(tile, b_layout, k):
     values, metadata, dense = sparse_operand(rng, m, k)
     b = rng.standard_normal((n, k)).astype(ml_dtypes.bfloat16)
     stored = b if b_layout == "nk" else np.ascontiguousarray(b.T)
-    writer = mainloop._Writer(tile, m, n, k, b_layout, "bf16")
-    machine = Machine(tile.threads, [values, metadata, stored], 1024 + tile.ring_bytes)
-    count = 4 * tile.frags_m * tile.frags_n
-    for i, start in enumerate((1 << 32, 2 << 32, 3 << 32, tile.block_m, tile.block_n)):
-        machine.registers[f"${count + i}"] = np.full(tile.threads, start)
-    machine.run(writer.write())
-
-    out = np.stack([machine.registers[f"${i}"] for i in range(count)])
-    out = out.reshape(tile.frags_m, tile.frags_n, 2, 2, tile.warps_m, tile.warps_n, 8, 4)
-    out = out.transpose(4, 0, 2, 6, 5, 1, 7, 3).reshape(tile.block_m, tile.block_n)
+    starts = (tile.block_m, tile.block_n)
+    out = run_tile(tile, m, n, k, b_layout, (values, metadata, stored), starts)
     expected = dense[tile.block_m :] @ b[tile.block_n :].astype(np.float32).T
     np.testing.assert_allclose(out[:64, :24], expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("b_layout", ["nk", "kn"])
+def test_a_tile_that_starts_anywhere(b_layout):
+    """As the grouped products: tiles need not be aligned, and k may be a part of B's rows."""
+    tile = mainloop.Tile(4, 2, 4, 8, 64, 5)
+    rng = np.random.default_rng(0)
+    m, n, k, m0, n0, row = 2 * tile.block_m, 2 * tile.block_n, 192, 320, 192, 128
+    values, metadata, dense = sparse_operand(rng, m, k)
+    b = rng.standard_normal((n, k)).astype(ml_dtypes.bfloat16)
+    starts, stored = [m0, n0], b
+    if b_layout == "kn":
+        stored = np.full((row + k, n), np.nan, ml_dtypes.bfloat16)
+        stored[row:] = b.T
+        starts.append(row)
+    options = {"aligned": False, "b_row": b_layout == "kn"}
+    out = run_tile(tile, m, n, k, b_layout, (values, metadata, stored), starts, **options)
+    expected = dense[m0:] @ b[n0:].astype(np.float32).T
+    rows, cols = expected.shape
+    np.testing.assert_allclose(out[:rows, :cols], expected, rtol=1e-4, atol=1e-4)

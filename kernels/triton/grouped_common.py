@@ -1,0 +1,135 @@
+"""What the grouped kernels share: which tokens a program multiplies, and what is left to zero.
+
+A tile of tokens never crosses from one expert to the next, but the last one of an expert may hang
+over its end: what it computes there is not stored. Tiles are numbered expert by expert, and behind
+them come those of the unused rows, which are set to zero.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import jax
+import jax.experimental.pallas as pl
+import jax.experimental.pallas.triton as plt
+import jax.numpy as jnp
+from jax import lax
+
+from kernels.triton import device, ptx
+from kernels.triton.mainloop import Tile
+from kernels.triton.spmm24 import Spmm24Config, check_config, heuristic_config
+
+
+class Part(NamedTuple):
+    """Tokens of a program, scalars.
+
+    Attributes:
+      expert: whose they are; E for rows that no expert has, and E + 1 for no rows at all.
+      first: the first row, a multiple of 64.
+      end: the row behind the last one of the expert.
+    """
+
+    expert: jax.Array
+    first: jax.Array
+    end: jax.Array
+
+
+def num_parts(rows: int, num_experts: int, size: int) -> int:
+    """Tiles of `size` tokens that are enough for every distribution of `rows`."""
+    return math.ceil(rows / size) + num_experts
+
+
+def part(offsets_ref, index: jax.Array, size: int, rows: int) -> Part:
+    """The `index`-th tile of `size` tokens; `rows` are T_pad."""
+    experts = offsets_ref.shape[0] - 1
+    # All loads at once, not one after the other.
+    bounds = [*(offsets_ref[e] for e in range(experts + 1)), jnp.int32(rows)]
+    before = zero = jnp.int32(0)
+    found = Part(jnp.int32(experts + 1), zero, zero)
+    for e, (start, stop) in enumerate(itertools.pairwise(bounds)):
+        tiles = lax.div(stop - start + (size - 1), jnp.int32(size))
+        here = (index >= before) & (index < before + tiles)
+        own = Part(jnp.int32(e), start + (index - before) * size, stop)
+        found = Part(*(jnp.where(here, a, b) for a, b in zip(own, found, strict=True)))
+        before = before + tiles
+    return found
+
+
+class Block(NamedTuple):
+    """Part of a matrix in global memory.
+
+    Attributes:
+      ref: two-dimensional.
+      row, col: scalars, the first row and column.
+      rows, cols: how many; cols in multiples of what a thread takes.
+      row_end: scalar, the row of `ref` behind the last one that counts. Columns of `ref` end where
+        they end.
+    """
+
+    ref: Any
+    row: jax.Array
+    col: jax.Array
+    rows: int
+    cols: int
+    row_end: jax.Array
+
+    def chunks(self, size: int, threads: int) -> Iterator[tuple[jax.Array, jax.Array, jax.Array]]:
+        """Row, column and validity of the threads' chunks of `size` bytes, round by round."""
+        step = size // jnp.dtype(self.ref.dtype).itemsize
+        thread = lax.broadcasted_iota(jnp.int32, (threads,), 0)
+        for i in range(math.ceil(self.rows * self.cols / step / threads)):
+            chunk = i * threads + thread
+            within = chunk // (self.cols // step)
+            row, col = self.row + within, self.col + chunk % (self.cols // step) * step
+            valid = (within < self.rows) & (row < self.row_end) & (col < self.ref.shape[1])
+            yield row, col, valid.astype(jnp.int32)
+
+
+def fill(block: Block, word: int, threads: int, *, emulate: bool) -> None:
+    """Sets a block to a 32-bit word."""
+    words = [jnp.full((threads,), word, jnp.uint32)] * 4
+    for row, col, valid in block.chunks(16, threads):
+        ptx.store_words(block.ref, row, col, words, valid, emulate=emulate)
+
+
+def prefetch(block: Block, threads: int, *, emulate: bool) -> None:
+    """Starts bringing a block to the L2 cache."""
+    if not emulate:
+        for row, col, valid in block.chunks(128, threads):
+            ptx.prefetch(block.ref, row, col, valid)
+
+
+def call(kernel, operands, out_shape, grid: int, tile: Tile, name: str, interpret: bool):
+    """A Pallas call of a kernel around the main loop, for so many programs, two at least."""
+    return pl.pallas_call(
+        kernel,
+        grid=(grid,),
+        out_shape=out_shape,
+        compiler_params=plt.CompilerParams(num_warps=tile.warps_m * tile.warps_n, num_stages=1),
+        interpret=interpret,
+        name=name,
+    )(*operands)
+
+
+def check(op: str, v: int, live: int, width: int, dtype: Any) -> None:
+    """Raises NotImplementedError for what no grouped kernel serves."""
+    device.require_capability(op, 8.0)
+    if v % 64 or live % 64 or width % 64:
+        raise NotImplementedError(
+            f"triton {op} needs {v=}, {live=} and {width=} to be multiples of 64"
+        )
+    if jnp.dtype(dtype).name not in ("bfloat16", "float16"):
+        raise NotImplementedError(
+            f"triton {op} takes bfloat16 or float16, not dtype={jnp.dtype(dtype).name}"
+        )
+
+
+def sparse_config(config: Spmm24Config | None, m: int, n: int) -> Spmm24Config:
+    """The given tiling, checked, or one for so many rows and columns."""
+    if config is None:
+        return heuristic_config(m, n)
+    check_config(config)
+    return config

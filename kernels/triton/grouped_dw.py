@@ -1,0 +1,143 @@
+"""Weight gradients of each expert: a dense product over the expert's tokens.
+
+Triton's own product: mma.sync on any chip since sm_80, and wgmma on Hopper, so a figure measured
+there does not carry over to other chips. With the environment variable DISABLE_MMA_V3=1, Triton
+takes mma.sync on Hopper as well.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.experimental.pallas as pl
+import jax.experimental.pallas.triton as plt
+import jax.numpy as jnp
+from jax import lax
+
+from kernels import reference_grouped
+from kernels.triton import device
+from kernels.triton import grouped_common as common
+from kernels.triton.spmm24 import tile_order
+
+
+@dataclasses.dataclass(frozen=True)
+class GradientConfig:
+    """Tiling of `weight_gradient`.
+
+    Attributes:
+      block_m, block_n: neurons and columns of a program, powers of two; a larger one than divides
+        the matrix is halved until it does.
+      block_k: tokens of a step, 16, 32 or 64.
+      warps: of a program.
+      stages: steps in flight.
+      group_m: programs that run near each other in time share this many tiles along neurons.
+    """
+
+    block_m: int = 128
+    block_n: int = 256
+    block_k: int = 64
+    warps: int = 8
+    stages: int = 3
+    group_m: int = 8
+
+
+def _default_config() -> GradientConfig:
+    if device.small_shared_memory():
+        return GradientConfig(block_n=128)
+    capability = device.compute_capability()
+    # 48 KiB a stage; these have room for one more.
+    return GradientConfig(stages=4 if capability in (9.0, 10.0, 10.3) else 3)
+
+
+def _check_config(config: GradientConfig) -> None:
+    sizes = (config.block_m, config.block_n, config.block_k, config.warps)
+    if any(size < 1 or size & (size - 1) for size in sizes):
+        raise ValueError(f"{config=}: blocks and warps must be powers of two")
+    if config.block_k not in (16, 32, 64) or config.stages < 1 or config.group_m < 1:
+        raise ValueError(
+            f"{config=}: block_k must be 16, 32 or 64, stages and group_m positive"
+        )  # fmt: skip
+
+
+def _dividing(block: int, size: int) -> int:
+    while size % block:
+        block //= 2
+    return block
+
+
+def weight_gradient(
+    y: jax.Array,
+    g: jax.Array,
+    offsets: jax.Array,
+    *,
+    num_experts: int,
+    config: GradientConfig | None = None,
+    interpret: bool = False,
+) -> jax.Array:
+    """`kernels.reference_grouped.weight_gradient`.
+
+    `offsets` must be multiples of 64, as V is. config: tiling; None takes a heuristic. interpret:
+    run in Pallas's interpreter.
+
+    Raises ValueError for shapes that do not fit and NotImplementedError where
+    `check_weight_gradient` does.
+    """
+    reference_grouped.gradient_dims(y, g, offsets, num_experts)
+    if not interpret:
+        check_weight_gradient(y, g, offsets, num_experts=num_experts, config=config)
+    config = _default_config() if config is None else config
+    _check_config(config)
+    return _weight_gradient(y, g, offsets, config=config, interpret=interpret)
+
+
+def _weight_gradient(y, g, offsets, *, config, interpret):
+    experts, live, width = offsets.shape[0] - 1, y.shape[1], g.shape[1]
+    block_m, block_n = _dividing(config.block_m, live), _dividing(config.block_n, width)
+    block_k = config.block_k
+    tiles_m, tiles_n = live // block_m, width // block_n
+
+    def kernel(y_ref, g_ref, offsets_ref, out_ref):
+        program, tiles = pl.program_id(0), jnp.int32(tiles_m * tiles_n)
+        expert = lax.div(program, tiles)
+        tile_m, tile_n = tile_order(lax.rem(program, tiles), tiles_m, tiles_n, config.group_m)
+        neuron = tile_m * block_m + jnp.arange(block_m)
+        column = tile_n * block_n + jnp.arange(block_n)
+        first, end = offsets_ref[expert], offsets_ref[expert + 1]
+
+        def step(i, acc):
+            token = first + i * block_k + jnp.arange(block_k)
+            a = plt.load(y_ref.at[token[:, None], neuron[None, :]])
+            b = plt.load(g_ref.at[token[:, None], column[None, :]])
+            return acc + plt.dot(a, b, trans_a=True)
+
+        steps = lax.div(end - first, jnp.int32(block_k))
+        acc = lax.fori_loop(0, steps, step, jnp.zeros((block_m, block_n), jnp.float32))
+        plt.store(out_ref.at[expert * live + neuron[:, None], column[None, :]], acc)
+
+    out = pl.pallas_call(
+        kernel,
+        grid=(experts * tiles_m * tiles_n,),
+        out_shape=jax.ShapeDtypeStruct((experts * live, width), jnp.float32),
+        compiler_params=plt.CompilerParams(num_warps=config.warps, num_stages=config.stages),
+        interpret=interpret,
+        name="weight_gradient",
+    )(y, g, offsets)
+    return out.reshape(experts, live, width)
+
+
+def check_weight_gradient(
+    y: jax.Array,
+    g: jax.Array,
+    offsets: jax.Array,
+    *,
+    num_experts: int,
+    config: GradientConfig | None = None,
+) -> None:
+    """Raises NotImplementedError if this device, shape or dtype is not served, else returns None.
+
+    Arguments that contradict one another raise ValueError.
+    """
+    del config
+    live, width = reference_grouped.gradient_dims(y, g, offsets, num_experts)
+    common.check("weight_gradient", 64, live, width, y.dtype)
