@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import os
 import platform
 import subprocess
 from typing import Any
@@ -10,6 +11,9 @@ from typing import Any
 import jax
 
 _PACKAGES = ("jax", "jaxlib", "flax", "numpy", "torch", "nvidia-cusparselt-cu13", "nvidia-cublas")
+
+# What decides which instructions are compiled; see docs/performance.md.
+_VARIABLES = ("XLA_FLAGS", "DISABLE_MMA_V3")
 
 
 def _output(*command: str) -> str | None:
@@ -51,5 +55,6 @@ def environment() -> dict[str, Any]:
     return {
         "device": device(),
         "versions": versions(),
+        "variables": {name: os.environ[name] for name in _VARIABLES if name in os.environ},
         "commit": _output("git", "describe", "--always", "--dirty", "--abbrev=7", "--exclude=*"),
     }

@@ -113,9 +113,11 @@ def _weight_gradient(y, g, offsets, *, config, interpret):
 
         steps = lax.div(end - first, jnp.int32(block_k))
         acc = lax.fori_loop(0, steps, step, jnp.zeros((block_m, block_n), jnp.float32))
-        plt.store(out_ref.at[expert * live + neuron[:, None], column[None, :]], acc)
+        # Where the parameters have the neurons, interleaved with other experts'.
+        row = (neuron >> 2) * (4 * experts) + 4 * expert + (neuron & 3)
+        plt.store(out_ref.at[row[:, None], column[None, :]], acc)
 
-    out = pl.pallas_call(
+    return pl.pallas_call(
         kernel,
         grid=(experts * tiles_m * tiles_n,),
         out_shape=jax.ShapeDtypeStruct((experts * live, width), jnp.float32),
@@ -123,7 +125,6 @@ def _weight_gradient(y, g, offsets, *, config, interpret):
         interpret=interpret,
         name="weight_gradient",
     )(y, g, offsets)
-    return out.reshape(experts, live, width)
 
 
 def check_weight_gradient(
