@@ -9,8 +9,14 @@ from typing import Literal, get_args
 Metric = Literal["cosine", "l2"]
 Backend = Literal["reference", "triton", "hopper"]
 WeightGradient = Literal["dense", "mvue24"]
+"""Of `Linear24`: the operands as they are, or one sampled 2:4 along tokens without bias."""
+
+RoutedWeightGradient = Literal["dense", "tokens24"]
 Precision = Literal["compute", "fp8"]
 """Operands of dense products: of the compute dtype, or rounded to 8 bits."""
+
+DENSE_SHARE = 0.05
+"""Share of an expert's neurons, those with most non-zeros, that `tokens24` leaves dense."""
 
 GROUP = 4
 """Elements of a 2:4 group, and live columns in a block of M."""
@@ -71,8 +77,9 @@ class Sparsity:
     backend: Backend | None = None
     """Kernels to use; None takes the fastest that serves the device and the shapes."""
 
-    weight_gradient: WeightGradient = "dense"
-    """Activations in the weight-gradient products: as they are, or sampled 2:4 along tokens."""
+    weight_gradient: RoutedWeightGradient = "dense"
+    """Activations in the weight-gradient products: as they are, or, tokens24, two of four tokens of
+    an expert by magnitude, but for the densest 5% of its neurons (arXiv 2503.16672)."""
 
     @property
     def num_experts(self) -> int:
@@ -113,12 +120,12 @@ class Sparsity:
         for name, value, known in (
             ("metric", self.metric, get_args(Metric)),
             ("backend", self.backend, (None, *get_args(Backend))),
-            ("weight_gradient", self.weight_gradient, get_args(WeightGradient)),
+            ("weight_gradient", self.weight_gradient, get_args(RoutedWeightGradient)),
         ):
             if value not in known:
                 raise ValueError(f"{name}={value!r} must be one of {known}")
-        if self.weight_gradient == "mvue24":
-            raise ValueError("weight_gradient='mvue24' is not available yet, use 'dense'")
+        if self.weight_gradient == "tokens24" and self.routing and self.v % GROUP:
+            raise ValueError(f"v={self.v} must be a multiple of {GROUP} for tokens24")
         if self.refresh_every < 0:
             raise ValueError(f"refresh_every={self.refresh_every} must not be negative")
         if self.kmeans_iterations < 1:

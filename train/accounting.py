@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from sparsejax.routing.tokens import padded_tokens as routed_rows
-from sparsejax.spec import GROUP
+from sparsejax.spec import DENSE_SHARE, GROUP
 from train.config import Config
 
 BYTES_FLOAT32 = 4
@@ -213,24 +213,28 @@ def ffn_products(config: Config) -> tuple[Product, ...]:
     m, s = config.model, config.sparsity
     dense = 2 * config.tokens_per_step * m.width * m.ffn_hidden * m.num_layers
     no_zeros = m.ffn == "swiglu"
-    mvue = s.weight_gradient == "mvue24"
-    rows = [("Y1 = X W1", False, "W1", s.weights)]
+    # What a product executes of its operand: half of a 2:4 one.
+    weights, activations = (0.5 if on else 1.0 for on in (s.weights, s.activations))
+    tokens = 1.0
+    if s.weight_gradient == "tokens24":
+        tokens = DENSE_SHARE + (1 - DENSE_SHARE) / 2
+    rows = [("Y1 = X W1", False, "W1", weights)]
     if m.gated:
-        rows += [("Yg = X Wg", False, "Wg", s.weights)]
+        rows += [("Yg = X Wg", False, "Wg", weights)]
     rows += [
-        ("Y3 = Y2 W2", False, "Y2", s.activations),
-        ("dY2 = dY3 W2^T", True, "W2^T", s.weights),
-        ("dX = dY1 W1^T", True, "dY1", s.activations),
+        ("Y3 = Y2 W2", False, "Y2", activations),
+        ("dY2 = dY3 W2^T", True, "W2^T", weights),
+        ("dX = dY1 W1^T", True, "dY1", activations),
     ]
     if m.gated:
-        rows += [("dX += dYg Wg^T", True, "dYg", s.activations)]
-    rows += [("dW2 = Y2^T dY3", True, "Y2^T", mvue), ("dW1 = X^T dY1", True, "dY1", mvue)]
+        rows += [("dX += dYg Wg^T", True, "dYg", activations)]
+    rows += [("dW2 = Y2^T dY3", True, "Y2^T", tokens), ("dW1 = X^T dY1", True, "dY1", tokens)]
     if m.gated:
-        rows += [("dWg = X^T dYg", True, "dYg", mvue)]
+        rows += [("dWg = X^T dYg", True, "dYg", tokens)]
     products = []
-    for name, backward, operand, sparse in rows:
-        sparse = sparse and not no_zeros
-        executed = dense if no_zeros else dense // s.num_experts // (2 if sparse else 1)
+    for name, backward, operand, share in rows:
+        executed = dense if no_zeros else round(share * dense) // s.num_experts
+        sparse = share < 1 and not no_zeros
         products.append(Product(name, backward, operand, sparse, dense, executed))
     return tuple(products)
 

@@ -161,7 +161,7 @@ def _run(config: Config, vocabulary: str) -> Table:
                 (s.weights, "2:4 weights"),
                 (s.routing, f"routing to {s.num_experts} experts (M {s.m}, V {s.v})"),
                 (s.activations, "2:4 activations"),
-                (s.weight_gradient == "mvue24", "2:4 sampled weight gradients"),
+                (s.weight_gradient == "tokens24", "weight gradients 2:4 along tokens"),
             )
             if wanted
         ]
@@ -258,7 +258,7 @@ def _products(config: Config) -> Table:
             "backward" if p.backward else "forward",
             p.operand if p.sparse else "-",
             f"({left:,} x {inner:,}) ({inner:,} x {right:,})",
-            f"1/{p.dense_flops / p.sparse_flops:g}",
+            f"1/{p.dense_flops / p.sparse_flops:.4g}",
         )
     caption = f"The live part is that of one of {s.num_experts * groups} experts in one layer" + (
         ", at an even load." if s.num_experts > 1 else "."

@@ -5,8 +5,9 @@
 Each token meets only its expert's neurons; of four live neurons in a row it keeps two; the weights
 are soft-thresholded 2:4. Gradients go straight through to the dense master weights.
 
-Two paths compute it. `routed_ffn_grouped` calls kernels on sparse tensor cores, five for each
-backend; `routed_ffn_blocks` is a scan in jax.numpy that serves every option on every device.
+Three paths compute it. `routed_ffn_grouped` calls kernels on sparse tensor cores, five for each
+backend; `routed_ffn_blocks` is a scan in jax.numpy that serves every option on every device;
+`routed_ffn_masked` does the same where a scan of small products would be slow, on GPUs.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from jax import Array
 from jax.typing import DTypeLike
 
 from kernels import registry
-from sparsejax.ops import routed_ffn_blocks, routed_ffn_grouped
+from sparsejax.ops import routed_ffn_blocks, routed_ffn_grouped, routed_ffn_masked
 from sparsejax.ops.packed_ffn import PackedFFN, PackedMatrix
 from sparsejax.prune import soft_threshold
 from sparsejax.remat import keep
@@ -94,7 +95,9 @@ def _pack(w1, w2, wg, betas, sparsity, *, dtype, kernels) -> PackedFFN:
 
 
 def _path(kernels: registry.Backend | None):
-    return routed_ffn_blocks if kernels is None else routed_ffn_grouped
+    if kernels is not None:
+        return routed_ffn_grouped
+    return routed_ffn_blocks if registry.target_capability() is None else routed_ffn_masked
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(6, 7))

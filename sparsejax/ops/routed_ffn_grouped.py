@@ -114,6 +114,10 @@ def check(kernels: registry.Backend, sparsity: Sparsity, sizes: Sizes, *, gated:
             raise NotImplementedError(f"backend={kernels!r} does not serve {name}=False")
     if gated:
         raise NotImplementedError(f"backend={kernels!r} does not serve the gated form")
+    if sparsity.weight_gradient != "dense":
+        raise NotImplementedError(
+            f"backend={kernels!r} does not serve weight_gradient={sparsity.weight_gradient!r}"
+        )
     if kernels not in registry.available_backends():
         raise NotImplementedError(
             f"backend={kernels!r} does not run on a device of compute capability "

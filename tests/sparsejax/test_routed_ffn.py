@@ -1,6 +1,8 @@
 """The routed feed-forward op against float64 numpy, one token at a time."""
 
+import importlib
 import itertools
+import math
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -11,9 +13,14 @@ import numpy as np
 import pytest
 from jax import Array
 
+from kernels import registry
+from sparsejax.ops import routed_ffn_blocks, routed_ffn_masked
 from sparsejax.ops.routed_ffn import pack_ffn, routed_ffn
 from sparsejax.routing import TokenPlan, plan_tokens
 from sparsejax.spec import Sparsity
+
+# The package has the function under this name.
+ops = importlib.import_module("sparsejax.ops.routed_ffn")
 
 D, H, T, V = 16, 64, 37, 8
 
@@ -53,8 +60,38 @@ def oracle_ffn(x, dy, w1, w2, wg, expert, sparsity: Sparsity):
     dx = da @ w1
     if wg is not None:
         dx = dx + dgate @ wg
-    gradients = [dx, da.T @ x, y2.T @ dy, None if wg is None else dgate.T @ x]
+    if sparsity.weight_gradient == "tokens24":
+        thin = oracle_tokens24(y2, expert, sparsity)
+        own = [thin(a) for a in (da, y2, dgate)]
+    else:
+        own = [da, y2, dgate]
+    gradients = [dx, own[0].T @ x, own[1].T @ dy, None if wg is None else own[2].T @ x]
     return y2 @ w2, gradients
+
+
+def oracle_tokens24(y2, expert, sparsity: Sparsity):
+    """What a weight gradient sees of an operand (T, H): two of four tokens of a block of rows."""
+    tokens, hidden = y2.shape
+    experts, v = sparsity.num_experts, sparsity.v if sparsity.routing else -(-tokens // 4) * 4
+    owner = np.arange(hidden) % sparsity.m // 4 if sparsity.routing else np.zeros(hidden, int)
+
+    def thin(a):
+        out = np.zeros_like(a)
+        for e in range(experts):
+            mine = [t for t in range(tokens) if not sparsity.routing or expert[t] == e]
+            neurons = np.flatnonzero(owner == e)
+            counts = [-np.count_nonzero(y2[mine, n]) for n in neurons]
+            dense = neurons[np.argsort(counts, kind="stable")[: math.ceil(0.05 * len(neurons))]]
+            for start, n in itertools.product(range(0, len(mine), v), neurons):
+                block = mine[start : start + v]
+                for r in range(v // 4):
+                    group = [block[i] for i in range(r, v, v // 4) if i < len(block)]
+                    kept = sorted(group, key=lambda t: -abs(a[t, n]))[:2]
+                    for t in group if n in dense else kept:
+                        out[t, n] = a[t, n]
+        return out
+
+    return thin
 
 
 def problem(gated: bool, seed: int = 0, integers: bool = False) -> list[Any]:
@@ -132,6 +169,46 @@ def test_every_combination_matches_the_oracle(gated, switches):
     got = run(data, expert, sparsity, BETAS)
     assert_close(got, reference(data, expert, sparsity, BETAS), 1e-5)
     assert got[0].dtype == jnp.float32
+
+
+@pytest.mark.parametrize("gated", [False, True])
+@pytest.mark.parametrize("switches", [{}, {"activations": False}, {"routing": False}])
+def test_weight_gradients_of_two_of_four_tokens(gated, switches):
+    sparsity = Sparsity(m=8, v=V, weight_gradient="tokens24", **switches)
+    data = problem(gated, seed=5)
+    expert = EXPERTS["skewed"](2)
+    got = run(data, expert, sparsity, BETAS)
+    assert_close(got, reference(data, expert, sparsity, BETAS), 1e-5)
+    exact = run(data, expert, replace(sparsity, weight_gradient="dense"), BETAS)
+    for i, (a, b) in enumerate(zip(got, exact, strict=True)):
+        if b is not None:
+            error = np.linalg.norm(a - b) / np.linalg.norm(b)
+            assert error == 0 if i < 2 else 0.01 < error < 0.7
+
+
+@pytest.mark.parametrize("weight_gradient", ["dense", "tokens24"])
+@pytest.mark.parametrize("gated", [False, True])
+@pytest.mark.parametrize("distribution", ["skewed", "all_to_last"])
+def test_masked_dense_products_are_the_same_function(
+    gated, distribution, weight_gradient, monkeypatch
+):
+    """What runs on a GPU without kernels for the call."""
+    sparsity = Sparsity(m=16, v=V, activations=gated, weight_gradient=weight_gradient)
+    data = problem(gated, seed=6)
+    expert = EXPERTS[distribution](4)
+    monkeypatch.setattr(ops, "_path", lambda kernels: routed_ffn_masked)
+    # Traced anew, not taken from the cache of the other path.
+    monkeypatch.setitem(globals(), "value_and_gradients", value_and_gradients.__wrapped__)
+    got = run(data, expert, sparsity, BETAS)
+    assert_close(got, reference(data, expert, sparsity, BETAS), 1e-5)
+    idle = ~np.isin(np.arange(H) % 16 // 4, expert)
+    assert not np.asarray(got[2])[idle].any()
+
+
+def test_the_path_follows_the_device():
+    assert ops._path(None) is routed_ffn_blocks
+    with registry.assume_capability((8, 0)):
+        assert ops._path(None) is routed_ffn_masked
 
 
 @pytest.mark.parametrize("gated", [False, True])
@@ -322,7 +399,7 @@ def test_bad_arguments():
         "must hold 4 experts": {"packed": jax.tree.map(lambda w: w[:2], packed)},
         "plan is needed": {"plan": None},
         "permutation.shape": {"sparsity": replace(sparsity, v=2 * V)},
-        "mvue24": {"sparsity": replace(sparsity, weight_gradient="mvue24")},
+        "tokens24'?": {"sparsity": replace(sparsity, weight_gradient="mvue24")},
     }.items():
         with pytest.raises(ValueError, match=message):
             call(**arguments)
@@ -341,7 +418,7 @@ def test_bad_arguments():
         ({"v": 48}, "tokens=128"),
         ({"metric": "dot"}, "metric='dot'"),
         ({"backend": "cuda"}, "backend='cuda'"),
-        ({"weight_gradient": "mvue24"}, "mvue24"),
+        ({"weight_gradient": "tokens24", "v": 2}, "v=2 must be a multiple of 4"),
         ({"weight_gradient": "none"}, "weight_gradient='none'"),
         ({"refresh_every": -1}, "refresh_every=-1"),
         ({"kmeans_iterations": 0}, "kmeans_iterations=0"),
