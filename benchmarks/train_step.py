@@ -4,8 +4,9 @@
     python -m benchmarks.train_step --config tiny --out step.json --smoke # anywhere, no claim
 
 Options that are not listed are the trainer's (`python -m train.main --help`), for all steps:
-`--model.num-layers 12`, `--sparsity.m 32`, `--data.source DIR`; and `--xla NAME=VALUE` for an
-option of the compiler. A step of its own takes a string of them:
+`--model.num-layers 12`, `--sparsity.m 32`, `--data.source DIR`; `--batch-per-device N` for the
+batch; and `--xla NAME=VALUE` for an option of the compiler. A step of its own takes a string of
+them:
 
     --dense "..." --dense "..."    candidates for the dense step; the fastest by tokens/s is taken
     --sparse "..." --sparse "..."  candidates for the sparse step, likewise
@@ -14,6 +15,10 @@ option of the compiler. A step of its own takes a string of them:
 
 `--tune` stops after the candidates; with `--depths 2 4` it compiles them with so many layers only
 and extrapolates to the configuration's number, which says what to try and is no result.
+
+All GPUs of the machine take part: `--mesh.fsdp 2`, or `--mesh.fsdp 1` for data parallelism alone.
+`--scaling 1 2` measures the same steps on the first one and two GPUs too, `--baseline FILE.json`
+compares with another run; docs/scaling.md says what to read from them.
 
 What is measured: rounds in which every contender runs a few steps, without waiting in between, on
 one state that was trained for `--warmup-steps` and then flipped; packing, routing and the optimiser
@@ -27,6 +32,7 @@ import dataclasses
 import functools
 import json
 import pathlib
+import shlex
 import statistics
 import sys
 import time
@@ -35,11 +41,20 @@ from typing import Any
 
 import jax
 
-from benchmarks import train_step_breakdown, train_step_report
+from benchmarks import train_step_breakdown, train_step_report, train_step_scaling
 from benchmarks.command_line import make_bare_parser, require_gpu
 from benchmarks.environment import environment
 from benchmarks.failures import Failures
-from benchmarks.train_step_programs import Out, Program, Session, Spec
+from benchmarks.train_step_programs import (
+    BATCH,
+    Job,
+    Out,
+    Program,
+    Session,
+    Spec,
+    compile_together,
+)
+from sparsejax.schedule import Event
 from train.runtime import keep_compiled, reserve_memory
 
 Row = dict[str, Any]
@@ -54,15 +69,15 @@ def _both(*candidates: str) -> tuple[tuple[str, ...], tuple[str, ...]]:
 
 CANDIDATES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "llama1b": _both(
-        "--batch-size 8 --model.loss-chunk 4096 --model.remat none",
-        "--batch-size 8 --model.loss-chunk 4096 --model.remat dots",
+        "--batch-per-device 8 --model.loss-chunk 4096 --model.remat none",
+        "--batch-per-device 8 --model.loss-chunk 4096 --model.remat dots",
     ),
     "llama7b": _both(
-        "--batch-size 2 --model.loss-chunk 4096 --model.remat none",
-        "--batch-size 4 --model.loss-chunk 4096 --model.remat dots",
+        "--batch-per-device 2 --model.loss-chunk 4096 --model.remat none",
+        "--batch-per-device 4 --model.loss-chunk 4096 --model.remat dots",
     ),
 }
-"""Of the dense and the sparse step of a configuration on one device of 80 GB, where none are given.
+"""Of the dense and the sparse step of a configuration on a device of 80 GB, where none are given.
 The configurations themselves are for whole runs, whose steps take tens of seconds on one device."""
 
 
@@ -77,9 +92,13 @@ class Settings:
       warmup: steps of training. settle: sparse steps between a flip and the rounds.
       rounds: samples of each contender. round_steps: steps of a sample.
       candidate_steps: timed steps of a candidate.
+      first: take the first candidate that runs, not the fastest.
       depths: layers to compile candidates with; empty for the real number.
       tune: stop after the candidates.
       breakdown: whether steps are profiled. trace: folder that keeps the profiles.
+      refresh: whether a refresh of the clusters is timed.
+      scaling: numbers of devices, less than all, on which the same steps are measured as well.
+      baseline: result file of another run to compare with.
     """
 
     config: str
@@ -92,10 +111,14 @@ class Settings:
     rounds: int = 10
     round_steps: int = 4
     candidate_steps: int = 6
+    first: bool = False
     depths: tuple[int, ...] = ()
     tune: bool = False
     breakdown: bool = True
     trace: pathlib.Path | None = None
+    refresh: bool = True
+    scaling: tuple[int, ...] = ()
+    baseline: pathlib.Path | None = None
     smoke: bool = False
 
 
@@ -125,11 +148,14 @@ class _Run:
     def __init__(self, settings: Settings, session: Session, save: Callable[[Row], None]):
         self.settings, self.session, self._save = settings, session, save
         self.clock, self.failures = _Clock(), Failures()
+        self._smaller: dict[int, _Run | None] = {}
         self.result: Row = {
             "benchmark": "train_step",
             "complete": False,
             "smoke": settings.smoke,
             **environment(),
+            "mesh": dict(session.mesh.shape),
+            "devices": session.mesh.size,
             "settings": json.loads(json.dumps(dataclasses.asdict(settings), default=str)),
             "candidates": [],
             "training": {},
@@ -147,15 +173,50 @@ class _Run:
         for spec in (*settings.dense, *settings.sparse, *settings.rows):
             # What cannot be parsed is refused before anything takes time.
             _ = self.session.config(spec), spec.compiler_options
+        if settings.baseline is not None:
+            train_step_scaling.read_baseline(settings.baseline)
+        self.compile(self.jobs())
+        return self.measured()
+
+    def measured(self) -> Row:
+        """What follows once everything is compiled."""
+        settings = self.settings
         dense = self._best(settings.dense)
         sparse = self._best(settings.sparse)
         if not settings.tune and dense is not None:
             self._measure(dense, sparse)
+            self._scale(dense, sparse)
         if not settings.depths and dense is None:
             self.failures.append("no candidate for the dense step ran")
         self.result["complete"] = not self.failures
         self.save()
         return self.result
+
+    def compile(self, jobs: list[Job]) -> None:
+        """Compiles at once; each result waits where it is needed."""
+        compile_together(jobs)
+        self.clock.say(f"compiled {len(jobs)} programs")
+
+    def jobs(self) -> list[Job]:
+        """All that is sure to be compiled."""
+        settings = self.settings
+        if settings.depths:
+            return []
+        specs = list(dict.fromkeys((*settings.dense, *settings.sparse)))
+        events: list[tuple[Spec, Event]] = []
+        if not settings.tune and len(settings.sparse) == 1:
+            events.append((settings.sparse[0], "begin"))
+            if settings.refresh:
+                events.append((settings.sparse[0], "refresh"))
+        jobs = self.session.jobs(specs, events)
+        if len(settings.dense) == 1 and len(settings.sparse) < 2:
+            # The same steps run on fewer devices, whichever is faster.
+            for devices in settings.scaling:
+                make = functools.partial(self._fewer, devices, settings.dense, settings.sparse)
+                self._smaller[devices], _ = self.failures.attempt(f"{devices} devices", make)
+                if self._smaller[devices] is not None:
+                    jobs += self._smaller[devices].jobs()
+        return jobs
 
     # Candidates.
 
@@ -165,6 +226,8 @@ class _Run:
         best: tuple[float, Program] | None = None
         timed = settings.tune or len(specs) > 1
         for spec in specs:
+            if settings.first and best is not None:
+                break
             row: Row = {"phase": spec.phase, "settings": spec.name}
             self.result["candidates"].append(row)
             if settings.depths:
@@ -186,7 +249,7 @@ class _Run:
     def _candidate(self, spec: Spec, row: Row, timed: bool) -> Program | None:
         program = self.session.compile(spec)
         row |= _describe(program)
-        limit = _bytes_limit()
+        limit = self._memory("bytes_limit", min)
         if limit is not None and program.memory["total"] > limit:
             row["note"] = f"needs {program.memory['total']} of {limit} bytes"
             return None
@@ -305,9 +368,10 @@ class _Run:
         samples: list[list[float]] = [[] for _ in programs]
         losses: list[list[float]] = [[] for _ in programs]
         for program, row in zip(programs, rows, strict=True):
-            before = _memory_in_use()
+            before = self._memory("bytes_in_use")
             session.steps(program, session.batches(program.config, 2))
-            row["memory"] |= {"in_use_before": before, "peak_of_process": _peak_memory()}
+            peak = self._memory("peak_bytes_in_use")
+            row["memory"] |= {"in_use_before": before, "peak_of_process": peak}
         for r in range(settings.rounds):
             order = list(range(len(programs)))
             for i in order[r % len(order) :] + order[: r % len(order)]:
@@ -327,12 +391,59 @@ class _Run:
                 f"{group['name']}, {row['phase']} {row['settings']}: {train_step_report.brief(row)}"
             )
         self.save()
-        if sparse is not None:
+        if sparse is not None and settings.refresh:
             group["clustering"]["refresh_seconds"] = session.refresh(sparse.config)
         if settings.breakdown:
             for i, (program, row) in enumerate(zip(programs, rows, strict=True)):
                 row["breakdown"] = self._profile(f"{group['name']}-{i}", program)
         train_step_report.derive(self.result)
+
+    def _memory(self, name: str, choose: Callable[..., int] = max) -> int | None:
+        """A figure of the allocators of this run's devices; None where they have none."""
+        devices = [d for d in self.session.mesh.devices.flat if d in jax.local_devices()]
+        found = [(device.memory_stats() or {}).get(name) for device in devices]
+        known = [value for value in found if value is not None]
+        return choose(known) if known else None
+
+    # Other numbers of devices.
+
+    def _scale(self, dense: Program, sparse: Program | None) -> None:
+        """The same steps on fewer devices, then how they compare."""
+        settings = self.settings
+        self.session.drop()
+        self.result["scaling"] = runs = []
+        for devices in settings.scaling:
+            self.clock.say(f"the same steps on {devices} of the devices")
+            specs = (dense.spec,), () if sparse is None else (sparse.spec,)
+            measure = functools.partial(self._on_fewer, devices, *specs, runs)
+            self.failures.attempt(f"{devices} devices", measure)
+        if settings.baseline is not None:
+            runs.append(train_step_scaling.read_baseline(settings.baseline))
+        train_step_scaling.derive(self.result)
+
+    def _fewer(self, devices: int, dense: tuple[Spec, ...], sparse: tuple[Spec, ...]) -> _Run:
+        """A run of nothing but these steps on the first devices."""
+        settings = dataclasses.replace(
+            self.settings, dense=dense, sparse=sparse, rows=(), tune=False, breakdown=False,
+            refresh=False, scaling=(), baseline=None,
+        )  # fmt: skip
+        session = Session(settings.config, settings.arguments, settings.warmup, devices)
+        run = _Run(settings, session, lambda _: None)
+        run.clock = self.clock
+        return run
+
+    def _on_fewer(
+        self, devices: int, dense: tuple[Spec, ...], sparse: tuple[Spec, ...], runs: list[Row]
+    ) -> None:
+        run = self._smaller.pop(devices, None)
+        if run is None:
+            run = self._fewer(devices, dense, sparse)
+            run.compile(run.jobs())
+        with run.session:
+            found = run.measured()
+        self.failures.extend(f"{devices} devices: {failure}" for failure in run.failures)
+        runs.append({"devices": devices, "mesh": found["mesh"], "groups": found["groups"]})
+        self.save()
 
     def _profile(self, name: str, program: Program) -> Row:
         session, steps = self.session, 2
@@ -352,6 +463,7 @@ def _describe(program: Program) -> Row:
     config = program.config
     return {
         "layers": config.model.num_layers,
+        "devices": program.mesh.size,
         "m": config.sparsity.m if program.spec.phase == "sparse" else None,
         "backend": config.sparsity.backend if program.spec.phase == "sparse" else None,
         "batch_size": config.batch_size,
@@ -366,27 +478,13 @@ def _describe(program: Program) -> Row:
 
 
 def _speed(program: Program, seconds: float) -> Row:
+    rate = program.tokens / seconds
     return {
         "seconds": seconds,
-        "tokens_per_second": program.tokens / seconds,
+        "tokens_per_second": rate,
+        "tokens_per_second_per_device": rate / program.mesh.size,
         "mfu": program.mfu(seconds),
     }
-
-
-def _memory_stats() -> dict[str, int]:
-    return jax.local_devices()[0].memory_stats() or {}
-
-
-def _bytes_limit() -> int | None:
-    return _memory_stats().get("bytes_limit")
-
-
-def _memory_in_use() -> int | None:
-    return _memory_stats().get("bytes_in_use")
-
-
-def _peak_memory() -> int | None:
-    return _memory_stats().get("peak_bytes_in_use")
 
 
 def run(settings: Settings, save: Callable[[Row], None]) -> Row:
@@ -424,11 +522,16 @@ def parse(arguments: list[str]) -> tuple[argparse.ArgumentParser, argparse.Names
     add("--rounds", type=int, default=10, help="samples of each contender")
     add("--round-steps", type=int, default=4, help="steps of a sample")
     add("--candidate-steps", type=int, default=6, help="timed steps of each candidate")
+    add("--first", action="store_true", help="take the first candidate that runs, in this order")
     add("--tune", action="store_true", help="stop after the candidates")
     add("--depths", nargs="+", type=int, default=[], help="with --tune: extrapolate from so many "
         "layers")  # fmt: skip
     add("--no-breakdown", action="store_true", help="do not profile")
+    add("--no-refresh", action="store_true", help="do not time a refresh of the clusters")
     add("--trace", type=pathlib.Path, help="folder that keeps the profiles")
+    add("--scaling", nargs="+", type=int, default=[], metavar="DEVICES", help="measure the same "
+        "steps, chosen on all devices, on so many of them too")  # fmt: skip
+    add("--baseline", type=pathlib.Path, help="result file of a run on fewer devices")
     options, rest = parser.parse_known_args(arguments)
     return parser, options, rest
 
@@ -446,6 +549,12 @@ def settings_of(options: argparse.Namespace, rest: list[str]) -> Settings:
             )
     if options.depths and (not options.tune or len(set(options.depths)) < 2):
         raise ValueError(f"--depths {options.depths} must be two or more, with --tune")
+    for count in options.scaling:
+        if not 1 <= count < jax.device_count():
+            raise ValueError(
+                f"--scaling {count} must be at least 1 and less than the {jax.device_count()} "
+                "devices"
+            )
     dense, sparse = CANDIDATES.get(options.config, (("",), ("",)))
     dense = tuple(options.dense or dense)
     sparse = () if options.no_sparse else tuple(options.sparse or sparse)
@@ -454,6 +563,9 @@ def settings_of(options: argparse.Namespace, rest: list[str]) -> Settings:
     rows += [Spec.parse("sparse", text) for text in options.row_sparse]
     if options.no_sparse and any(spec.phase == "sparse" for spec in rows):
         raise ValueError("--no-sparse takes no sparse rows")
+    for text in (*dense, *sparse) if options.scaling else ():
+        if BATCH not in (*rest, *shlex.split(text)):
+            raise ValueError(f"--scaling needs {BATCH} in every candidate, not {text!r}")
     return Settings(
         config=options.config,
         arguments=tuple(rest),
@@ -465,10 +577,14 @@ def settings_of(options: argparse.Namespace, rest: list[str]) -> Settings:
         rounds=options.rounds,
         round_steps=options.round_steps,
         candidate_steps=options.candidate_steps,
+        first=options.first,
         depths=tuple(options.depths),
         tune=options.tune,
         breakdown=not options.no_breakdown,
         trace=options.trace,
+        refresh=not options.no_refresh,
+        scaling=tuple(sorted(set(options.scaling))),
+        baseline=options.baseline,
         smoke=options.smoke,
     )
 

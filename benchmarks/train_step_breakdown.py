@@ -3,11 +3,13 @@
 The trainer names its parts (`train.scopes`), and XLA keeps the names in the metadata of the
 compiled program's instructions. A profile holds, for each kernel that ran, the instruction it came
 from: kernels of Pallas, cuDNN and cuBLAS too. A fusion counts where its own metadata says, which is
-that of its root.
+that of its root. Communication between devices runs beside the rest and is in no part: it is summed
+apart (`train_step_overlap`). Seconds are means over devices.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import pathlib
 import re
 import tempfile
@@ -19,6 +21,7 @@ from typing import Any
 
 import jax
 
+from benchmarks.train_step_overlap import Event, kind_of_kernel, kind_of_opcode, overlap
 from train import scopes
 
 REST = "rest"
@@ -41,11 +44,13 @@ class Instruction:
       scope: part of the model; None where no name is known.
       op_name: the traced operation, for people.
       control: whether it only runs other instructions.
+      collective: kind of communication that it is, starts or runs; None for computation.
     """
 
     scope: str | None
     op_name: str
     control: bool
+    collective: str | None = None
 
 
 def scope_of(op_name: str) -> str | None:
@@ -63,6 +68,7 @@ def instructions(hlo: str) -> dict[str, Instruction]:
     found: dict[str, Instruction] = {}
     called: dict[str, str] = {}
     inside: dict[str, Counter[str]] = {}
+    talks: dict[str, str] = {}
     computation = ""
     for line in hlo.splitlines():
         if match := _COMPUTATION.match(line):
@@ -70,23 +76,38 @@ def instructions(hlo: str) -> dict[str, Instruction]:
         elif match := _INSTRUCTION.match(line):
             name, opcode = match[1], match[2]
             op = _OP_NAME.search(line)
-            scope = scope_of(op[1]) if op else None
-            found[name] = Instruction(scope, op[1] if op else "", opcode in _CONTROL)
+            scope, kind = scope_of(op[1]) if op else None, kind_of_opcode(opcode)
+            found[name] = Instruction(scope, op[1] if op else "", opcode in _CONTROL, kind)
             if scope is not None:
                 inside.setdefault(computation, Counter())[scope] += 1
+            if kind is not None:
+                talks[computation] = kind
             if calls := _CALLS.search(line):
                 called[name] = calls[1]
     for name, body in called.items():
         # A fusion of several results has a tuple for a root, and no name: most of its body decides.
         if found[name].scope is None and body in inside:
             scope = inside[body].most_common(1)[0][0]
-            found[name] = Instruction(scope, found[name].op_name, found[name].control)
+            found[name] = dataclasses.replace(found[name], scope=scope)
+        # What runs a collective apart from the rest is a computation of its own.
+        if body in talks:
+            found[name] = dataclasses.replace(found[name], collective=talks[body])
     return found
 
 
-def _device_events(profile: Any) -> list[tuple[str, str | None, float, dict[str, Any]]]:
-    """(kernel, instruction, seconds, stats) of everything that ran on a device; on a CPU, whose
-    operations are host events, of those."""
+@dataclass(frozen=True)
+class _Run:
+    """One run of a kernel on a device: `start` and `end` in seconds."""
+
+    device: str
+    kernel: str
+    operation: str | None
+    start: float
+    end: float
+
+
+def _device_events(profile: Any) -> list[_Run]:
+    """Everything that ran on a device; on a CPU, whose operations are host events, those."""
     on_gpu = [plane for plane in profile.planes if plane.name.startswith("/device:GPU")]
     planes = on_gpu or [plane for plane in profile.planes if plane.name.startswith("/host:CPU")]
     events = []
@@ -100,8 +121,12 @@ def _device_events(profile: Any) -> list[tuple[str, str | None, float, dict[str,
                 for event in line.events:
                     stats = dict(event.stats)
                     operation = stats.get("hlo_op")
-                    if on_gpu or operation is not None:
-                        events.append((event.name, operation, event.duration_ns * 1e-9, stats))
+                    if not on_gpu and operation is None:
+                        continue
+                    device = plane.name if on_gpu else str(stats.get("device_ordinal", 0))
+                    start = event.start_ns * 1e-9
+                    end = start + event.duration_ns * 1e-9
+                    events.append(_Run(device, event.name, operation, start, end))
     return events
 
 
@@ -117,35 +142,44 @@ def summarise(profile: Any, hlo: str, steps: int, *, kernels: int = 40) -> dict[
     Returns:
       parts: seconds of a step by part; those of no part are in "rest".
       busy: their sum. unknown: seconds of kernels that no instruction was found for.
+      collectives: what `train_step_overlap.overlap` says.
       kernels: rows of instruction, part, op_name, kernel, calls and seconds of a step.
     """
     known = instructions(hlo)
     parts: dict[str, float] = {}
     rows: dict[str, dict[str, Any]] = {}
+    ran: list[Event] = []
     unknown = 0.0
-    for kernel, operation, seconds, _ in _device_events(profile):
+    runs = _device_events(profile)
+    each = steps * max(len({run.device for run in runs}), 1)
+    for run in runs:
         # XLA names its own kernels after the instruction, with underscores.
-        name = operation or kernel
+        name = run.operation or run.kernel
         instruction = known.get(name) or known.get(name.split(",")[-1].strip())
+        seconds = (run.end - run.start) / each
         if instruction is None:
-            unknown += seconds / steps
+            unknown += seconds
             instruction = Instruction(None, "", False)
         if instruction.control:
             continue
+        talk = instruction.collective or kind_of_kernel(run.kernel)
+        ran.append(Event(run.device, run.start, run.end, talk))
         part = instruction.scope or REST
-        parts[part] = parts.get(part, 0.0) + seconds / steps
+        if talk is None:
+            parts[part] = parts.get(part, 0.0) + seconds
         row = rows.setdefault(
             name,
             {"instruction": name, "part": part, "op_name": instruction.op_name[-160:],
-             "kernel": kernel[:120], "calls": 0, "seconds": 0.0},
+             "kernel": run.kernel[:120], "collective": talk, "calls": 0, "seconds": 0.0},
         )  # fmt: skip
-        row["calls"] += 1 / steps
-        row["seconds"] += seconds / steps
+        row["calls"] += 1 / each
+        row["seconds"] += seconds
     longest = sorted(rows.values(), key=lambda row: -row["seconds"])[:kernels]
     return {
         "parts": {part: parts.get(part, 0.0) for part in (*scopes.ALL, REST)},
         "busy": sum(parts.values()),
         "unknown": unknown,
+        "collectives": overlap(ran, steps),
         "kernels": longest,
     }
 

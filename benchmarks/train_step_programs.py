@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import gc
 import math
 import shlex
 import time
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import jax
@@ -22,7 +24,7 @@ from sparsejax.schedule import Event, Phase
 from train import accounting, hardware
 from train.config import Config, MeshConfig, resolve
 from train.data.pipeline import Data, open_data
-from train.flip import make_cluster_event
+from train.flip import lower_cluster_event
 from train.mesh import BATCH_SPEC, check_mesh, make_mesh, put_batch, state_shardings
 from train.optimizer import make_optimizer
 from train.state import TrainState, abstract_state, build_model, init_state, model_graph
@@ -31,18 +33,22 @@ from train.step import make_train_step
 Batch = dict[str, jax.Array]
 
 XLA = "--xla"
+BATCH = "--batch-per-device"
+"""Sequences of a step on each device that has a part of the batch, instead of --batch-size."""
 
 
-def split_xla(arguments: Sequence[str]) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """Arguments without and with `--xla`."""
+def split(arguments: Sequence[str], option: str) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Arguments without an option and its values, and those values."""
     others: list[str] = []
-    options: list[str] = []
-    value = False
+    values: list[str] = []
+    expected = False
     for argument in arguments:
-        value_of_option = value
-        value = argument == XLA and not value_of_option
-        (options if value or value_of_option else others).append(argument)
-    return tuple(others), tuple(options)
+        if expected:
+            values.append(argument)
+        elif argument != option:
+            others.append(argument)
+        expected = argument == option and not expected
+    return tuple(others), tuple(values)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,8 +57,8 @@ class Spec:
 
     Attributes:
       phase: dense or sparse.
-      overrides: arguments of the trainer's command line, and `--xla NAME=VALUE` for an option of
-        the compiler.
+      overrides: arguments of the trainer's command line, `--xla NAME=VALUE` for an option of the
+        compiler, and `--batch-per-device N`.
     """
 
     phase: Phase
@@ -78,9 +84,7 @@ class Spec:
         # A profile cannot tell the kernels of a CUDA graph apart, and steps of hundreds of
         # milliseconds have no launch overhead to hide.
         options: dict[str, str | bool] = {"xla_gpu_enable_command_buffer": ""}
-        for flag, text in zip(self.overrides, self.overrides[1:], strict=False):
-            if flag != XLA:
-                continue
+        for text in split(self.overrides, XLA)[1]:
             name, equals, value = text.partition("=")
             if not equals:
                 raise ValueError(f"{XLA} {text} must be NAME=VALUE")
@@ -89,8 +93,8 @@ class Spec:
 
     @property
     def arguments(self) -> tuple[str, ...]:
-        """The rest: for the trainer's command line."""
-        return split_xla(self.overrides)[0]
+        """All but those of the compiler."""
+        return split(self.overrides, XLA)[0]
 
 
 def _short(config: Config, warmup: int) -> Config:
@@ -118,13 +122,15 @@ class Program:
     Attributes:
       spec: what was asked for.
       config: the resolved run whose step this is.
+      mesh: of the devices that run it.
       step: compiled; donates its state.
-      compile_seconds: tracing and compiling.
+      compile_seconds: tracing and compiling, beside other programs if several are compiled at once.
       memory: bytes by the compiler's own analysis; `total` is what the step needs at its peak.
     """
 
     spec: Spec
     config: Config
+    mesh: Mesh
     step: Callable[..., Any]
     hlo: Callable[[], str]
     compile_seconds: float
@@ -137,11 +143,11 @@ class Program:
 
     def mfu(self, seconds: float) -> float | None:
         """Model FLOPs utilisation of a step (docs/accounting.md); None on an unknown chip."""
-        chip = hardware.chip(jax.devices()[0].device_kind)
+        chip = hardware.chip(self.mesh.devices.flat[0].device_kind)
         if chip is None:
             return None
         flops = accounting.dense_flops(self.config).total
-        return accounting.mfu(flops, seconds, chip.bf16_flops * jax.device_count())
+        return accounting.mfu(flops, seconds, chip.bf16_flops * self.mesh.size)
 
 
 class Out(Exception):
@@ -153,6 +159,23 @@ def is_out_of_memory(error: Exception) -> bool:
     return "RESOURCE_EXHAUSTED" in str(error) or "out of memory" in str(error).lower()
 
 
+def mesh_of(config: MeshConfig, devices: int) -> MeshConfig:
+    """The mesh that a run's is on some of its devices: fsdp as far as they go, data for the rest.
+
+    Raises:
+      ValueError: the number of devices does not fit the axes.
+    """
+    if devices == 1:
+        # The configurations of large models name a mesh of several devices.
+        return MeshConfig()
+    fsdp = min(config.fsdp, max(devices // config.tensor, 1))
+    if devices % (fsdp * config.tensor):
+        raise ValueError(
+            f"{devices=} must be a multiple of mesh.fsdp={fsdp} times mesh.tensor={config.tensor}"
+        )
+    return dataclasses.replace(config, data=-1, fsdp=fsdp)
+
+
 class Session:
     """One state, the batches, and the steps that use them.
 
@@ -161,27 +184,35 @@ class Session:
     before the first flip.
     """
 
-    def __init__(self, name: str, arguments: Sequence[str], warmup: int):
+    def __init__(
+        self, name: str, arguments: Sequence[str], warmup: int, devices: int | None = None
+    ):
         """Opens data and mesh.
 
         Args:
           name: of a configuration.
           arguments: the trainer's command line, for all steps.
           warmup: steps of training before anything is timed.
+          devices: how many, from the first; None for all. Fewer make their own mesh (`mesh_of`).
+
+        Raises:
+          ValueError: an argument is refused, or the mesh does not fit.
         """
-        self._name, self._warmup = name, warmup
-        self._arguments, options = split_xla(arguments)
+        self._name, self._warmup, self._devices = name, warmup, devices
+        self._arguments, options = split(arguments, XLA)
         # For all steps; those of one step come later and win.
-        self._xla = Spec("dense", options)
+        self._xla = tuple(word for option in options for word in (XLA, option))
         self._stack = contextlib.ExitStack()
         self._batches: dict[int, Iterator[Any]] = {}
         self._opened: dict[int, Data] = {}
+        self._compiling: dict[Any, Future] = {}
         self.state: TrainState | None = None
         self.routing: Any = None
         self._routing_config: Config | None = None
         base = self._parse(())
-        self.mesh: Mesh = make_mesh(base.mesh, base.batch_size // base.micro_batches)
-        self._stack.enter_context(jax.set_mesh(self.mesh))
+        used = jax.devices()[:devices]
+        # A step's own batch is checked with its step.
+        self.mesh: Mesh = make_mesh(base.mesh, base.mesh.fsdp * len(used), used)
 
     def __enter__(self) -> Session:
         return self
@@ -190,12 +221,18 @@ class Session:
         self._stack.close()
 
     def _parse(self, arguments: Sequence[str]) -> Config:
-        parsed = train.main.parse(["--config", self._name, *self._arguments, *arguments])
+        words, rows = split((*self._arguments, *arguments), BATCH)
+        parsed = train.main.parse(["--config", self._name, *words])
         fields = {f.name: getattr(parsed, f.name) for f in dataclasses.fields(Config)}
         config = _short(Config(**fields), self._warmup)
-        if jax.device_count() == 1:
-            # The configurations of large models name a mesh of several devices.
-            config = dataclasses.replace(config, mesh=MeshConfig())
+        count = jax.device_count() if self._devices is None else self._devices
+        if count < jax.device_count() or count == 1:
+            config = dataclasses.replace(config, mesh=mesh_of(config.mesh, count))
+        if rows:
+            if not rows[-1].isdigit() or rows[-1] == "0":
+                raise ValueError(f"{BATCH} {rows[-1]} must be a positive number")
+            parts = count // config.mesh.tensor
+            config = dataclasses.replace(config, batch_size=int(rows[-1]) * parts)
         return config
 
     def _data(self, config: Config) -> Data:
@@ -227,7 +264,18 @@ class Session:
             )
         config = resolve(config, tokenizer_vocab_size=self._data(config).vocab_size)
         check_mesh(config, self.mesh)
+        rows, devices = config.batch_size // config.micro_batches, self.batch_devices
+        if rows % devices:
+            raise ValueError(
+                f"batch_size={config.batch_size} / micro_batches={config.micro_batches} must be a "
+                f"multiple of data times fsdp = {devices} devices"
+            )
         return config
+
+    @property
+    def batch_devices(self) -> int:
+        """Devices among which a batch is spread."""
+        return self.mesh.shape["data"] * self.mesh.shape["fsdp"]
 
     def describe_data(self, config: Config) -> str:
         """One line for a report."""
@@ -240,30 +288,62 @@ class Session:
             self._batches[rows] = iter(self._data(config).train_batches(0))
         return [put_batch(self.mesh, next(self._batches[rows])) for _ in range(count)]
 
+    def jobs(self, specs: Sequence[Spec], events: Sequence[tuple[Spec, Event]] = ()) -> list[Job]:
+        """What `compile_together` takes, so that `compile`, `flip` and `refresh` find it done.
+
+        Args:
+          specs: steps. events: clusterings for sparse steps' runs.
+        """
+        found: list[Job] = []
+        for spec in specs:
+            found.append((self._compiling, spec, functools.partial(self._lower, spec)))
+        for spec, event in events:
+            config = self.config(spec)
+            lower = functools.partial(self._lower_event, config, event)
+            found.append((self._compiling, (config, event), lower))
+        return found
+
+    def _finish(self, key: Any, lower: Callable[[], Callable[[], Any]]) -> Any:
+        """What `compile_together` made of it, or else made now."""
+        if key in self._compiling:
+            return self._compiling.pop(key).result()
+        return lower()()
+
     def compile(self, spec: Spec) -> Program:
         """Compiles a step."""
+        return self._finish(spec, functools.partial(self._lower, spec))
+
+    def _lower(self, spec: Spec) -> Callable[[], Program]:
+        """Traces a step; the result compiles it."""
         config = self.config(spec)
-        whole = dataclasses.replace(spec, overrides=(*self._xla.overrides, *spec.overrides))
+        whole = dataclasses.replace(spec, overrides=(*self._xla, *spec.overrides))
         began = time.perf_counter()
         optimizer = make_optimizer(config)
         state = abstract_state(config, optimizer, self.mesh)
-        sharding = NamedSharding(self.mesh, BATCH_SPEC)
-        array = jax.ShapeDtypeStruct(
-            (config.batch_size, config.sequence_length), jnp.int32, sharding=sharding
-        )
         shardings = jax.tree.map(lambda leaf: leaf.sharding, state)
         function = make_train_step(config, model_graph(config), optimizer, spec.phase)
         jitted = jax.jit(function, donate_argnums=0, out_shardings=(shardings, shardings.step))
-        lowered = jitted.lower(state, {"inputs": array, "targets": array})
-        compiled = lowered.compile(compiler_options=whole.compiler_options)
-        return Program(
-            spec,
-            config,
-            compiled,
-            lambda: compiled.as_text() or "",
-            time.perf_counter() - began,
-            _memory(compiled),
-        )
+        with jax.set_mesh(self.mesh):
+            lowered = jitted.lower(state, self._abstract_batch(config))
+
+        def finish() -> Program:
+            compiled = lowered.compile(compiler_options=whole.compiler_options)
+            seconds = time.perf_counter() - began
+            text = lambda: compiled.as_text() or ""
+            return Program(spec, config, self.mesh, compiled, text, seconds, _memory(compiled))
+
+        return finish
+
+    def _abstract_batch(self, config: Config) -> dict[str, jax.ShapeDtypeStruct]:
+        sharding = NamedSharding(self.mesh, BATCH_SPEC)
+        shape = config.batch_size, config.sequence_length
+        array = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=sharding)
+        return {"inputs": array, "targets": array}
+
+    def _lower_event(self, config: Config, event: Event) -> Callable[[], Any]:
+        state = abstract_state(config, make_optimizer(config), self.mesh)
+        with jax.set_mesh(self.mesh):
+            return lower_cluster_event(config, event, state, self._abstract_batch(config))
 
     def start(self, config: Config) -> None:
         """A new state; the old one is dropped first."""
@@ -271,7 +351,8 @@ class Session:
         dense = dataclasses.replace(
             config, schedule=dataclasses.replace(config.schedule, sparse_fraction=0.0)
         )
-        self.state = init_state(dense, make_optimizer(dense), self.mesh)
+        with jax.set_mesh(self.mesh):
+            self.state = init_state(dense, make_optimizer(dense), self.mesh)
         self._no_routing = self.state.routing
 
     def drop(self) -> None:
@@ -297,10 +378,8 @@ class Session:
         state = dataclasses.replace(self.state, routing=routing)
         self.state = None
         (batch,) = self.batches(config, 1)
-        function = make_cluster_event(config, model_graph(config), event)
-        shardings = jax.tree.map(lambda leaf: leaf.sharding, state)
-        jitted = jax.jit(function, donate_argnums=0, out_shardings=(shardings, shardings.step))
-        compiled = jitted.lower(state, batch).compile()
+        lower = functools.partial(self._lower_event, config, event)
+        compiled = self._finish((config, event), lower)
         jax.block_until_ready(state)
         began = time.perf_counter()
         state, _ = jax.block_until_ready(compiled(state, batch))
@@ -359,7 +438,31 @@ def _new_routing(config: Config, mesh: Mesh) -> Any:
         return nnx.split(build_model(config, jax.random.key(0)), nnx.Param, RoutingState)[2]
 
     shapes = jax.eval_shape(make)
-    return jax.jit(make, out_shardings=state_shardings(mesh, shapes))()
+    with jax.set_mesh(mesh):
+        return jax.jit(make, out_shardings=state_shardings(mesh, shapes))()
+
+
+Job = tuple[dict[Any, Future], Any, Callable[[], Callable[[], Any]]]
+"""Where a result belongs, under which key, and what traces; that returns what compiles."""
+
+
+def compile_together(jobs: Sequence[Job]) -> None:
+    """Compiles programs at the same time, and waits for them.
+
+    Tracing takes turns; XLA's compiler, which takes most of the time, leaves Python to the others.
+    What fails says so when it is asked for.
+    """
+    with ThreadPoolExecutor(max_workers=len(jobs) or 1) as pool:
+        for place, key, lower in jobs:
+            try:
+                finish = lower()
+            except Exception as error:
+                finish = functools.partial(_raise, error)
+            place[key] = pool.submit(finish)
+
+
+def _raise(error: Exception) -> Any:
+    raise error
 
 
 def _memory(compiled: Any) -> dict[str, int]:

@@ -24,6 +24,7 @@ PARTS = {
     "head and loss": (scopes.HEAD,),
     "optimiser": (scopes.OPTIMIZER,),
 }
+TALK = "collectives"
 REST = "the rest"
 
 _COLOURS = {
@@ -32,6 +33,7 @@ _COLOURS = {
     "projections": "#8fb8f0",
     "head and loss": "#e8a33d",
     "optimiser": "#b07aa1",
+    TALK: "#d1495b",
     REST: "#c5c8cc",
 }
 
@@ -42,19 +44,25 @@ def brief(row: Row) -> str:
         return str(row.get("note", "compiled"))
     mfu = "" if row.get("mfu") is None else f", MFU {row['mfu']:.1%}"
     guess = " (extrapolated)" if row.get("extrapolated") else ""
-    return f"{1e3 * row['seconds']:.1f} ms, {row['tokens_per_second']:,.0f} tokens/s{mfu}{guess}"
+    each = ""
+    if row.get("devices", 1) > 1:
+        each = f" ({row['tokens_per_second_per_device']:,.0f} a device)"
+    return (
+        f"{1e3 * row['seconds']:.1f} ms, {row['tokens_per_second']:,.0f} tokens/s{each}{mfu}{guess}"
+    )
 
 
 def parts(row: Row) -> dict[str, float] | None:
     """Seconds of a step by part, which add up to the step's time; None without a profile.
 
-    The rest is what no other part took: embedding, norms, rotary positions, residual sums, and
-    times at which the device stood still.
+    Communication counts where nothing runs beside it. The rest is what no other part took:
+    embedding, norms, rotary positions, residual sums, and times at which the device stood still.
     """
     if "breakdown" not in row:
         return None
     found = row["breakdown"]["parts"]
     named = {name: sum(found[scope] for scope in own) for name, own in PARTS.items()}
+    named[TALK] = row["breakdown"].get("collectives", {}).get("exposed", 0.0)
     return {**named, REST: row["seconds"] - sum(named.values())}
 
 
@@ -124,6 +132,43 @@ def derive(result: Row) -> None:
         result[KEY] = speedups
 
 
+def _devices(result: Row) -> str:
+    count = result.get("devices", 1)
+    if count == 1:
+        return str(result["device"]["kind"])
+    axes = ", ".join(f"{name} {size}" for name, size in result["mesh"].items() if size > 1)
+    return f"{count} x {result['device']['kind']} ({axes})"
+
+
+def _talk(row: Row) -> str | None:
+    """One line about communication; None where there is none."""
+    found = row.get("breakdown", {}).get("collectives")
+    if not found or not found["seconds"]:
+        return None
+    share = found["overlapped"] / found["seconds"]
+    kinds = ", ".join(
+        f"{kind} {1e3 * own['seconds']:.1f} ms in {own['calls']:.0f} calls"
+        for kind, own in sorted(found["kinds"].items(), key=lambda item: -item[1]["seconds"])
+    )
+    return (
+        f"a device talks {1e3 * found['seconds']:.1f} ms of a step "
+        f"({found['seconds'] / row['seconds']:.1%}), {share:.1%} of it beside products, "
+        f"{1e3 * found['exposed']:.1f} ms exposed ({found['exposed'] / row['seconds']:.1%}): {kinds}"
+    )
+
+
+def _scaling(result: Row) -> list[str]:
+    lines = []
+    for run in result.get("scaling", []):
+        name = f"{result['devices']} devices against {run['devices']}"
+        if "file" in run:
+            name += f" of {run['file']}"
+        for phase, share in run["efficiency"].items():
+            lines.append(f"{name}, {phase}: weak-scaling efficiency {share:.1%}")
+        lines += [f"{name}: {note}" for note in run["notes"]]
+    return lines
+
+
 def _note(result: Row) -> str:
     return ": a smoke test, its times say nothing about speed" if result["smoke"] else ""
 
@@ -158,7 +203,7 @@ def table(result: Row, console: Console | None = None) -> None:
     """Prints candidates, contenders and breakdowns."""
     console = console or Console(width=170)
     console.print(
-        f"Train steps of {result['settings']['config']} on {result['device']['kind']}"
+        f"Train steps of {result['settings']['config']} on {_devices(result)}"
         f"{_note(result)}",
         highlight=False,
     )
@@ -169,7 +214,10 @@ def table(result: Row, console: Console | None = None) -> None:
     view = Table(title="Steps", title_justify="left", caption_justify="left")
     for heading in ("group", "phase", "settings"):
         view.add_column(heading)
-    for heading in ("tokens", "ms", "tokens/s", "speed-up", "MFU", "GB", *PARTS, REST):
+    many = result.get("devices", 1) > 1
+    columns = (*PARTS, *((TALK,) if many else ()), REST)
+    rate = "tokens/s a device" if many else "tokens/s"
+    for heading in ("tokens", "ms", rate, "speed-up", "MFU", "GB", *columns):
         view.add_column(heading, justify="right")
     lines = []
     for group in result["groups"]:
@@ -184,12 +232,14 @@ def table(result: Row, console: Console | None = None) -> None:
                 row["settings"],
                 f"{row['tokens']:,}",
                 f"{1e3 * row['seconds']:.1f}",
-                f"{row['tokens_per_second']:,.0f}",
+                f"{row['tokens_per_second'] / result.get('devices', 1):,.0f}",
                 f"{row['speedup']:.3f}x",
                 "-" if mfu is None else f"{mfu:.1%}",
                 _gigabytes(row),
-                *(f"{1e3 * mine[n]:.1f}" if n in mine else "-" for n in (*PARTS, REST)),
+                *(f"{1e3 * mine[n]:.1f}" if n in mine else "-" for n in columns),
             )
+            if talk := _talk(row):
+                lines.append(f"{group['name']}, {row['phase']}: {talk}")
         view.add_section()
         if found := group.get("amdahl"):
             lines.append(
@@ -202,7 +252,7 @@ def table(result: Row, console: Console | None = None) -> None:
                 f"{group['name']}: whole run {found['speedup']:.3f}x; clustering takes "
                 f"{found['seconds_clustering']:.0f} s of its {found['seconds_recipe'] / 3600:.1f} h"
             )
-    view.caption = "\n".join(lines)
+    view.caption = "\n".join([*lines, *_scaling(result)])
     console.print(view)
 
 
@@ -220,24 +270,28 @@ def plot(result: Row, file: pathlib.Path) -> None:
     figure = Figure(figsize=(max(5.0, 1.4 * len(bars) + 2.5), 4.4))
     FigureCanvasAgg(figure)
     axis = figure.subplots()
-    names = (*PARTS, REST)
+    names = (*PARTS, TALK, REST) if result.get("devices", 1) > 1 else (*PARTS, REST)
     start = [0.0] * len(bars)
     for name in names:
-        heights = [max(1e6 * mine[name] / row["tokens"], 0.0) for _, row, mine in bars]
+        heights = [
+            max(1e6 * result.get("devices", 1) * mine[name] / row["tokens"], 0.0)
+            for _, row, mine in bars
+        ]
         axis.bar(range(len(bars)), heights, 0.7, bottom=start, color=_COLOURS[name], label=name)
         start = [a + b for a, b in zip(start, heights, strict=True)]
     for i, (_, row, _mine) in enumerate(bars):
-        text = f"{row['tokens_per_second']:,.0f} tokens/s\n{row['speedup']:.2f}x"
+        rate = row["tokens_per_second"] / result.get("devices", 1)
+        text = f"{rate:,.0f} tokens/s\n{row['speedup']:.2f}x"
         axis.annotate(text, (i, start[i]), ha="center", va="bottom", fontsize=7)
     axis.set_xticks(
         range(len(bars)), [f"{group}\n{row['phase']}" for group, row, _ in bars], fontsize=8
     )
-    axis.set_ylabel("ms for 1,000 tokens")
+    axis.set_ylabel("ms for 1,000 tokens of a device")
     axis.set_ylim(0, 1.18 * max(start))
     axis.spines[["top", "right"]].set_visible(False)
     axis.legend(frameon=False, fontsize=8, bbox_to_anchor=(1.0, 1.0), loc="upper left")
     axis.set_title(
-        f"{result['settings']['config']} on {result['device']['kind']}{_note(result)}",
+        f"{result['settings']['config']} on {_devices(result)}{_note(result)}",
         loc="left",
         fontsize=10,
     )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -13,8 +13,9 @@ from flax import nnx
 from sparsejax.prune import soft_threshold_beta
 from sparsejax.schedule import Event, Phase
 from train.config import Config, flips
-from train.optimizer import reset_moments
-from train.state import TrainState
+from train.layers import compile_moves, stacked, stacked_config, unstacked
+from train.optimizer import make_optimizer, reset_moments
+from train.state import TrainState, abstract_state, model_graph
 from train.step import Batch, Metrics, clustered
 from train.tree import map_ffn_leaves
 
@@ -63,6 +64,47 @@ def make_cluster_event(config: Config, graph: nnx.GraphDef, event: Event) -> Eve
         return dataclasses.replace(state, routing=routing), metrics
 
     return cluster
+
+
+def lower_cluster_event(
+    config: Config, event: Event, state: TrainState, batch: Mapping[str, Any]
+) -> Callable[[], EventFunction]:
+    """Traces `make_cluster_event` for a state that is given away.
+
+    Layers in a list are stacked for it, and taken apart again.
+
+    Args:
+      config: the run.
+      event: the start of the sparse phase, or a refresh.
+      state: the state, or its shapes and shardings.
+      batch: likewise a batch.
+
+    Returns:
+      What compiles it: (state, batch) to (state, what moved).
+    """
+    like = jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding), state
+    )
+    one_stack = stacked_config(config)
+    arguments = abstract_state(one_stack, make_optimizer(one_stack), state.step.sharding.mesh)
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, arguments)
+    function = make_cluster_event(one_stack, model_graph(one_stack), event)
+    jitted = jax.jit(function, donate_argnums=0, out_shardings=(shardings, shardings.step))
+    lowered = jitted.lower(arguments, batch)
+
+    def compile_event() -> EventFunction:
+        program: Any = lowered.compile()
+        if config.model.scan_layers:
+            return program
+        compile_moves(like, arguments)
+
+        def run(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+            state, moved = program(stacked(state, arguments), batch)
+            return unstacked(state, like), moved
+
+        return run
+
+    return compile_event
 
 
 def make_flip_step(config: Config, phase: Phase) -> FlipFunction | None:

@@ -27,7 +27,7 @@ from train.config import Config, resolve, validate
 from train.data.pipeline import Data, open_data
 from train.distributed import any_process
 from train.evaluate import evaluate
-from train.flip import make_cluster_event, make_flip_step
+from train.flip import lower_cluster_event, make_flip_step
 from train.init_from import check_init_from, other_tokenizer, with_parameters_from
 from train.loggers import open_sinks, require_packages
 from train.mesh import BATCH_SPEC, check_mesh, data_share, make_mesh, put_batch
@@ -115,10 +115,8 @@ def compile_programs(
         )
 
     def cluster(event: Event) -> Callable:
-        function = make_cluster_event(config, graph, event)
-        name = "clustering" if event == "begin" else "cluster refresh"
-        out = (shardings, everywhere)
-        return compiled(name, function, state, batch, donate_argnums=0, out_shardings=out)
+        report("clustering" if event == "begin" else "cluster refresh")
+        return lower_cluster_event(config, event, state, batch)()
 
     def flip(phase: Phase, function: Callable) -> Callable:
         name = f"flip to {phase}"

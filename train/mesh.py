@@ -7,6 +7,7 @@ fsdp; matrix products read weights gathered over fsdp.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -39,8 +40,10 @@ ACT_BTD = P(("data", "fsdp"), None, None)
 ACT_BTNH = P(("data", "fsdp"), None, "tensor", None)
 
 
-def make_mesh(config: MeshConfig, batch_size: int) -> Mesh:
-    """A mesh over all devices with axes data, fsdp and tensor.
+def make_mesh(
+    config: MeshConfig, batch_size: int, devices: Sequence[jax.Device] | None = None
+) -> Mesh:
+    """A mesh with axes data, fsdp and tensor.
 
     Devices of one process are neighbours along tensor first, then fsdp, then data: the axes that
     talk most have the fastest links.
@@ -48,11 +51,12 @@ def make_mesh(config: MeshConfig, batch_size: int) -> Mesh:
     Args:
       config: sizes of the axes.
       batch_size: sequences of a micro-batch.
+      devices: those to use; None for all of them.
 
     Raises:
       ValueError: if the axes do not multiply to the number of devices, or do not divide the batch.
     """
-    count = jax.device_count()
+    count = jax.device_count() if devices is None else len(devices)
     rest = config.fsdp * config.tensor
     if count % rest:
         raise ValueError(
@@ -71,7 +75,8 @@ def make_mesh(config: MeshConfig, batch_size: int) -> Mesh:
             f"{data * config.fsdp} devices"
         )
     # Auto axes: XLA shards what no specification names, and kernels stay free to use shard_map.
-    return jax.make_mesh((data, config.fsdp, config.tensor), AXES, axis_types=(AxisType.Auto,) * 3)
+    shape = (data, config.fsdp, config.tensor)
+    return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
 
 
 def check_mesh(config: Config, mesh: Mesh) -> None:

@@ -14,6 +14,7 @@ from jax.sharding import Mesh
 
 from sparsejax.nn.routed_ffn import RoutingState
 from train.config import Config
+from train.layers import stacked_config, unstacked
 from train.mesh import state_shardings
 from train.model import Llama
 
@@ -79,8 +80,12 @@ def abstract_state(
 
 
 def init_state(config: Config, optimizer: optax.GradientTransformation, mesh: Mesh) -> TrainState:
-    """A new state, created where it will live: no device ever holds more than its shard."""
-    shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract_state(config, optimizer, mesh))
+    """A new state, created where it will live: no device ever holds much more than its shard."""
+    like = abstract_state(config, optimizer, mesh)
+    if not config.model.scan_layers:
+        # The same numbers, from a program of one layer instead of all of them.
+        return unstacked(init_state(stacked_config(config), optimizer, mesh), like)
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, like)
     # The seed is an argument, so that runs of all seeds share the program.
     create = jax.jit(lambda seed: create_state(config, optimizer, seed), out_shardings=shardings)
     return create(np.uint32(config.seed))
