@@ -166,6 +166,11 @@ class _Layout:
         return max(self.sparsity.num_shards, self.tensor)
 
     @property
+    def packs_gathered(self) -> bool:
+        """Whether rows are packed on every device after they were gathered."""
+        return self.sparsity.gather == "rows" and self.size(self.axes.shard) > 1
+
+    @property
     def local_groups(self) -> int:
         """Groups of neurons on one device."""
         return self.groups // self.tensor
@@ -183,7 +188,7 @@ class _Layout:
     def packed_specs(self, packed_by: registry.Backend | None, gated: bool) -> PackedFFN:
         tensor, shard = self.axes.tensor, self.axes.shard
         matrix: Any = PackedMatrix(P(tensor, None, shard))  # type: ignore[arg-type]
-        if packed_by is not None:
+        if packed_by is not None and not self.packs_gathered:
             matrix = matrix._replace(values=P(tensor, shard), metadata=P(tensor, shard, None))
         return PackedFFN(matrix, matrix, matrix if gated else None, packed_by)
 
@@ -299,7 +304,8 @@ def pack_ffn(
         for g in range(layout.local_groups):
             part = jax.tree.map(lambda w, g=g: w[g * rows : (g + 1) * rows], (w1, w2, wg))
             one, two, gate = part
-            parts.append(_pack(one, two, gate, betas, sparsity, dtype=dtype, kernels=kernels))
+            part = _pack(one, two, gate, betas, sparsity, dtype=dtype, kernels=kernels)
+            parts.append(_rows_alone(part) if layout.packs_gathered else part)
         return parts[0] if len(parts) == 1 else jax.tree.map(lambda *a: jnp.concatenate(a), *parts)
 
     spec = layout.weight_spec
@@ -307,16 +313,25 @@ def pack_ffn(
     return layout.spmd(local, (spec, spec, spec, P()), out)(w1, w2, wg, betas)
 
 
+def _rows_alone(packed: PackedFFN) -> PackedFFN:
+    gate = None if packed.wg is None else PackedMatrix(packed.wg.dense)
+    one, two = PackedMatrix(packed.w1.dense), PackedMatrix(packed.w2.dense)
+    return PackedFFN(one, two, gate, packed.kernels)
+
+
 def _gather(packed: PackedFFN, layout: _Layout) -> PackedFFN:
     """Whole rows of the packed weights on every device of the shard axis.
 
     What moves is what was packed once for the optimiser step, thresholded and rounded: 2:4 values
-    and metadata for the products that read them, and bf16 rows for the others. XLA drops the
-    gathers of arrays that a pass does not read.
+    and metadata for the products that read them, and bf16 rows for the others; or such rows alone,
+    packed here (`Sparsity.gather`). XLA drops what a pass does not read.
     """
+    kernels = packed.kernels
 
     def whole(matrix: PackedMatrix) -> PackedMatrix:
         dense = layout.all_gather(matrix.dense, layout.axes.shard, 2)
+        if kernels is not None and layout.packs_gathered:
+            return PackedMatrix(dense, *routed_ffn_grouped.pack_rows(dense, kernels=kernels))
         if matrix.values is None or matrix.metadata is None:
             return PackedMatrix(dense)
         return PackedMatrix(

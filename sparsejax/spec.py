@@ -12,6 +12,7 @@ WeightGradient = Literal["dense", "mvue24"]
 """Of `Linear24`: the operands as they are, or one sampled 2:4 along tokens without bias."""
 
 RoutedWeightGradient = Literal["dense", "tokens24"]
+Gather = Literal["packed", "rows"]
 Precision = Literal["compute", "fp8"]
 """Operands of dense products: of the compute dtype, or rounded to 8 bits."""
 
@@ -81,6 +82,11 @@ class Sparsity:
     """Activations in the weight-gradient products: as they are, or, tokens24, two of four tokens of
     an expert by magnitude, but for the densest 5% of its neurons (arXiv 2503.16672)."""
 
+    gather: Gather = "packed"
+    """What moves where parameters are fully sharded and kernels run: weights as each product reads
+    them, packed or as rows; or the thresholded rows alone, which every device packs for each pass:
+    more to move and to do, and less to hold."""
+
     @property
     def num_experts(self) -> int:
         """Experts that a token chooses from: M / 4, or 1 without routing."""
@@ -121,6 +127,7 @@ class Sparsity:
             ("metric", self.metric, get_args(Metric)),
             ("backend", self.backend, (None, *get_args(Backend))),
             ("weight_gradient", self.weight_gradient, get_args(RoutedWeightGradient)),
+            ("gather", self.gather, get_args(Gather)),
         ):
             if value not in known:
                 raise ValueError(f"{name}={value!r} must be one of {known}")

@@ -234,6 +234,22 @@ def pack_weight(
     return _batchable(pack, kernels)(w.astype(jnp.float32), beta)
 
 
+def pack_rows(rows: Array, *, kernels: registry.Backend) -> tuple[Array, Array]:
+    """values and metadata that `pack_weight` made along with `rows` (E, h, D).
+
+    Rows of which two of four are zero already stay what they are: the third largest of a group, by
+    which thresholding shrinks the others, is zero. Split by expert, they are one expert's.
+    """
+
+    def pack(w: Array) -> tuple[Array, Array, Array]:
+        return _Functions(kernels).pack_weight24(
+            w, num_experts=1, m=4, scale=None, dtype=rows.dtype
+        )
+
+    flat = rows.reshape(-1, rows.shape[-1]).astype(jnp.float32)
+    return _batchable(pack, kernels)(flat)[:2]
+
+
 def _layout(tokens: int, plan: TokenPlan | None, sparsity: Sparsity) -> _Layout:
     if plan is not None:
         return _Layout(plan.offsets, plan.block_expert)
