@@ -146,8 +146,8 @@ def clustered(
     new = {"centers": lambda _, p: p.centers, "beta": lambda _, p: p.beta}
     state = dataclasses.replace(
         state,
-        params=map_ffn_leaves(state.params, move, plan),
-        opt_state=map_ffn_leaves(state.opt_state, move, plan),
+        params=map_ffn_leaves(state.params, move, plan, in_place=True),
+        opt_state=map_ffn_leaves(state.opt_state, move, plan, in_place=True),
         routing=map_ffn_leaves(state.routing, new, plan),
     )
     return state, plan

@@ -1,0 +1,132 @@
+"""The train step benchmark on several devices: batches, communication, other numbers of devices."""
+
+import json
+import shlex
+
+import jax
+import pytest
+
+from benchmarks import train_step_overlap, train_step_scaling
+from benchmarks.train_step_overlap import Event, overlap, union
+from benchmarks.train_step_programs import Spec, mesh_of, split
+from tests.train.simulated import run_script
+from train.config import MeshConfig
+
+SMOKE = """
+    import sys
+    from benchmarks import gathers, train_step
+    train_step.main(sys.argv[2:])
+    gathers.main(["--config", "tiny", "--smoke", "--out", sys.argv[1]])
+"""
+SMALL = shlex.split(
+    "--sequence-length 64 --model.width 32 --model.num-layers 1 --model.num-heads 2 "
+    "--model.loss-chunk 128 --sparsity.m 8 --sparsity.v 64 --model.no-scan-layers --mesh.fsdp 2"
+)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(jax.default_backend() == "gpu", reason="devices are simulated on CPUs")
+def test_two_devices_and_one_of_them(tmp_path):
+    out = tmp_path / "step.json"
+    few = shlex.split("--warmup-steps 2 --rounds 1 --round-steps 1 --settle-steps 1 --no-refresh")
+    steps = ["--dense", "--batch-per-device 2", "--sparse", "--batch-per-device 2"]
+    common = ["--config", "tiny", "--smoke", "--out", str(out), "--scaling", "1"]
+    text = run_script(SMOKE, tmp_path / "g.json", *common, *few, *steps, *SMALL, devices=2)
+    assert "2 devices against 1, sparse: weak-scaling efficiency" in text
+
+    result = json.loads(out.read_text())
+    assert (result["complete"], result["failures"], result["devices"]) == (True, [], 2)
+    assert result["mesh"] == {"data": 1, "fsdp": 2, "tensor": 1}
+    (whole,), (run,) = result["groups"], result["scaling"]
+    assert (run["devices"], run["mesh"]) == (1, {"data": 1, "fsdp": 1, "tensor": 1})
+    (part,) = run["groups"]
+    for row, small in zip(whole["rows"], part["rows"], strict=True):
+        assert (row["tokens"], small["tokens"]) == (2 * 2 * 64, 2 * 64)
+        each = row["tokens_per_second"] / 2
+        assert row["tokens_per_second_per_device"] == pytest.approx(each)
+        share = run["efficiency"][row["phase"]]
+        assert share == pytest.approx(each / small["tokens_per_second"])
+        talk = row["breakdown"]["collectives"]
+        assert talk["devices"] == 2
+        # Weights are gathered, gradients scattered, all of it found in the profile.
+        assert {"all-gather", "reduce-scatter"} <= set(talk["kinds"])
+        assert 0 < talk["exposed"] <= talk["seconds"]
+        assert talk["seconds"] == pytest.approx(talk["exposed"] + talk["overlapped"])
+
+    moved = json.loads((tmp_path / "g.json").read_text())
+    assert [row["moves"] for row in moved["rows"]] == ["masters", "rows", "packed", "values alone"]
+    assert all(row["alone"]["ms"] > 0 and row["beside"]["ms"] > 0 for row in moved["rows"])
+
+
+def test_exposed_and_overlapped():
+    events = [
+        Event("0", 0.0, 4.0, None),
+        Event("0", 3.0, 7.0, "all-gather"),  # 1 s beside the product, 3 s alone
+        Event("0", 6.0, 8.0, "reduce-scatter"),  # one of its seconds is the gather's as well
+        Event("0", 9.0, 10.0, None),
+        Event("1", 0.0, 10.0, None),
+        Event("1", 2.0, 4.0, "all-gather"),
+    ]
+    found = overlap(events, steps=2)
+    assert found["devices"] == 2
+    assert found["seconds"] == pytest.approx((5 + 2) / 2 / 2)
+    assert found["exposed"] == pytest.approx(4 / 2 / 2)
+    assert found["most_exposed"] == pytest.approx(4 / 2)
+    assert found["overlapped"] == pytest.approx(3 / 2 / 2)
+    assert found["idle"] == pytest.approx(1 / 2 / 2)
+    gather = found["kinds"]["all-gather"]
+    assert gather == pytest.approx({"calls": 0.5, "seconds": 6 / 4, "exposed": 3 / 4})
+    assert union([(3, 4), (0, 1), (1, 2), (5, 5)]) == [(0, 2), (3, 4)]
+
+
+@pytest.mark.parametrize(
+    ("kernel", "kind"),
+    [
+        ("ncclDevKernel_AllGather_RING_LL(ncclDevKernelArgsStorage<4096ul>)", "all-gather"),
+        ("ncclDevKernel_ReduceScatter_Sum_bf16_RING_LL", "reduce-scatter"),
+        ("ncclDevKernel_SendRecv(ncclDevKernelArgsStorage<4096ul>)", "collective-permute"),
+        ("ncclSomethingElse", "other"),
+        ("loop_add_fusion", None),
+    ],
+)
+def test_kernels_that_talk(kernel, kind):
+    assert train_step_overlap.kind_of_kernel(kernel) == kind
+
+
+def _result(devices, rate, **changes):
+    row = {"phase": "dense", "tokens_per_second": rate, "tokens": 100 * devices, "layers": 2,
+           "sequence_length": 50, "micro_batches": 1, "m": None, **changes}  # fmt: skip
+    groups = [{"name": "dense", "rows": [row]}]
+    return {"devices": devices, "groups": groups, "settings": {"config": "tiny"}, "mesh": {}}
+
+
+def test_efficiency_is_that_of_equal_work(tmp_path):
+    file = tmp_path / "one.json"
+    file.write_text(json.dumps({k: v for k, v in _result(1, 50.0).items() if k != "devices"}))
+    other = {**_result(1, 40.0, layers=1), "notes": None}
+    result = {**_result(4, 160.0), "scaling": [train_step_scaling.read_baseline(file), other]}
+    train_step_scaling.derive(result)
+    same, different = result["scaling"]
+    assert same["efficiency"]["dense"] == pytest.approx(160 / 4 / 50)
+    assert (different["efficiency"], different["notes"]) == ({}, ["dense: other work, layers=1"])
+    with pytest.raises(ValueError, match="cannot be read"):
+        train_step_scaling.read_baseline(tmp_path / "none.json")
+    file.write_text(json.dumps({"groups": []}))
+    with pytest.raises(ValueError, match="holds no timed steps"):
+        train_step_scaling.read_baseline(file)
+
+
+def test_meshes_of_fewer_devices():
+    assert mesh_of(MeshConfig(fsdp=8), 1) == MeshConfig()
+    assert mesh_of(MeshConfig(fsdp=8), 2) == MeshConfig(fsdp=2)
+    assert mesh_of(MeshConfig(fsdp=2, data=4), 4) == MeshConfig(fsdp=2)
+    assert mesh_of(MeshConfig(fsdp=4, tensor=2), 4) == MeshConfig(fsdp=2, tensor=2)
+    with pytest.raises(ValueError, match="devices=3 must be a multiple of"):
+        mesh_of(MeshConfig(fsdp=2), 3)
+
+
+def test_a_devices_own_batch_is_told_from_the_trainers_options():
+    spec = Spec.parse("dense", "--batch-per-device 3 --xla a=1 --model.remat full --xla b=2")
+    assert spec.arguments == ("--batch-per-device", "3", "--model.remat", "full")
+    assert split(spec.arguments, "--batch-per-device") == (("--model.remat", "full"), ("3",))
+    assert {"a": "1", "b": "2"}.items() <= spec.compiler_options.items()
