@@ -1,4 +1,4 @@
-"""What should move when the weights of a sparse layer are gathered: masters, rows or packed weights.
+"""What should move when a sparse layer's weights are gathered: masters, rows or packed weights.
 
     python -m benchmarks.gathers --config llama7b --out gathers.json         # on several GPUs
     python -m benchmarks.gathers --config tiny --out gathers.json --smoke    # anywhere, no claim
@@ -10,8 +10,8 @@ round. Contenders, each both passes:
     masters        float32 masters, thresholded and packed after the gather
     rows           thresholded bf16 rows, packed after the gather (`--sparsity.gather rows`)
     packed         values and metadata of the one matrix, rows of the other (the default)
-    values alone   values and metadata of both; no rows, so the products could not run: what a kernel
-                   that restores rows would have to beat the others by
+    values alone   values and metadata of both; no rows, so the products could not run: the least
+                   that is left for a kernel that restores rows
 
 Each is timed by itself and beside matrix products that do not depend on it (a layer's attention
 projections), in turns. `added` is what it adds to their time: communication that is hidden still
@@ -83,7 +83,7 @@ def _weights(problem: Problem, mesh: Mesh) -> dict[str, jax.Array]:
     place = NamedSharding(mesh, COLUMNS)
     shape = problem.hidden, problem.width
     std = problem.width**-0.5
-    found = {}
+    found: dict[str, jax.Array] = {}
     for name in ("w1", "w2"):
         w = jax.device_put(rng.normal(scale=std, size=shape).astype(np.float32), place)
         pack = jax.shard_map(
@@ -158,7 +158,7 @@ def _programs(
             function, mesh=mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False
         )
         # A profile or a graph of launches is of no use here; both would change what is timed.
-        options = {"xla_gpu_enable_command_buffer": ""} if _on_gpu() else {}
+        options: dict[str, str | bool] = {"xla_gpu_enable_command_buffer": ""} if _on_gpu() else {}
         program = jax.jit(spread).lower(*arguments).compile(compiler_options=options)
         return functools.partial(program, *arguments)
 

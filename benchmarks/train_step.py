@@ -148,7 +148,7 @@ class _Run:
     def __init__(self, settings: Settings, session: Session, save: Callable[[Row], None]):
         self.settings, self.session, self._save = settings, session, save
         self.clock, self.failures = _Clock(), Failures()
-        self._smaller: dict[int, _Run | None] = {}
+        self._smaller: dict[int, _Run] = {}
         self.result: Row = {
             "benchmark": "train_step",
             "complete": False,
@@ -213,9 +213,10 @@ class _Run:
             # The same steps run on fewer devices, whichever is faster.
             for devices in settings.scaling:
                 make = functools.partial(self._fewer, devices, settings.dense, settings.sparse)
-                self._smaller[devices], _ = self.failures.attempt(f"{devices} devices", make)
-                if self._smaller[devices] is not None:
-                    jobs += self._smaller[devices].jobs()
+                run, _ = self.failures.attempt(f"{devices} devices", make)
+                if run is not None:
+                    self._smaller[devices] = run
+                    jobs += run.jobs()
         return jobs
 
     # Candidates.
@@ -411,14 +412,15 @@ class _Run:
         """The same steps on fewer devices, then how they compare."""
         settings = self.settings
         self.session.drop()
-        self.result["scaling"] = runs = []
+        runs: list[Row] = []
+        self.result["scaling"] = runs
         for devices in settings.scaling:
             self.clock.say(f"the same steps on {devices} of the devices")
             specs = (dense.spec,), () if sparse is None else (sparse.spec,)
             measure = functools.partial(self._on_fewer, devices, *specs, runs)
             self.failures.attempt(f"{devices} devices", measure)
         if settings.baseline is not None:
-            runs.append(train_step_scaling.read_baseline(settings.baseline))
+            runs += train_step_scaling.read_baseline(settings.baseline)
         train_step_scaling.derive(self.result)
 
     def _fewer(self, devices: int, dense: tuple[Spec, ...], sparse: tuple[Spec, ...]) -> _Run:

@@ -150,10 +150,10 @@ def _talk(row: Row) -> str | None:
         f"{kind} {1e3 * own['seconds']:.1f} ms in {own['calls']:.0f} calls"
         for kind, own in sorted(found["kinds"].items(), key=lambda item: -item[1]["seconds"])
     )
+    of_step = lambda name: f"{1e3 * found[name]:.1f} ms ({found[name] / row['seconds']:.1%})"
     return (
-        f"a device talks {1e3 * found['seconds']:.1f} ms of a step "
-        f"({found['seconds'] / row['seconds']:.1%}), {share:.1%} of it beside products, "
-        f"{1e3 * found['exposed']:.1f} ms exposed ({found['exposed'] / row['seconds']:.1%}): {kinds}"
+        f"a device talks {of_step('seconds')} of a step, {share:.1%} of it beside products, "
+        f"{of_step('exposed')} exposed: {kinds}"
     )
 
 
@@ -203,8 +203,7 @@ def table(result: Row, console: Console | None = None) -> None:
     """Prints candidates, contenders and breakdowns."""
     console = console or Console(width=170)
     console.print(
-        f"Train steps of {result['settings']['config']} on {_devices(result)}"
-        f"{_note(result)}",
+        f"Train steps of {result['settings']['config']} on {_devices(result)}{_note(result)}",
         highlight=False,
     )
     if len(result["candidates"]) > 2 or not result["groups"]:

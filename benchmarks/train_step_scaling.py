@@ -12,8 +12,8 @@ Row = dict[str, Any]
 _SAME = ("layers", "sequence_length", "micro_batches", "m")
 
 
-def read_baseline(file: pathlib.Path) -> Row:
-    """A result file as one of the runs in `result["scaling"]`.
+def read_baseline(file: pathlib.Path) -> list[Row]:
+    """A result file as runs for `result["scaling"]`: its own, and those on fewer devices in it.
 
     Raises:
       ValueError: it cannot be read, or holds no timed steps.
@@ -25,9 +25,11 @@ def read_baseline(file: pathlib.Path) -> Row:
     groups = result.get("groups", []) if isinstance(result, dict) else []
     if not any("tokens_per_second" in row for group in groups for row in group["rows"]):
         raise ValueError(f"--baseline {file} holds no timed steps")
-    # Files of one device do not say so.
-    run = {"devices": result.get("devices", 1), "mesh": result.get("mesh"), "groups": groups}
-    return {**run, "file": str(file), "config": result["settings"]["config"]}
+    # Older files are of one device and do not say so.
+    own = {"devices": result.get("devices", 1), "mesh": result.get("mesh"), "groups": groups}
+    runs = [own, *result.get("scaling", [])]
+    known = {"file": str(file), "config": result["settings"]["config"]}
+    return [{name: run[name] for name in own} | known for run in runs]
 
 
 def _per_device(row: Row, devices: int) -> tuple[float, float]:

@@ -1,4 +1,4 @@
-"""A dense model of Llama 2 7B's shape (arXiv 2307.09288), to compare dense training with others'."""
+"""A dense model of Llama 2 7B's shape (arXiv 2307.09288): dense training compared with others'."""
 
 from train.config import (
     CheckpointConfig,

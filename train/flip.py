@@ -86,7 +86,8 @@ def lower_cluster_event(
         lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding), state
     )
     one_stack = stacked_config(config)
-    arguments = abstract_state(one_stack, make_optimizer(one_stack), state.step.sharding.mesh)
+    placed: Any = state.step.sharding
+    arguments = abstract_state(one_stack, make_optimizer(one_stack), placed.mesh)
     shardings = jax.tree.map(lambda leaf: leaf.sharding, arguments)
     function = make_cluster_event(one_stack, model_graph(one_stack), event)
     jitted = jax.jit(function, donate_argnums=0, out_shardings=(shardings, shardings.step))

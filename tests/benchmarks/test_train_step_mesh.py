@@ -102,12 +102,18 @@ def _result(devices, rate, **changes):
 
 def test_efficiency_is_that_of_equal_work(tmp_path):
     file = tmp_path / "one.json"
-    file.write_text(json.dumps({k: v for k, v in _result(1, 50.0).items() if k != "devices"}))
-    other = {**_result(1, 40.0, layers=1), "notes": None}
-    result = {**_result(4, 160.0), "scaling": [train_step_scaling.read_baseline(file), other]}
+    two = {**_result(2, 90.0), "scaling": [_result(1, 50.0)]}
+    file.write_text(json.dumps(two))
+    runs = [*train_step_scaling.read_baseline(file), _result(1, 40.0, layers=1)]
+    result = {**_result(4, 160.0), "scaling": runs}
     train_step_scaling.derive(result)
-    same, different = result["scaling"]
-    assert same["efficiency"]["dense"] == pytest.approx(160 / 4 / 50)
+    of_two, of_one, different = result["scaling"]
+    assert (of_two["devices"], of_one["devices"]) == (2, 1)
+    assert of_two["efficiency"]["dense"] == pytest.approx((160 / 4) / (90 / 2))
+    assert of_one["efficiency"]["dense"] == pytest.approx(160 / 4 / 50)
+    old = {name: value for name, value in _result(1, 50.0).items() if name != "devices"}
+    file.write_text(json.dumps(old))
+    assert train_step_scaling.read_baseline(file)[0]["devices"] == 1
     assert (different["efficiency"], different["notes"]) == ({}, ["dense: other work, layers=1"])
     with pytest.raises(ValueError, match="cannot be read"):
         train_step_scaling.read_baseline(tmp_path / "none.json")

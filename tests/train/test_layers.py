@@ -27,7 +27,9 @@ def copied(state):
 
 def likes(rig):
     optimizer = make_optimizer(rig.config)
-    return [abstract_state(c, optimizer, rig.mesh) for c in (rig.config, stacked_config(rig.config))]
+    return [
+        abstract_state(c, optimizer, rig.mesh) for c in (rig.config, stacked_config(rig.config))
+    ]
 
 
 def test_a_new_state_is_what_the_unrolled_program_makes(rig):
