@@ -7,6 +7,7 @@ from typing import Any
 # a user of the formats alone.
 _PUBLIC = {
     "Linear24": "sparsejax.nn",
+    "MoEFFN": "sparsejax.nn",
     "RoutedFFN": "sparsejax.nn",
     "Sparse24": "sparsejax.formats",
     "Sparsity": "sparsejax.spec",

@@ -1,0 +1,208 @@
+"""Mixtures of experts: dense and sparse against loops over tokens in numpy, loads, refusals."""
+
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from sparsejax.nn import MoEFFN
+from sparsejax.ops.grouped_dot import group_rows, grouped_dot
+from sparsejax.prune import soft_threshold, top2_of_4
+from sparsejax.routing import to_expert_major, update_bias
+from sparsejax.spec import Sparsity
+
+pytestmark = pytest.mark.core
+
+D, H, E, K, T = 16, 128, 4, 2, 48
+SPARSITY = Sparsity(m=16, v=8, backend="reference")
+
+
+def make(dtype=jnp.float32, **options) -> MoEFFN:
+    options = {"num_experts": E, "experts_per_token": K, "sparsity": SPARSITY} | options
+    return MoEFFN(D, H, dtype=dtype, rngs=nnx.Rngs(params=0), **options)
+
+
+def inputs() -> jax.Array:
+    return jax.random.normal(jax.random.key(1), (2, T // 2, D))
+
+
+def float64(x) -> np.ndarray:
+    return np.asarray(x, np.float64)
+
+
+def by_expert(w, num_experts=E) -> np.ndarray:
+    return float64(to_expert_major(w, 0, num_experts))
+
+
+def expected(moe: MoEFFN, x, w1, w2, keep_two: bool) -> np.ndarray:
+    """Token by token: scores, the best k with the bias, gates of the scores alone."""
+    rows, router = float64(x).reshape(-1, D), float64(moe.router[...])
+    out = np.zeros((rows.shape[0], D))
+    for t, row in enumerate(rows):
+        scores = 1 / (1 + np.exp(-router @ row))
+        chosen = np.argsort(-(scores + float64(moe.bias[...])), kind="stable")[
+            : moe.experts_per_token
+        ]
+        for e in chosen:
+            y2 = np.maximum(w1[e] @ row, 0) ** 2
+            if keep_two:
+                y2 = float64(top2_of_4(jnp.asarray(y2, jnp.float32)))
+            out[t] += scores[e] / scores[chosen].sum() * (y2 @ w2[e])
+    return out.reshape(x.shape)
+
+
+@pytest.mark.parametrize("experts_per_token", [1, 2, 4])
+def test_dense_experts(experts_per_token):
+    moe, x = make(experts_per_token=experts_per_token), inputs()
+    moe.bias[...] = jnp.asarray([0.3, -0.2, 0.1, -0.2])
+    y, stats = nnx.jit(lambda m, x: m(x))(moe, x)
+    reference = expected(moe, x, by_expert(moe.w1[...]), by_expert(moe.w2[...]), False)
+    np.testing.assert_allclose(y, reference, rtol=1e-4, atol=1e-5)
+    # Nothing is dropped: every token meets all of its experts.
+    assert int(stats.counts.sum()) == experts_per_token * T
+    chosen = np.asarray(moe.route(x).experts)
+    np.testing.assert_array_equal(stats.counts, np.bincount(chosen.ravel(), minlength=E))
+
+
+@pytest.mark.parametrize("activations", [True, False])
+@pytest.mark.parametrize("weights", [True, False])
+def test_sparse_experts(weights, activations):
+    sparsity = Sparsity(m=16, v=8, backend="reference", weights=weights, activations=activations)
+    moe, x = make(sparsity=sparsity), inputs()
+    moe.beta[...] = moe.begin_sparse().beta
+    y, stats = nnx.jit(lambda m, x: m(x, m.pack()))(moe, x)
+    w1, w2 = moe.w1[...], moe.w2[...]
+    if weights:
+        w1, w2 = (b * soft_threshold(w, 1) for b, w in zip(moe.beta[...], (w1, w2), strict=False))
+    reference = expected(moe, x, by_expert(w1), by_expert(w2), activations)
+    np.testing.assert_allclose(y, reference, rtol=1e-4, atol=1e-5)
+    np.testing.assert_array_equal(stats.counts, moe(x)[1].counts)
+
+
+def test_a_sparse_network_without_sparsity_is_the_dense_one():
+    """The two phases share routing, gates and layout: only the zeros differ."""
+    sparsity = Sparsity(m=16, v=8, backend="reference", weights=False, activations=False)
+    moe, x = make(sparsity=sparsity), inputs()
+
+    def loss(state, x, sparse):
+        m = nnx.merge(graph, state)
+        return jnp.sum(m(x, m.pack() if sparse else None)[0] ** 2)
+
+    graph, state = nnx.split(moe)
+    gradient = jax.jit(jax.value_and_grad(loss, argnums=(0, 1)), static_argnums=2)
+    (dense, dense_grads), (sparse, sparse_grads) = (gradient(state, x, s) for s in (False, True))
+    np.testing.assert_allclose(dense, sparse, rtol=1e-5)
+    for a, b in zip(*map(jax.tree.leaves, (dense_grads, sparse_grads)), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4)
+    found = dense_grads[0]
+    assert float(jnp.abs(found["router"][...]).max()) > 0
+    # The bias chooses, and has no gradient.
+    assert not np.asarray(found["bias"][...]).any()
+
+
+def test_dense_gradients_are_those_of_all_experts_masked():
+    moe, x = make(), inputs().reshape(-1, D)
+
+    def masked(params, x):
+        w1, w2, router = params
+        chosen = moe.route(x)
+        y2 = jnp.square(jax.nn.relu(jnp.einsum("td,ehd->teh", x, to_expert_major(w1, 0, E))))
+        y = jnp.einsum("teh,ehd->ted", y2, to_expert_major(w2, 0, E))
+        scores = jax.nn.sigmoid(x @ router.T)
+        mine = jnp.take_along_axis(scores, chosen.experts, 1)
+        gates = mine / jnp.sum(mine, 1, keepdims=True)
+        picked = jnp.take_along_axis(y, chosen.experts[..., None], 1)
+        return jnp.sum(jnp.sum(gates[..., None] * picked, 1) ** 2)
+
+    def ours(params, x):
+        m = make()
+        m.w1[...], m.w2[...], m.router[...] = params
+        return jnp.sum(m(x)[0] ** 2)
+
+    params = moe.w1[...], moe.w2[...], moe.router[...]
+    for a, b in zip(*(jax.tree.leaves(jax.jit(jax.grad(f, argnums=(0, 1)))(params, x))
+                      for f in (ours, masked)), strict=True):  # fmt: skip
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
+
+
+def test_the_bias_evens_loads():
+    moe, x = make(), inputs() + 1.0
+    graph, state = nnx.split(moe)
+
+    @jax.jit
+    def counts(bias, x, state=state):
+        m = nnx.merge(graph, state)
+        m.bias = m.bias.replace(bias)
+        return m(x)[1].counts
+
+    bias = jnp.zeros(E)
+    first = np.asarray(counts(bias, x))
+    for _ in range(200):
+        bias = update_bias(bias, counts(bias, x), 0.02)
+    last = np.asarray(counts(bias, x))
+    assert first.max() > 1.3 * K * T / E
+    assert last.max() < 1.15 * K * T / E
+
+
+def test_interface_of_the_routed_network():
+    moe, x = make(), inputs()
+    update = moe.begin_sparse()
+    np.testing.assert_array_equal(update.permutation, np.arange(H))
+    assert float(update.churn) == 0
+    assert 1.2 < float(update.beta[0]) < 1.8
+    np.testing.assert_array_equal(moe.refresh().beta, np.ones(3))
+    bias, churn = moe.reroute(x, None)
+    assert (bias.shape, float(churn)) == ((E,), 0)
+    moe.bias[...] = jnp.arange(4.0)
+    np.testing.assert_array_equal(moe.reroute(x, None)[0], np.arange(4.0))
+    with pytest.raises(ValueError, match="sparsity=None"):
+        make(sparsity=None).pack()
+
+
+@pytest.mark.parametrize("sizes", [[10, 0, 25, 5], [0, 0, 0, 40], [40, 0, 0, 0]])
+def test_grouped_dot(sizes):
+    keys = jax.random.split(jax.random.key(0), 2)
+    x, w = jax.random.normal(keys[0], (40, 8)), jax.random.normal(keys[1], (4, 8, 12))
+    got = grouped_dot(x, w, jnp.asarray(sizes, jnp.int32))
+    group = np.repeat(np.arange(4), sizes)
+    reference = np.einsum("rk,rkn->rn", float64(x), float64(w)[group])
+    np.testing.assert_allclose(got, reference, rtol=1e-5, atol=1e-5)
+
+
+def test_group_rows():
+    group = jnp.asarray([2, 0, 2, 1, 0, 2], jnp.int32)
+    order, inverse, sizes = group_rows(group, 4)
+    np.testing.assert_array_equal(order, [1, 4, 3, 0, 2, 5])
+    np.testing.assert_array_equal(np.asarray(order)[np.asarray(inverse)], np.arange(6))
+    np.testing.assert_array_equal(sizes, [2, 1, 3, 0])
+
+
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        ({"num_experts": 3}, "num_experts=3"),
+        ({"experts_per_token": 5}, "experts_per_token=5"),
+        ({"sparsity": Sparsity(m=32, v=8)}, "m=32"),
+        ({"sparsity": Sparsity(m=16, v=8, routing=False)}, "routing=False"),
+        ({"sparsity": Sparsity(m=16, v=8, shards=2)}, "shards=2"),
+    ],
+)
+def test_refusals_name_the_value(options, named):
+    with pytest.raises(ValueError, match=re.escape(named)):
+        make(**options)
+
+
+def test_grouped_dot_refuses():
+    x, w, sizes = jnp.ones((4, 8)), jnp.ones((2, 8, 3)), jnp.ones(2, jnp.int32)
+    for arguments, named in (
+        ((x, w[:, :4], sizes), "w.shape"),
+        ((x, w.astype(jnp.bfloat16), sizes), "x.dtype"),
+        ((x, w, sizes.astype(jnp.float32)), "int32"),
+    ):
+        with pytest.raises(ValueError, match=named):
+            grouped_dot(*arguments)
+    with pytest.raises(ValueError, match="backend='cutlass'"):
+        grouped_dot(x, w, sizes, backend="cutlass")
