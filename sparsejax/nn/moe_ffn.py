@@ -145,8 +145,8 @@ class MoEFFN(nnx.Module):
 
         Scaled by `beta`, which `begin_sparse` gives.
         """
-        weights = jax.lax.stop_gradient((self.w1[...], self.w2[...]))
-        return pack_ffn(*weights, None, self.beta[...], self._sparsity(), dtype=self.dtype)
+        w1, w2, beta = jax.lax.stop_gradient((self.w1[...], self.w2[...], self.beta[...]))
+        return pack_ffn(w1, w2, None, beta, self._sparsity(), dtype=self.dtype)
 
     def __call__(self, x: Array, packed: PackedFFN | None = None) -> tuple[Array, RoutingStats]:
         """(..., D) to (..., D) in the compute dtype, and the experts' loads (k T in all).
