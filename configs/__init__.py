@@ -9,7 +9,9 @@ from train.config import Config
 
 def names() -> list[str]:
     """The runs that `get` knows."""
-    return sorted(module.name for module in pkgutil.iter_modules(__path__) if not module.ispkg)
+    # Runs are called with hyphens, modules cannot be.
+    found = (module.name for module in pkgutil.iter_modules(__path__) if not module.ispkg)
+    return sorted(name.replace("_", "-") for name in found)
 
 
 def get(name: str) -> Config:
@@ -20,4 +22,4 @@ def get(name: str) -> Config:
     """
     if name not in names():
         raise ValueError(f"config {name!r} is unknown; known: {', '.join(names())}")
-    return importlib.import_module(f"configs.{name}").config()
+    return importlib.import_module(f"configs.{name.replace('-', '_')}").config()

@@ -49,11 +49,13 @@ class Parameters(_Parts):
     norms: int
     """Gains of the two norms of each block, of its heads with qk_norm, and of the final one."""
     head: int
+    router: int = 0
+    """Of mixtures of experts."""
 
     @property
     def body(self) -> int:
         """Without embedding and head: the number that scaling laws usually mean."""
-        return self.projections + self.ffn + self.norms
+        return self.projections + self.ffn + self.norms + self.router
 
 
 @dataclass(frozen=True)
@@ -66,7 +68,8 @@ class Flops(_Parts):
     """Scores and weighted values."""
     head: int
     router: int = 0
-    """Similarities of tokens and cluster centres; zero in a dense step."""
+    """Similarities of tokens and cluster centres, zero in a dense step; of a mixture, its router's
+    products."""
 
 
 @dataclass(frozen=True)
@@ -161,6 +164,7 @@ def parameters(config: Config) -> Parameters:
         ffn=m.num_layers * _ffn_matrices(config) * m.width * m.ffn_hidden,
         norms=(2 * m.num_layers + 1) * m.width + of_heads,
         head=m.width * _vocabulary(config),
+        router=m.num_layers * m.width * m.experts,
     )
 
 
@@ -176,10 +180,11 @@ def dense_flops(config: Config) -> Flops:
     # is computed.
     attention = 2 * tokens * config.sequence_length * m.num_heads * m.head_dim * m.num_layers
     return Flops(
-        ffn=3 * 2 * tokens * count.ffn,
+        ffn=3 * 2 * tokens * count.ffn * m.active_experts // max(m.experts, 1),
         projections=3 * 2 * tokens * count.projections,
         attention=3 * attention,
         head=3 * 2 * tokens * count.head,
+        router=3 * 2 * tokens * count.router,
     )
 
 
@@ -198,6 +203,9 @@ def sparse_flops(config: Config) -> Flops:
     if config.model.ffn == "swiglu":
         return dense
     experts = config.sparsity.num_experts
+    if config.model.experts:
+        ffn = sum(product.sparse_flops for product in ffn_products(config))
+        return dataclasses.replace(dense, ffn=ffn)
     centers = experts * neuron_groups(config)
     similarities = config.tokens_per_step * config.model.width * centers * config.model.num_layers
     router = 2 * similarities if experts > 1 else 0
@@ -211,7 +219,10 @@ def sparse_flops(config: Config) -> Flops:
 def ffn_products(config: Config) -> tuple[Product, ...]:
     """Returns the feed-forward network's products: six, and nine in the gated forms."""
     m, s = config.model, config.sparsity
-    dense = 2 * config.tokens_per_step * m.width * m.ffn_hidden * m.num_layers
+    every = 2 * config.tokens_per_step * m.width * m.ffn_hidden * m.num_layers
+    # A mixture's dense step computes what routing leaves as well.
+    dense = every * m.active_experts // max(m.experts, 1)
+    routed = 1 if m.experts else s.num_experts
     no_zeros = m.ffn == "swiglu"
     # What a product executes of its operand: half of a 2:4 one.
     weights, activations = (0.5 if on else 1.0 for on in (s.weights, s.activations))
@@ -233,7 +244,7 @@ def ffn_products(config: Config) -> tuple[Product, ...]:
         rows += [("dWg = X^T dYg", True, "dYg", tokens)]
     products = []
     for name, backward, operand, share in rows:
-        executed = dense if no_zeros else round(share * dense) // s.num_experts
+        executed = dense if no_zeros else round(share * dense) // routed
         sparse = share < 1 and not no_zeros
         products.append(Product(name, backward, operand, sparse, dense, executed))
     return tuple(products)
@@ -281,7 +292,8 @@ def padded_tokens(config: Config, devices: int | None = None) -> int:
     devices that share the batch.
 
     On each device and in each micro-batch the tokens of each of E experts are padded to a multiple
-    of V (`sparsejax.routing.tokens.padded_tokens`).
+    of V (`sparsejax.routing.tokens.padded_tokens`). Of a mixture every token counts as often as it
+    has experts.
 
     Args:
       config: the run.
@@ -290,12 +302,12 @@ def padded_tokens(config: Config, devices: int | None = None) -> int:
     Raises:
       ValueError: as `mesh_shape`.
     """
-    s = config.sparsity
+    s, each = config.sparsity, config.model.active_experts
     if s.num_experts == 1:
-        return config.tokens_per_step
+        return config.tokens_per_step * each
     tokens = device_tokens(config, devices)
     parts = config.tokens_per_step // tokens
-    return parts * routed_rows(tokens, s.num_experts, s.v)
+    return parts * routed_rows(tokens * each, s.num_experts, s.v)
 
 
 def mfu(flops: float, seconds: float, peak_flops: float) -> float:
@@ -451,15 +463,18 @@ def _activation_bytes(config: Config, mesh: MeshShape, size: int, sparse: bool) 
         # The gated form keeps the chosen halves, and a byte for each group to say which.
         ffn = products / 2 + live / GROUP if m.gated and s.activations else products
         ffn *= padded_tokens(config, mesh.size) / config.tokens_per_step
-        outputs = products
+        outputs = products * m.active_experts
     else:
         # relu^2: itself; gated, the gate and the product too; swiglu: both inputs, three inner
         # values of silu and the product.
         neuron = {"relu2": size, "relu2_gated": 3 * size, "swiglu": 6 * size}
+        hidden = hidden * m.active_experts // max(m.experts, 1)
         ffn = hidden * neuron[m.ffn]
         if m.ffn_precision == "fp8":
             ffn += hidden + width  # the products' rounded inputs
         outputs = hidden * (2 if m.gated else 1) * size
+    if m.experts:
+        ffn += 2 * size * width * m.active_experts  # each expert's input and output
     block = norms + attention + ffn
     kept = block if m.remat == "none" else size * width  # at least the block's input
     if m.remat == "dots":

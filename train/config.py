@@ -38,7 +38,12 @@ class ModelConfig:
     """Feed-forward form: relu2 (two matrices), relu2_gated or swiglu (three matrices)."""
     hidden: int | None = None
     """FFN neurons H; None means 4 D for relu2 and 8/3 D, rounded up to a multiple of 128, for
-    the gated forms."""
+    the gated forms. Of a mixture all experts' together; None gives a token 4 D of them."""
+    experts: int = 0
+    """Experts of a mixture in the place of each FFN (ffn=relu2, on one device); 0 for one network.
+    A sparse phase takes 4, 8 or 2 experts, and sparsity.m four times as large."""
+    experts_per_token: int = 2
+    """Experts of a mixture that a token meets."""
     vocab_size: int | None = None
     """Rows of the embedding and columns of the head; None takes the tokenizer's, rounded up to a
     multiple of 128."""
@@ -105,12 +110,17 @@ class ModelConfig:
         return self.ffn != "relu2"
 
     @property
+    def active_experts(self) -> int:
+        """Experts that a token meets; 1 without a mixture."""
+        return self.experts_per_token if self.experts else 1
+
+    @property
     def ffn_hidden(self) -> int:
         """FFN neurons H."""
         if self.hidden is not None:
             return self.hidden
         if not self.gated:
-            return 4 * self.width
+            return 4 * self.width * max(self.experts, 1) // self.active_experts
         return -(-8 * self.width // 3 // 128) * 128
 
 
@@ -320,6 +330,36 @@ def resolve(config: Config, *, tokenizer_vocab_size: int) -> Config:
     return config
 
 
+def _validate_experts(config: Config) -> None:
+    """Refuses a mixture of experts that cannot be built."""
+    model, sparsity = config.model, config.sparsity
+    if model.ffn != "relu2" or model.ffn_precision != "compute":
+        raise ValueError(
+            f"model.experts={model.experts} needs model.ffn=relu2 and model.ffn_precision=compute, "
+            f"not {model.ffn} and {model.ffn_precision}"
+        )
+    if not 1 <= model.experts_per_token <= model.experts:
+        raise ValueError(
+            f"model.experts_per_token={model.experts_per_token} must be 1 to "
+            f"model.experts={model.experts}"
+        )
+    if model.ffn_hidden % (4 * model.experts):
+        raise ValueError(
+            f"model.hidden={model.ffn_hidden} must be a multiple of 4 model.experts="
+            f"{4 * model.experts}"
+        )
+    if config.mesh.fsdp != 1 or config.mesh.tensor != 1:
+        raise ValueError(
+            f"mesh.fsdp={config.mesh.fsdp} and mesh.tensor={config.mesh.tensor} must be 1: a "
+            "mixture of experts runs on one device"
+        )
+    if config.sparse_steps and (not sparsity.routing or sparsity.m != 4 * model.experts):
+        raise ValueError(
+            f"sparsity.m={sparsity.m}, sparsity.routing={sparsity.routing} must be "
+            f"{4 * model.experts}, True for model.experts={model.experts}"
+        )
+
+
 def _require_representable(config: Any, prefix: str = "") -> None:
     """Refuses infinities and NaN, and integers that overflow the device's 32 bits.
 
@@ -447,6 +487,10 @@ def validate(config: Config, *, tokenizer_vocab_size: int | None = None) -> None
             f"model.num_heads={model.num_heads} must be a multiple of "
             f"model.num_kv_heads={model.num_kv_heads}"
         )
+    if model.experts < 0:
+        raise ValueError(f"model.experts={model.experts} must not be negative")
+    if model.experts:
+        _validate_experts(config)
     if model.attention == "cudnn" and model.head_dim > 128:
         raise ValueError(
             f"model.attention=cudnn serves head dimensions up to 128, not {model.head_dim}"

@@ -66,6 +66,12 @@ _TARGETS: tuple[tuple[str, tuple[int, int] | None], ...] = (
 )
 
 
+def _mixture(model: ModelConfig) -> str:
+    if not model.experts:
+        return ""
+    return f" in {model.experts} experts, {model.experts_per_token} for each token"
+
+
 def dry_run(config: Config, *, console: Console, plot: Path | None = None) -> None:
     """Prints what `config` would train, at what cost.
 
@@ -132,7 +138,7 @@ def _run(config: Config, vocabulary: str) -> Table:
     in_8_bits = "; dense steps' FFN in fp8" if m.ffn_precision == "fp8" else ""
     rows = [
         ("model", f"D {m.width:,}, {m.num_layers} layers, {heads}"),
-        ("FFN", f"{_FORMS[m.ffn]}, H {m.ffn_hidden:,}"),
+        ("FFN", f"{_FORMS[m.ffn]}, H {m.ffn_hidden:,}{_mixture(m)}"),
         ("vocabulary", f"{m.vocab_size:,} ({vocabulary})"),
         (
             "batch",
@@ -237,7 +243,7 @@ def _bound(config: Config, dense: accounting.Flops, sparse: accounting.Flops) ->
 def _products(config: Config) -> Table:
     m, s = config.model, config.sparsity
     groups = accounting.neuron_groups(config)
-    rows = accounting.device_tokens(config) // s.num_experts
+    rows = accounting.device_tokens(config) * m.active_experts // s.num_experts
     live = s.live_neurons(m.ffn_hidden) // groups
     table = _table(
         "FFN products of a sparse step",
@@ -264,7 +270,8 @@ def _products(config: Config) -> Table:
         ", at an even load." if s.num_experts > 1 else "."
     )
     if s.num_experts > 1:
-        extra = accounting.padded_tokens(config) / config.tokens_per_step - 1
+        routed = config.tokens_per_step * m.active_experts
+        extra = accounting.padded_tokens(config) / routed - 1
         caption += f" Padding to multiples of V = {s.v} adds up to {extra:.2%} rows."
     table.caption = caption
     return table

@@ -90,6 +90,8 @@ def check_mesh(config: Config, mesh: Mesh) -> None:
       ValueError: one line that names the values.
     """
     model, sparsity = config.model, config.sparsity
+    if model.experts and mesh.size > 1:
+        raise ValueError(f"model.experts={model.experts} runs on one device, not on {mesh.size}")
     fsdp, tensor = mesh.shape["fsdp"], mesh.shape["tensor"]
     for name, value, axis, size in (
         ("model.num_heads", model.num_heads, "tensor", tensor),

@@ -1,9 +1,9 @@
 """The Llama: embedding, pre-norm blocks, final norm, untied head.
 
 Parameters are float32 masters; activations and matrix products use the compute dtype. A block's FFN
-is `sparsejax.nn.RoutedFFN` (relu^2 forms) or SwiGLU. Passing packed FFN weights makes the FFNs
-sparse; passing none makes the same parameters a dense model, which is how a phase of training
-flips.
+is `sparsejax.nn.RoutedFFN` (relu^2 forms), `MoEFFN` (a mixture of experts) or SwiGLU. Passing
+packed FFN weights makes the FFNs sparse; passing none makes the same parameters a dense model,
+which is how a phase of training flips.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from sparsejax.nn.moe_ffn import MoEFFN
 from sparsejax.nn.routed_ffn import RoutedFFN, RoutingStats
 from sparsejax.ops.dense import product
 from sparsejax.remat import products
@@ -61,8 +62,20 @@ class Block(nnx.Module):
         self.norm_attention = RMSNorm(config.width, config.norm_eps)
         self.attention = Attention(config, rngs=rngs)
         self.norm_ffn = RMSNorm(config.width, config.norm_eps)
-        self.ffn: SwiGLU | RoutedFFN
-        if config.ffn == "swiglu":
+        self.ffn: SwiGLU | RoutedFFN | MoEFFN
+        if config.experts:
+            self.ffn = MoEFFN(
+                config.width,
+                config.ffn_hidden,
+                num_experts=config.experts,
+                experts_per_token=config.experts_per_token,
+                sparsity=sparsity,
+                dtype=compute_dtype(config),
+                kernel_init=linear_init(config.init_scale),
+                out_init=linear_init(config.init_scale * config.residual_scale),
+                rngs=rngs,
+            )
+        elif config.ffn == "swiglu":
             self.ffn = SwiGLU(config, rngs=rngs)
         else:
             self.ffn = RoutedFFN(

@@ -90,7 +90,8 @@ def make_train_step(
             "learning_rate": learning_rate(state.step),
         }
         routing = state.routing
-        if phase == "sparse" and config.sparsity.routing:
+        # The experts of a mixture are chosen, and their loads evened, in dense phases too.
+        if config.model.experts or (phase == "sparse" and config.sparsity.routing):
             metrics["expert_load"] = stats.counts
             rate, shards = config.sparsity.bias_rate, config.sparsity.num_shards
 

@@ -44,6 +44,8 @@ def to_transformers(
     """
     if config.qk_norm:
         raise ValueError("model.qk_norm=True: Llama and Arcee do not normalise queries and keys")
+    if config.experts:
+        raise ValueError(f"model.experts={config.experts}: Llama and Arcee have no experts")
     architecture, model_type, activation = _FORMS[config.ffn]
     return {
         "architectures": [architecture],

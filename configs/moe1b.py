@@ -1,0 +1,22 @@
+"""`llama1b` as a mixture: 8 experts, 2 for each token; 4.3 B parameters, 1.8 B of them active.
+
+The experts' products are those of `llama1b`'s FFN, grouped. Mixtures are not sharded yet, so that a
+device holds this one only with fewer layers (`--model.num-layers 4`).
+"""
+
+import dataclasses
+
+from configs import llama1b
+from sparsejax.spec import Sparsity
+from train.config import Config
+
+
+def config() -> Config:
+    """1 M tokens a step, 60,000 steps; half of them sparse after 1,000 dense ones."""
+    base = llama1b.config()
+    return dataclasses.replace(
+        base,
+        name="moe1b",
+        model=dataclasses.replace(base.model, experts=8, experts_per_token=2),
+        sparsity=Sparsity(m=32, v=128),
+    )

@@ -1,0 +1,145 @@
+"""Mixtures of experts in the trainer: phases, loads, counts, refusals."""
+
+import dataclasses
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+import configs
+from sparsejax.spec import Sparsity
+from train import accounting
+from train.config import Config, MeshConfig, ModelConfig, OptimizerConfig, ScheduleConfig, resolve
+from train.flip import make_cluster_event
+from train.huggingface.architecture import to_transformers
+from train.mesh import check_mesh, make_mesh
+from train.optimizer import make_optimizer
+from train.state import init_state, model_graph
+from train.step import make_train_step
+
+MODEL = ModelConfig(
+    width=32, num_layers=2, num_heads=2, compute_dtype="float32", experts=4, experts_per_token=2
+)
+BASE = Config(
+    steps=20,
+    batch_size=4,
+    sequence_length=16,
+    model=MODEL,
+    sparsity=Sparsity(m=16, v=8, bias_rate=0.01),
+    schedule=ScheduleConfig(warmup_steps=2, sparse_fraction=0.5),
+    optimizer=OptimizerConfig(warmup_steps=2),
+)
+CONFIG = resolve(BASE, tokenizer_vocab_size=50)
+
+
+def batch(seed=0):
+    ids = np.random.default_rng(seed).integers(0, 50, (4, 17)).astype(np.int32)
+    return {"inputs": jnp.asarray(ids[:, :-1]), "targets": jnp.asarray(ids[:, 1:])}
+
+
+def ffn_state(state):
+    return state.routing["blocks"]["ffn"]
+
+
+@pytest.mark.core
+def test_all_phases_train_the_same_state():
+    """Dense, sparse, dense: one structure, losses that fall, loads that are evened throughout."""
+    optimizer, graph = make_optimizer(CONFIG), model_graph(CONFIG)
+    state = init_state(CONFIG, optimizer, make_mesh(MeshConfig(), CONFIG.batch_size))
+    structure = jax.tree.structure(state)
+    step = {p: jax.jit(make_train_step(CONFIG, graph, optimizer, p)) for p in ("dense", "sparse")}
+    weights = lambda state: np.asarray(state.params["blocks"]["ffn"]["w1"][...])
+    losses, biases = [], []
+    for phase in ("dense", "sparse", "dense"):
+        if phase == "sparse":
+            before = weights(state)
+            event = jax.jit(make_cluster_event(CONFIG, graph, "begin"))
+            state, metrics = event(state, batch(3))
+            # Experts are learned, not clustered: no neuron moves, but scales are set.
+            np.testing.assert_array_equal(weights(state), before)
+            assert not np.asarray(metrics["neuron_churn"]).any()
+            assert (np.asarray(ffn_state(state)["beta"][...])[:, :2] > 1.1).all()
+        for _ in range(15):
+            state, metrics = step[phase](state, batch(3))
+            losses.append(float(metrics["loss"]))
+        assert metrics["expert_load"].shape == (2, 4)
+        # 64 tokens, two experts each, none dropped.
+        assert (np.asarray(metrics["expert_load"]).sum(-1) == 128).all()
+        biases.append(np.asarray(ffn_state(state)["bias"][...]))
+    assert jax.tree.structure(state) == structure
+    assert losses[14] < losses[0] - 0.3
+    assert losses[29] < losses[15]
+    assert losses[-1] < losses[29]
+    assert np.abs(biases[0]).max() > 0
+    assert not np.array_equal(biases[0], biases[1])
+    assert not np.array_equal(biases[1], biases[2])
+    # The router learns.
+    router = np.asarray(state.params["blocks"]["ffn"]["router"][...])
+    fresh = init_state(CONFIG, optimizer, make_mesh(MeshConfig(), CONFIG.batch_size))
+    assert not np.array_equal(router, np.asarray(fresh.params["blocks"]["ffn"]["router"][...]))
+
+
+def test_a_run_without_a_sparse_phase_evens_loads_too():
+    config = resolve(dataclasses.replace(BASE, schedule=ScheduleConfig()), tokenizer_vocab_size=50)
+    optimizer, graph = make_optimizer(config), model_graph(config)
+    state = init_state(config, optimizer, make_mesh(MeshConfig(), config.batch_size))
+    state, metrics = jax.jit(make_train_step(config, graph, optimizer, "dense"))(state, batch())
+    assert metrics["expert_load"].shape == (2, 4)
+    assert np.abs(np.asarray(ffn_state(state)["bias"][...])).max() > 0
+
+
+def test_counts_are_those_of_the_model():
+    graph = model_graph(CONFIG)
+    state = init_state(CONFIG, make_optimizer(CONFIG), make_mesh(MeshConfig(), 4))
+    count = accounting.parameters(CONFIG)
+    assert count.total == sum(leaf.size for leaf in jax.tree.leaves(state.params))
+    assert count.router == 2 * 4 * 32
+    assert nnx.merge(graph, state.params, state.routing).config.ffn_hidden == 8 * 32
+    # Two of four experts with as many neurons each as make 4 D: the FLOPs of one network of 4 D.
+    alone = resolve(
+        dataclasses.replace(BASE, model=dataclasses.replace(MODEL, experts=0)),
+        tokenizer_vocab_size=50,
+    )
+    dense, single = accounting.dense_flops(CONFIG), accounting.dense_flops(alone)
+    assert dense.ffn == single.ffn
+    assert dense.router == 6 * CONFIG.tokens_per_step * count.router
+    # Four of six products halve.
+    assert accounting.sparse_flops(CONFIG).ffn * 6 == dense.ffn * 4
+    assert accounting.padded_tokens(CONFIG) >= 2 * CONFIG.tokens_per_step
+
+
+@pytest.mark.parametrize("name", ["moe-tiny", "moe1b"])
+def test_configurations(name):
+    config = resolve(configs.get(name), tokenizer_vocab_size=257)
+    assert config.name == name
+    assert (config.model.experts, config.model.experts_per_token, config.sparsity.m) == (8, 2, 32)
+
+
+@pytest.mark.parametrize(
+    ("model", "changes", "message"),
+    [
+        ({"ffn": "swiglu"}, {}, "needs model.ffn=relu2"),
+        ({"ffn_precision": "fp8"}, {}, "model.ffn_precision=compute, not relu2 and fp8"),
+        ({"experts_per_token": 5}, {}, "model.experts_per_token=5 must be 1 to model.experts=4"),
+        ({"hidden": 200}, {}, "model.hidden=200 must be a multiple of 4 model.experts=16"),
+        ({"experts": -1}, {}, "model.experts=-1"),
+        ({}, {"mesh": MeshConfig(tensor=2)}, "mesh.tensor=2 must be 1"),
+        ({}, {"sparsity": Sparsity(m=8, v=8)}, "sparsity.m=8"),
+        ({}, {"sparsity": Sparsity(m=16, v=8, routing=False)}, "sparsity.routing=False"),
+    ],
+)
+def test_refusals_name_the_value(model, changes, message):
+    config = dataclasses.replace(BASE, model=dataclasses.replace(MODEL, **model), **changes)
+    with pytest.raises(ValueError, match=re.escape(message)):
+        resolve(config, tokenizer_vocab_size=50)
+
+
+def test_other_refusals():
+    mesh = jax.sharding.AbstractMesh((2, 1, 1), ("data", "fsdp", "tensor"))
+    with pytest.raises(ValueError, match=r"model\.experts=4 runs on one device, not on 2"):
+        check_mesh(CONFIG, mesh)
+    with pytest.raises(ValueError, match=r"model\.experts=4: Llama and Arcee have no experts"):
+        to_transformers(CONFIG.model, positions=16, eos_id=0, bos_id=0, dtype="float32")
