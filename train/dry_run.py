@@ -182,6 +182,8 @@ def _parameters(config: Config) -> Table:
     table = _table("Parameters", ("", "left"), ("number", "right"), ("share", "right"))
     shares = count.shares()
     for name, number in count.items():
+        if name == "router" and not number:
+            continue
         table.add_row(_NAMES[name], f"{number:,}", f"{shares[name]:.1%}")
     table.add_section()
     table.add_row("total", f"{count.total:,}", "")
