@@ -21,6 +21,7 @@ from jax import lax
 from kernels.triton import device, ptx
 from kernels.triton.mainloop import Tile
 from kernels.triton.spmm24 import Spmm24Config, check_config, heuristic_config
+from kernels.tuning import tables
 
 
 class Part(NamedTuple):
@@ -127,9 +128,28 @@ def check(op: str, v: int, live: int, width: int, dtype: Any) -> None:
         )
 
 
-def sparse_config(config: Spmm24Config | None, m: int, n: int) -> Spmm24Config:
-    """The given tiling, checked, or one for so many rows and columns."""
+def tuned(op: str, rows: int, num_experts: int, live: int, width: int) -> dict[str, Any] | None:
+    """The fields of the device's tuned table for a grouped kernel and its sizes, or None."""
+    return tables.lookup("triton", op, device.kind(), facts(rows, num_experts, live, width))
+
+
+def facts(rows: int, num_experts: int, live: int, width: int) -> str:
+    """The key of a grouped kernel's sizes in tuned tables: T_pad, E, h and D."""
+    return tables.key(t=rows, e=num_experts, h=live, d=width)
+
+
+def sparse_config(
+    op: str,
+    config: Spmm24Config | None,
+    shape: tuple[int, int],
+    rows: int,
+    num_experts: int,
+    live: int,
+    width: int,
+) -> Spmm24Config:
+    """The given tiling, checked, or the tuned one, or one for a product of this shape (m, n)."""
     if config is None:
-        return heuristic_config(m, n)
+        found = tuned(op, rows, num_experts, live, width)
+        config = heuristic_config(*shape) if found is None else Spmm24Config(**found)
     check_config(config)
     return config

@@ -27,7 +27,8 @@ def down24(
 ) -> jax.Array:
     """`kernels.reference_grouped.down24`.
 
-    config: tiling, as of `spmm24` with tokens for m, columns for n; None takes a heuristic.
+    config: tiling, as of `spmm24` with tokens for m, columns for n; None takes the
+      tuned table, else a heuristic.
     interpret: run in Pallas's interpreter, with jax.numpy in place of the inline PTX.
 
     Raises ValueError for shapes that do not fit and NotImplementedError where `check_down24` does.
@@ -36,7 +37,8 @@ def down24(
     reference_grouped.down_dims(*arguments, permutation, tokens)
     if not interpret:
         check_down24(*arguments, permutation=permutation, tokens=tokens, config=config)
-    config = common.sparse_config(config, y_values.shape[0], w.shape[2])
+    rows, shape = y_values.shape[0], (y_values.shape[0], w.shape[2])
+    config = common.sparse_config("down24", config, shape, rows, *w.shape)
     return _down24(
         y_values,
         y_metadata,

@@ -77,16 +77,18 @@ def weight_gradient(
 ) -> jax.Array:
     """`kernels.reference_grouped.weight_gradient`.
 
-    `offsets` must be multiples of 64, as V is. config: tiling; None takes a heuristic. interpret:
-    run in Pallas's interpreter.
+    `offsets` must be multiples of 64, as V is. config: tiling; None takes the tuned table, else
+    a heuristic. interpret: run in Pallas's interpreter.
 
     Raises ValueError for shapes that do not fit and NotImplementedError where
     `check_weight_gradient` does.
     """
-    reference_grouped.gradient_dims(y, g, offsets, num_experts)
+    live, width = reference_grouped.gradient_dims(y, g, offsets, num_experts)
     if not interpret:
         check_weight_gradient(y, g, offsets, num_experts=num_experts, config=config)
-    config = _default_config() if config is None else config
+    if config is None:
+        found = common.tuned("weight_gradient", y.shape[0], num_experts, live, width)
+        config = _default_config() if found is None else GradientConfig(**found)
     _check_config(config)
     return _weight_gradient(y, g, offsets, config=config, interpret=interpret)
 

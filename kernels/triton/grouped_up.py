@@ -31,7 +31,8 @@ def up24(
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """`kernels.reference_grouped.up24` for weights packed by this backend's `pack_weight24`.
 
-    config: tiling, as of `spmm24` with neurons for m, tokens for n; None takes a heuristic.
+    config: tiling, as of `spmm24` with neurons for m, tokens for n; None takes the
+      tuned table, else a heuristic.
     interpret: run in Pallas's interpreter, with jax.numpy in place of the inline PTX.
 
     Raises ValueError for shapes that do not fit and NotImplementedError where `check_up24` does.
@@ -39,7 +40,9 @@ def up24(
     experts, _, live = reference_grouped.up_dims(values, metadata, x_p, offsets, block_expert)
     if not interpret:
         check_up24(values, metadata, x_p, offsets, block_expert, config=config)
-    config = common.sparse_config(config, experts * live, x_p.shape[0] // experts)
+    rows, width = x_p.shape
+    shape = experts * live, rows // experts
+    config = common.sparse_config("up24", config, shape, rows, experts, live, width)
     neurons.check_tile(config)
     return _up24(values, metadata, x_p, offsets, live=live, config=config, interpret=interpret)
 

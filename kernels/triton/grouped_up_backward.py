@@ -40,7 +40,9 @@ def up24_backward(
     experts, _, live = reference_grouped.backward_dims(*arguments)
     if not interpret:
         check_up24_backward(*arguments, config=config)
-    config = common.sparse_config(config, experts * live, dy_p.shape[0] // experts)
+    rows, width = dy_p.shape
+    shape = experts * live, rows // experts
+    config = common.sparse_config("up24_backward", config, shape, rows, experts, live, width)
     neurons.check_tile(config)
     return _up24_backward(*arguments[:-1], live=live, config=config, interpret=interpret)
 
