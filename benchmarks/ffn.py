@@ -34,7 +34,7 @@ from benchmarks.failures import Failures
 from benchmarks.ffn_problem import errors, gated, operand_shapes, preparation, tensor_shapes
 from benchmarks.timing import Sampling, interleaved, jax_timed
 from kernels import registry
-from sparsejax.spec import Sparsity
+from sparsejax.spec import RoutedWeightGradient, Sparsity
 
 TOLERANCE = {True: 5e-3, False: 2e-2}
 """Relative Frobenius error of 2:4 contenders, and of those that XLA rounds where it likes."""
@@ -62,6 +62,9 @@ class Settings:
     sampling: Sampling
     seconds: float
     """After which no further rival without 2:4 is compiled, and no further breakdown made."""
+    weight_gradient: RoutedWeightGradient = "dense"
+    """Of the 2:4 networks: activations in the weight-gradient products."""
+    dense_neurons: float = 0.05
     smoke: bool = False
 
 
@@ -102,7 +105,13 @@ class _Clock:
 
 
 def _sparsity(settings: Settings, m: int, backend: registry.Backend | None = None) -> Sparsity:
-    return Sparsity(m=m, v=settings.v, backend=backend)
+    return Sparsity(
+        m=m,
+        v=settings.v,
+        backend=backend,
+        weight_gradient=settings.weight_gradient,
+        dense_neurons=settings.dense_neurons,
+    )
 
 
 class _Kernels:
@@ -355,8 +364,19 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument(
         "--seconds", type=float, default=110.0, help="after which only 2:4 networks are timed"
     )
+    parser.add_argument(
+        "--weight-gradient",
+        choices=("dense", "tokens24"),
+        default="dense",
+        help="activations in the 2:4 networks' weight gradients: dense, or 2:4 along tokens",
+    )
+    parser.add_argument(
+        "--dense-neurons", type=float, default=0.05, help="share that tokens24 leaves dense"
+    )
     options = parser.parse_args(arguments)
     backends, sampling = contenders(parser, options)
+    if not 0 <= options.dense_neurons <= 1:
+        parser.error(f"--dense-neurons {options.dense_neurons} must be between 0 and 1")
     if not set(options.blocks) <= {8, 16, 32}:
         parser.error(f"--blocks {options.blocks} must be of 8, 16, 32")
     models = smoke_models() if options.smoke else full_models(options.steps)
@@ -369,6 +389,8 @@ def main(arguments: list[str] | None = None) -> None:
         backends=backends,
         sampling=sampling,
         seconds=options.seconds,
+        weight_gradient=options.weight_gradient,
+        dense_neurons=options.dense_neurons,
         smoke=options.smoke,
     )
     options.out.parent.mkdir(parents=True, exist_ok=True)

@@ -61,7 +61,9 @@ def sparse(sparsity: Sparsity, backward: bool) -> Network:
 
         def network(x: Array, w1: Array, w2: Array) -> Array:
             expert = assign_tokens(x, o.centers, o.bias, sparsity.metric)
-            plan = plan_tokens(expert, sparsity.num_experts, sparsity.v)
+            plan = plan_tokens(
+                expert, sparsity.num_experts, sparsity.v, spread=sparsity.spread_tokens
+            )
             return routed_ffn(x, w1, w2, None, packed, plan, sparsity)
 
         return _both(network, o.dy, o.x, o.w1, o.w2) if backward else network(o.x, o.w1, o.w2)

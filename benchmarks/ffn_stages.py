@@ -44,6 +44,7 @@ STEP = (
     Stage("permute dY3", "stack", backward=True),
     Stage("dY1 = 2 sqrt(Y2) (dY3 W2^T)", "up_backward", backward=True, product=True),
     Stage("dX = dY1 W1^T", "down", backward=True, product=True),
+    Stage("count, choose the densest neurons", "densest", backward=True),
     Stage("dW2 = Y2^T dY3", "weight_gradient", backward=True, product=True),
     Stage("dW1 = dY1^T X", "weight_gradient", backward=True, product=True),
 )
@@ -57,7 +58,8 @@ class Stages:
         module = grouped.module(backend)
 
         def route(x, centers, bias):
-            return plan_tokens(assign_tokens(x, centers, bias, sparsity.metric), experts, v)
+            expert = assign_tokens(x, centers, bias, sparsity.metric)
+            return plan_tokens(expert, experts, v, spread=sparsity.spread_tokens)
 
         def pack(w, beta):
             return grouped.pack_weight(w, beta, sparsity, dtype=jnp.bfloat16, kernels=backend)
@@ -77,10 +79,16 @@ class Stages:
                 tokens=plan.inverse.shape[0],
             ),
             "up_backward": module.up24_backward,
-            "weight_gradient": lambda y, g, offsets: module.weight_gradient(
-                y, g, offsets, num_experts=experts
-            ),
         }
+        if sparsity.weight_gradient == "dense":
+            functions["weight_gradient"] = lambda y, g, offsets: module.weight_gradient(
+                y, g, offsets, num_experts=experts
+            )
+        else:
+            functions["densest"] = lambda y2, offsets: grouped.densest(y2, offsets, sparsity)
+            functions["weight_gradient"] = lambda y, g, offsets, densest: module.weight_gradient24(
+                y, g, offsets, densest, num_experts=experts
+            )
         self.functions = {name: jax.jit(f) for name, f in functions.items()}
 
     def arguments(self, o: Operands) -> dict[str, tuple]:
@@ -105,7 +113,7 @@ class Stages:
         up_backward = (values2, metadata2, dy, y2, y2_metadata, *layout)
         gradient = (y2, dy, plan.offsets)
         down = (y2_values, y2_metadata, dense1, plan)
-        return {
+        arguments = {
             "pack": pack,
             "route": route,
             "stack": (o.x, plan),
@@ -114,6 +122,10 @@ class Stages:
             "up_backward": up_backward,
             "weight_gradient": gradient,
         }
+        if "densest" in self.functions:
+            arguments["densest"] = y2, plan.offsets
+            arguments["weight_gradient"] = *gradient, call("densest", *arguments["densest"])
+        return arguments
 
     def compile(self, shapes: Operands) -> dict[str, Any]:
         """Every function for operands of these shapes."""
@@ -138,7 +150,7 @@ def measure(
     calls = {name: jax_timed(f, *arguments[name]) for name, f in compiled.items()}
     samples = interleaved(calls, sampling)
     rows = []
-    for stage in STEP:
+    for stage in (s for s in STEP if s.function in samples):
         seconds = samples[stage.function].median
         row = {"stage": stage.name, "backward": stage.backward, "ms": 1e3 * seconds}
         if stage.product:

@@ -7,9 +7,10 @@ together: (T_pad, D) in blocks of V rows, block i of expert `block_expert[i]`; e
 offsets[e]..offsets[e+1], and the rows from offsets[E] on are unused. Every function gives zeros in
 unused rows and never reads them.
 
-Packed matrices (values, metadata) are those of `kernels.reference`. Every backend has these five
-functions with the same arguments; only the order of the rows of packed weights, within an expert,
-is a backend's own.
+Packed matrices (values, metadata) are those of `kernels.reference`. Every backend has
+`pack_weight24`, `up24`, `down24`, `up24_backward` and `weight_gradient` with the same arguments,
+and may have `weight_gradient24`; only the order of the rows of packed weights, within an expert, is
+a backend's own.
 """
 
 from __future__ import annotations
@@ -128,6 +129,20 @@ def gradient_dims(y: Array, g: Array, offsets: Array, num_experts: int) -> tuple
         expected = (num_experts + 1,)
         raise ValueError(f"{offsets.shape=}, {offsets.dtype=} must be {expected}, int32")
     return y.shape[1], g.shape[1]
+
+
+def gradient24_dims(
+    y: Array, g: Array, offsets: Array, densest: Array, num_experts: int
+) -> tuple[int, int]:
+    """(h, D) of `weight_gradient24`. ValueError unless its arguments fit."""
+    live, width = gradient_dims(y, g, offsets, num_experts)
+    if y.shape[0] % GROUP:
+        raise ValueError(f"{y.shape=}: rows must be a multiple of {GROUP}")
+    if densest.ndim != 2 or densest.shape[0] != num_experts or densest.shape[1] > live:
+        raise ValueError(f"{densest.shape=} must be ({num_experts}, at most {live})")
+    if densest.dtype != jnp.int32:
+        raise ValueError(f"{densest.dtype=} must be int32")
+    return live, width
 
 
 def expert_major(w: Array, num_experts: int) -> Array:
@@ -379,6 +394,82 @@ def weight_gradient(
     return interleaved(dw)
 
 
+def nonzeros(y: Array, offsets: Array, block: int) -> Array:
+    """How many rows of each expert are not zero, neuron by neuron.
+
+    Args:
+      y: (T_pad, h). offsets: (E + 1,) int32, multiples of `block`, which divides T_pad.
+
+    Returns:
+      (E, h) int32; unused rows are not counted.
+    """
+    rows, live = y.shape
+    if block < 1 or rows % block:
+        raise ValueError(f"{y.shape=}: rows must be a multiple of {block=}")
+    counts = jnp.sum((y != 0).reshape(rows // block, block, live), axis=1, dtype=jnp.int32)
+    first = jnp.arange(rows // block, dtype=jnp.int32) * block
+    own = (first >= offsets[:-1, None]) & (first < offsets[1:, None])
+    return jnp.sum(jnp.where(own[:, :, None], counts, 0), axis=1, dtype=jnp.int32)
+
+
+def densest_neurons(counts: Array, number: int) -> Array:
+    """The neurons of each expert with the largest counts, ties to the lower index.
+
+    Args:
+      counts: (E, h) int32, of `nonzeros`. number: how many, at most h.
+
+    Returns:
+      (E, number) int32, all different within an expert, the largest count first.
+    """
+    if counts.ndim != 2 or not 0 <= number <= counts.shape[1]:
+        raise ValueError(f"{number=} must be at most the neurons of {counts.shape=}")
+    return lax.top_k(counts, number)[1].astype(jnp.int32)
+
+
+def weight_gradient24(
+    y: Array,
+    g: Array,
+    offsets: Array,
+    densest: Array,
+    *,
+    num_experts: int,
+    config: None = None,
+) -> Array:
+    """`weight_gradient` with Y_e 2:4 along its rows, but for its densest neurons.
+
+    Of four consecutive rows of an expert a neuron keeps the two of largest magnitude, ties to the
+    lower row, NaN above every number; neurons in `densest` keep all (after arXiv 2503.16672).
+
+    Args:
+      y: (T_pad, h). g: (T_pad, D), of one dtype; T_pad a multiple of 4.
+      offsets: (E + 1,) int32, multiples of 4.
+      densest: (E, k) int32, expert-local neurons, all different, such as of `densest_neurons`.
+      num_experts: E.
+      config: none for this backend.
+
+    Returns:
+      (H, D) float32, neurons interleaved; zeros for an expert without rows.
+
+    Raises:
+      ValueError: the shapes do not fit.
+    """
+    del config
+    live, _ = gradient24_dims(y, g, offsets, densest, num_experts)
+    offsets = jnp.asarray(offsets)
+    row = jnp.arange(y.shape[0], dtype=jnp.int32)[:, None]
+    kept = jnp.where(reference.select24(y, axis=0, by="magnitude"), y, 0)
+
+    def one(_, inputs):
+        e, whole = inputs
+        own = (row >= offsets[e]) & (row < offsets[e + 1])
+        dense = jnp.zeros((live,), bool).at[whole].set(True)
+        a = jnp.where(dense, y, kept)
+        return None, _product(jnp.where(own, a, 0), jnp.where(own, g, 0), (0, 0))
+
+    _, dw = lax.scan(one, None, (jnp.arange(num_experts, dtype=jnp.int32), densest))
+    return interleaved(dw)
+
+
 def check_pack_weight24(*args, **kwargs) -> None:
     """The reference serves every device and shape."""
 
@@ -396,4 +487,8 @@ def check_up24_backward(*args, **kwargs) -> None:
 
 
 def check_weight_gradient(*args, **kwargs) -> None:
+    """The reference serves every device and shape."""
+
+
+def check_weight_gradient24(*args, **kwargs) -> None:
     """The reference serves every device and shape."""

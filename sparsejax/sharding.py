@@ -431,7 +431,7 @@ def _routed_ffn_fwd(x, w1, w2, wg, packed, centers, bias, kernels, layout):
             else:
                 own = slice(g * experts, (g + 1) * experts)
                 expert = assign_tokens(tokens, centers[own], bias[own], sparsity.metric)
-                plan = plan_tokens(expert, experts, sparsity.v)
+                plan = plan_tokens(expert, experts, sparsity.v, spread=sparsity.spread_tokens)
                 count = plan.counts
             part = _group(packed, g, layout.local_groups)
             out, kept = path.forward(tokens, part, plan, sparsity, kernels)

@@ -16,9 +16,6 @@ Gather = Literal["packed", "rows"]
 Precision = Literal["compute", "fp8"]
 """Operands of dense products: of the compute dtype, or rounded to 8 bits."""
 
-DENSE_SHARE = 0.05
-"""Share of an expert's neurons, those with most non-zeros, that `tokens24` leaves dense."""
-
 GROUP = 4
 """Elements of a 2:4 group, and live columns in a block of M."""
 
@@ -80,7 +77,10 @@ class Sparsity:
 
     weight_gradient: RoutedWeightGradient = "dense"
     """Activations in the weight-gradient products: as they are, or, tokens24, two of four tokens of
-    an expert by magnitude, but for the densest 5% of its neurons (arXiv 2503.16672)."""
+    an expert by magnitude, but for the densest of its neurons (arXiv 2503.16672)."""
+
+    dense_neurons: float = 0.05
+    """Share of an expert's neurons, those with most non-zeros, that tokens24 leaves dense."""
 
     gather: Gather = "packed"
     """What moves where parameters are fully sharded and kernels run: weights as each product reads
@@ -100,6 +100,16 @@ class Sparsity:
     def live_neurons(self, hidden: int) -> int:
         """Neurons that one token meets, h = 4 H / M (H without routing)."""
         return hidden // self.num_experts
+
+    @property
+    def spread_tokens(self) -> bool:
+        """Whether an expert's tokens are laid out so that neighbours of a text lie apart."""
+        return self.weight_gradient == "tokens24"
+
+    def densest(self, hidden: int) -> int:
+        """Neurons of an expert that tokens24 leaves dense; never fewer than the share."""
+        # Less what a product of a float may exceed the integer by.
+        return math.ceil(self.dense_neurons * self.live_neurons(hidden) - 1e-6)
 
     @property
     def density(self) -> float:
@@ -131,6 +141,8 @@ class Sparsity:
         ):
             if value not in known:
                 raise ValueError(f"{name}={value!r} must be one of {known}")
+        if not 0 <= self.dense_neurons <= 1:
+            raise ValueError(f"dense_neurons={self.dense_neurons} must be between 0 and 1")
         if self.weight_gradient == "tokens24" and self.routing and self.v % GROUP:
             raise ValueError(f"v={self.v} must be a multiple of {GROUP} for tokens24")
         if self.refresh_every < 0:

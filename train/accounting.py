@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from sparsejax.routing.tokens import padded_tokens as routed_rows
-from sparsejax.spec import DENSE_SHARE, GROUP
+from sparsejax.spec import GROUP
 from train.config import Config
 
 BYTES_FLOAT32 = 4
@@ -228,7 +228,8 @@ def ffn_products(config: Config) -> tuple[Product, ...]:
     weights, activations = (0.5 if on else 1.0 for on in (s.weights, s.activations))
     tokens = 1.0
     if s.weight_gradient == "tokens24":
-        tokens = DENSE_SHARE + (1 - DENSE_SHARE) / 2
+        whole = s.densest(m.ffn_hidden) / s.live_neurons(m.ffn_hidden)
+        tokens = whole + (1 - whole) / 2
     rows = [("Y1 = X W1", False, "W1", weights)]
     if m.gated:
         rows += [("Yg = X Wg", False, "Wg", weights)]

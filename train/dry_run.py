@@ -167,7 +167,10 @@ def _run(config: Config, vocabulary: str) -> Table:
                 (s.weights, "2:4 weights"),
                 (s.routing, f"routing to {s.num_experts} experts (M {s.m}, V {s.v})"),
                 (s.activations, "2:4 activations"),
-                (s.weight_gradient == "tokens24", "weight gradients 2:4 along tokens"),
+                (
+                    s.weight_gradient == "tokens24",
+                    f"weight gradients 2:4 along tokens but for {s.dense_neurons:.0%} of neurons",
+                ),
             )
             if wanted
         ]

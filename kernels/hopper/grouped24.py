@@ -3,6 +3,7 @@
 from kernels.hopper.grouped_common import GroupedConfig
 from kernels.hopper.grouped_down import check_down24, down24
 from kernels.hopper.grouped_dw import check_weight_gradient, weight_gradient
+from kernels.hopper.grouped_dw24 import check_weight_gradient24, weight_gradient24
 from kernels.hopper.grouped_neurons import row_order
 from kernels.hopper.grouped_pack import check_pack_weight24, pack_weight24
 from kernels.hopper.grouped_up import check_up24, up24
@@ -15,10 +16,12 @@ __all__ = [
     "check_up24",
     "check_up24_backward",
     "check_weight_gradient",
+    "check_weight_gradient24",
     "down24",
     "pack_weight24",
     "row_order",
     "up24",
     "up24_backward",
     "weight_gradient",
+    "weight_gradient24",
 ]

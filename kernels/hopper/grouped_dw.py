@@ -24,14 +24,14 @@ from kernels import reference_grouped
 from kernels.hopper import device, ptx
 from kernels.hopper import grouped_common as common
 
-_NEURONS = 128  # of a tile
-_COLUMNS = 256
-_STEP = 64  # tokens in a stage
-_PANEL_BYTES = _STEP * 128  # 64 tokens of 64 elements
-_STAGE_BYTES = (_NEURONS + _COLUMNS) // 64 * _PANEL_BYTES
-_SLOTS = 2  # staging buffers, of 64 x 32 float32, of a warpgroup
+NEURONS = 128  # of a tile
+COLUMNS = 256
+STEP = 64  # tokens in a stage
+PANEL_BYTES = STEP * 128  # 64 tokens of 64 elements
+_STAGE_BYTES = (NEURONS + COLUMNS) // 64 * PANEL_BYTES
+SLOTS = 2  # staging buffers, of 64 x 32 float32, of a warpgroup
 _SLOT_BYTES = 64 * 128
-_SHAPE = (64, _COLUMNS)
+SHAPE = (64, COLUMNS)
 
 
 def _wgmma(acc: Sequence[ir.Value], a: ir.Value, b: ir.Value, dtype: str) -> list[ir.Value]:
@@ -40,7 +40,7 @@ def _wgmma(acc: Sequence[ir.Value], a: ir.Value, b: ir.Value, dtype: str) -> lis
     num = len(acc)
     outputs = "{" + ", ".join(f"${i}" for i in range(num)) + "}"
     text = (
-        f"wgmma.mma_async.sync.aligned.m64n{_COLUMNS}k16.f32.{dtype}.{dtype} {outputs}, "
+        f"wgmma.mma_async.sync.aligned.m64n{COLUMNS}k16.f32.{dtype}.{dtype} {outputs}, "
         f"${2 * num}, ${2 * num + 1}, 1, 1, 1, 1, 1;"
     )
     constraints = ",".join(["=f"] * num + [str(i) for i in range(num)] + ["l", "l"])
@@ -49,7 +49,7 @@ def _wgmma(acc: Sequence[ir.Value], a: ir.Value, b: ir.Value, dtype: str) -> lis
     return [llvm.extractvalue(vec, out, [i]) for i in range(num)]
 
 
-def _fill(stages: int):
+def make_fill(stages: int):
     """Fills one stage with 64 tokens of Y and G, once it is empty (one thread)."""
 
     @plgpu.inline_mgpu(arg_types=(*(common.REF,) * 5, *(common.SCALAR,) * 5))
@@ -58,14 +58,14 @@ def _fill(stages: int):
         with utils.when(common.is_leader()):
             full = common.begin_fill(stages, _STAGE_BYTES, bars, slot, parity)
             for source, target, start, size in zip(
-                (y_g, g_g), (y_s, g_s), starts, (_NEURONS, _COLUMNS), strict=True
+                (y_g, g_g), (y_s, g_s), starts, (NEURONS, COLUMNS), strict=True
             ):
                 for i in range(size // 64):
                     columns = common.window(common.add(start, 64 * i), 64)
                     ctx.async_copy(
                         src_ref=source,
                         dst_ref=utils.memref_slice(target, i),
-                        gmem_slice=(common.window(token, _STEP), columns),
+                        gmem_slice=(common.window(token, STEP), columns),
                         swizzle=128,
                         barrier=full,
                         arrive=False,
@@ -75,44 +75,44 @@ def _fill(stages: int):
     return fill
 
 
-def _acc_type():
-    return plgpu.ShapeDtypeStruct(_SHAPE, jnp.float32, layout=common.ACC)
+def acc_type():
+    return plgpu.ShapeDtypeStruct(SHAPE, jnp.float32, layout=common.ACC)
 
 
-def _step(stages: int, dtype: str):
+def make_step(stages: int, dtype: str):
     """Adds a stage's products, then releases the stage before, if there is one (it is >= 0)."""
 
     @plgpu.inline_mgpu(
-        arg_types=(common.ACC, *(common.REF,) * 3, *(common.SCALAR,) * 3), return_type=_acc_type()
+        arg_types=(common.ACC, *(common.REF,) * 3, *(common.SCALAR,) * 3), return_type=acc_type()
     )
     def step(ctx, acc, y_s, g_s, bars, slot, parity, previous):
         del ctx
         slot, parity, previous = map(common.scalar, (slot, parity, previous))
         (regs,) = common.accumulators(acc)
         warpgroup = arith.divui(utils.thread_idx(), ptx.const32(ptx.WARPGROUP))
-        panel = common.mul(common.uniform(warpgroup), _PANEL_BYTES)
+        panel = common.mul(common.uniform(warpgroup), PANEL_BYTES)
         a_desc, b_desc = (
-            ptx.smem_descriptor(address, leading_bytes=_PANEL_BYTES, stride_bytes=1024, swizzle=128)
+            ptx.smem_descriptor(address, leading_bytes=PANEL_BYTES, stride_bytes=1024, swizzle=128)
             for address in (common.add(ptx.shared_address(y_s), panel), ptx.shared_address(g_s))
         )
         ptx.mbarrier_wait(common.barrier_address(bars, slot), parity)
         ptx.wgmma_fence()
-        for k16 in range(_STEP // 16):
+        for k16 in range(STEP // 16):
             a, b = (ptx.advance(d, k16 * 16 * 128) for d in (a_desc, b_desc))
             regs = _wgmma(regs, a, b, dtype)
         ptx.wgmma_commit()
         ptx.wgmma_wait(1)
         with utils.when(arith.cmpi(arith.CmpIPredicate.sge, previous, ptx.const32(0))):
             common.release(stages, bars, previous)
-        return common.from_accumulators([regs], _SHAPE)
+        return common.from_accumulators([regs], SHAPE)
 
     return step
 
 
-def _finish(stages: int):
+def make_finish(stages: int):
     """Waits for the last MMA of a tile and releases its stage, if there was one."""
 
-    @plgpu.inline_mgpu(arg_types=(common.ACC, common.REF, common.SCALAR), return_type=_acc_type())
+    @plgpu.inline_mgpu(arg_types=(common.ACC, common.REF, common.SCALAR), return_type=acc_type())
     def finish(ctx, acc, bars, previous):
         del ctx
         previous = common.scalar(previous)
@@ -120,13 +120,13 @@ def _finish(stages: int):
         regs = [ptx.pin(row) for row in common.accumulators(acc)]
         with utils.when(arith.cmpi(arith.CmpIPredicate.sge, previous, ptx.const32(0))):
             common.release(stages, bars, previous)
-        return common.from_accumulators(regs, _SHAPE)
+        return common.from_accumulators(regs, SHAPE)
 
     return finish
 
 
 @plgpu.inline_mgpu(arg_types=(common.ACC, common.REF, common.REF, *(common.SCALAR,) * 3))
-def _write(ctx, acc, out_s, out_g, block0, within0, col0):
+def write(ctx, acc, out_s, out_g, block0, within0, col0):
     """Stores a warpgroup's 64 rows, 32 columns at a time; columns beyond the edge are dropped.
 
     The rows are 16 groups of four neurons of one expert, each in a block of neurons of its own.
@@ -137,10 +137,10 @@ def _write(ctx, acc, out_s, out_g, block0, within0, col0):
     row = common.add(common.mul(warp, 16), arith.shrui(lane, ptx.const32(2)))
     quad = arith.andi(lane, ptx.const32(3))
     within = common.mul(arith.andi(quad, ptx.const32(1)), 8)
-    for chunk in range(_COLUMNS // 32):
-        slot = utils.memref_slice(out_s, chunk % _SLOTS)
+    for chunk in range(COLUMNS // 32):
+        slot = utils.memref_slice(out_s, chunk % SLOTS)
         base = common.add(ptx.shared_address(slot), within)
-        ptx.bulk_wait_read(_SLOTS - 1)
+        ptx.bulk_wait_read(SLOTS - 1)
         utils.warpgroup_barrier()
         for j in range(4):
             sixteen = common.add(arith.shrui(quad, ptx.const32(1)), 2 * j)
@@ -179,17 +179,17 @@ def weight_gradient(
     config = config or common.GroupedConfig()
     live, width = reference_grouped.gradient_dims(y, g, offsets, num_experts)
     dtype = common.ptx_name(y.dtype)
-    stages = _stages(config)
-    rows, columns = live // _NEURONS, pl.cdiv(width, _COLUMNS)
+    stages = stages_of(config)
+    rows, columns = live // NEURONS, pl.cdiv(width, COLUMNS)
     tiles = num_experts * rows * columns
     blocks = min(device.num_cores(), tiles)
 
     def body(y_g, g_g, offsets_g, out_g):
         @functools.partial(
             pl.run_scoped,
-            y_s=plgpu.SMEM((stages, _NEURONS // 64, _STEP, 64), y.dtype),
-            g_s=plgpu.SMEM((stages, _COLUMNS // 64, _STEP, 64), y.dtype),
-            out_s=plgpu.SMEM((2, _SLOTS, 16, 4, 32), jnp.float32),
+            y_s=plgpu.SMEM((stages, NEURONS // 64, STEP, 64), y.dtype),
+            g_s=plgpu.SMEM((stages, COLUMNS // 64, STEP, 64), y.dtype),
+            out_s=plgpu.SMEM((2, SLOTS, 16, 4, 32), jnp.float32),
             bars=plgpu.SMEM((2 * stages, 2), jnp.int32),
             collective_axes="wg",
         )
@@ -197,7 +197,7 @@ def weight_gradient(
             wg = lax.axis_index("wg")
             own = common.own_tiles(jnp.int32(tiles), blocks)
             common.init_barriers(stages, 2)(bars)
-            fill, step, finish = _fill(stages), _step(stages, dtype), _finish(stages)
+            fill, step, finish = make_fill(stages), make_step(stages, dtype), make_finish(stages)
 
             def part(i):
                 """Expert, first neuron, first column, first token and steps of a tile."""
@@ -206,8 +206,8 @@ def weight_gradient(
                 rest = lax.rem(tile, jnp.int32(rows * columns))
                 row, column = common.tile_order(rest, jnp.int32(rows), columns, config.width)
                 token0, end = offsets_g[e], offsets_g[e + 1]
-                steps = lax.div(end - token0, jnp.int32(_STEP))
-                return e, row * _NEURONS, column * _COLUMNS, token0, steps
+                steps = lax.div(end - token0, jnp.int32(STEP))
+                return e, row * NEURONS, column * COLUMNS, token0, steps
 
             @pl.when(wg == 2)
             def _producer():
@@ -219,7 +219,7 @@ def weight_gradient(
                     def one(k, state):
                         slot, parity = state
                         stage = (y_s.at[slot], g_s.at[slot], bars)
-                        token = token0 + k * _STEP
+                        token = token0 + k * STEP
                         fill(y_g, g_g, *stage, slot, parity, token, neuron0, column0)
                         return common.next_stage(stages, slot, parity)
 
@@ -233,7 +233,7 @@ def weight_gradient(
 
                 def tile(i, state):
                     e, neuron0, column0, _, steps = part(i)
-                    zeros = plgpu.layout_cast(jnp.zeros(_SHAPE, jnp.float32), common.ACC)
+                    zeros = plgpu.layout_cast(jnp.zeros(SHAPE, jnp.float32), common.ACC)
 
                     def one(_, carry):
                         acc, slot, parity, previous = carry
@@ -245,7 +245,7 @@ def weight_gradient(
                     acc, slot, parity, previous = lax.fori_loop(0, steps, one, carry)
                     acc = finish(acc, bars, previous)
                     block0 = lax.div(neuron0 + wg * 64, jnp.int32(4))
-                    _write(acc, out_s.at[wg], out_g, block0, e * 4, column0)
+                    write(acc, out_s.at[wg], out_g, block0, e * 4, column0)
                     return slot, parity
 
                 lax.fori_loop(0, own, tile, (jnp.int32(0), jnp.int32(0)))
@@ -257,8 +257,8 @@ def weight_gradient(
     return call(y, g, offsets).reshape(num_experts * live, width)
 
 
-def _stages(config: common.GroupedConfig) -> int:
-    return common.fitting_stages(_STAGE_BYTES, 2 * _SLOTS * _SLOT_BYTES, config)
+def stages_of(config: common.GroupedConfig) -> int:
+    return common.fitting_stages(_STAGE_BYTES, 2 * SLOTS * _SLOT_BYTES, config)
 
 
 def check_weight_gradient(
@@ -275,4 +275,4 @@ def check_weight_gradient(
     """
     live, width = reference_grouped.gradient_dims(y, g, offsets, num_experts)
     common.check_shapes(common.TOKENS, live, width, y.dtype)
-    _stages(config or common.GroupedConfig())
+    stages_of(config or common.GroupedConfig())

@@ -279,6 +279,15 @@ def stmatrix_x4(address: ir.Value, words: Sequence[ir.Value], *, transpose: bool
     asm(None, [address, *words], ptx, "r,r,r,r,r,~{memory}")
 
 
+def ldmatrix_x4(address: ir.Value, *, transpose: bool) -> list[ir.Value]:
+    """Loads four 8x8 matrices of 16-bit elements; lane l gives a row address of matrix l/8."""
+    trans = ".trans" if transpose else ""
+    ptx = f"ldmatrix.sync.aligned.m8n8.x4{trans}.shared.b16 {{$0, $1, $2, $3}}, [$4];"
+    struct = llvm.StructType.get_literal([i32_type()] * 4)
+    out = asm(struct, [address], ptx, "=r,=r,=r,=r,r,~{memory}")
+    return [llvm.extractvalue(i32_type(), out, [i]) for i in range(4)]
+
+
 def store_shared_f32(address: ir.Value, values: Sequence[ir.Value]) -> None:
     """Stores one or two consecutive float32 values to shared memory."""
     if len(values) == 1:

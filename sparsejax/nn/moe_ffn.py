@@ -165,7 +165,9 @@ class MoEFFN(nnx.Module):
             if self.num_experts == 1:
                 plan, counts = None, jnp.full((1,), rows.shape[0], jnp.int32)
             else:
-                plan = plan_tokens(expert, self.num_experts, sparsity.v)
+                plan = plan_tokens(
+                    expert, self.num_experts, sparsity.v, spread=sparsity.spread_tokens
+                )
                 counts = plan.counts
             repeated = jnp.repeat(rows, k, axis=0)
             y = routed_ffn(repeated, self.w1[...], self.w2[...], None, packed, plan, sparsity)

@@ -220,7 +220,9 @@ class RoutedFFN(nnx.Module):
         if sparsity.num_experts == 1:
             plan, counts = None, jnp.full((1,), x.shape[0], jnp.int32)
         else:
-            plan = plan_tokens(self.route(x), sparsity.num_experts, sparsity.v)
+            plan = plan_tokens(
+                self.route(x), sparsity.num_experts, sparsity.v, spread=sparsity.spread_tokens
+            )
             counts = plan.counts
         y = routed_ffn(x, w1, w2, wg, packed, plan, sparsity)
         return y.reshape(shape), RoutingStats(counts)

@@ -61,18 +61,19 @@ def _forward_rows(x: Array, w: _Weights, activations: bool) -> tuple[Array, Rows
 
 
 def _backward_rows(
-    x: Array, dy: Array, rows: Rows, w: _Weights, dense: Array | None
+    x: Array, dy: Array, rows: Rows, w: _Weights, dense: Array | None, spread: bool = False
 ) -> tuple[Array, Array, Array, Array | None]:
     """Gradients of one expert's rows: dX in x's dtype; dw1, dw2, dwg (h, D) in float32.
 
-    `dense` (h,) says which neurons' weight gradients see all tokens; None: all neurons'.
+    `dense` (h,) says which neurons' weight gradients see all tokens; None: all neurons'. `spread`
+    as for `two_of_four_tokens`.
     """
     exact = differentiate(_dot(dy, w.w2, (1, 1)), rows)
     dx = _dot(exact.dy1, w.w1, (1, 0))
     if exact.dgate is not None:
         assert w.wg is not None
         dx += _dot(exact.dgate, w.wg, (1, 0))
-    y2, dy1, dgate = exact if dense is None else exact.thinned(dense)
+    y2, dy1, dgate = exact if dense is None else exact.thinned(dense, spread)
     dw1, dw2 = _dot(dy1, x, (0, 0)), _dot(y2, dy, (0, 0))
     return dx.astype(x.dtype), dw1, dw2, None if dgate is None else _dot(dgate, x, (0, 0))
 
@@ -116,10 +117,11 @@ def backward(
     weights = _weights(packed)
     dense = None
     if sparsity.weight_gradient == "tokens24":
-        dense = _densest(saved_rows, plan, weights.w1.shape[0])
+        experts, live, _ = weights.w1.shape
+        dense = _densest(saved_rows, plan, experts, sparsity.densest(experts * live))
     if plan is None:
         own = None if dense is None else dense[0]
-        dx, *dw = _backward_rows(x, dy, saved_rows, weights.expert(0), own)
+        dx, *dw = _backward_rows(x, dy, saved_rows, weights.expert(0), own, spread=True)
         return dx, dw
 
     def block(dw, inputs):
@@ -136,9 +138,9 @@ def backward(
     return dx.reshape(-1, x.shape[1])[plan.inverse], dw
 
 
-def _densest(saved: Rows, plan: TokenPlan | None, experts: int) -> Array:
+def _densest(saved: Rows, plan: TokenPlan | None, experts: int, number: int) -> Array:
     """(E, h) bool."""
     counts = jnp.sum(nonzeros(saved), axis=-2, dtype=jnp.int32)  # of all rows, or of each block
     if plan is None:
-        return densest(counts[None])
-    return densest(jax.ops.segment_sum(counts, plan.block_expert, experts))
+        return densest(counts[None], number)
+    return densest(jax.ops.segment_sum(counts, plan.block_expert, experts), number)

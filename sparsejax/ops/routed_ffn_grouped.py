@@ -9,6 +9,9 @@ definitions in `kernels.reference_grouped`):
     up24_backward     dY1 = 2 sqrt(Y2) (dY3 W2^T) on the support of Y2, packed likewise
     weight_gradient   dW2 = Y2^T dY3 and dW1^T = dY1^T X, expert by expert
 
+and, for the option, weight_gradient24: the same with Y2 and dY1 2:4 along the tokens, but for the
+neurons with most non-zeros in Y2, whose support dY1 has as well.
+
 XLA permutes the tokens that come in, so that it can fuse the gather with its neighbours; down24
 stores what goes out where its token is.
 """
@@ -28,8 +31,9 @@ import jax.numpy as jnp
 from jax import Array
 from jax.typing import DTypeLike
 
-from kernels import registry
+from kernels import reference_grouped, registry
 from sparsejax.ops.packed_ffn import PackedFFN
+from sparsejax.ops.routed_ffn_rows import apart
 from sparsejax.routing.tokens import TokenPlan, padded_tokens
 from sparsejax.spec import Sparsity
 
@@ -114,10 +118,6 @@ def check(kernels: registry.Backend, sparsity: Sparsity, sizes: Sizes, *, gated:
             raise NotImplementedError(f"backend={kernels!r} does not serve {name}=False")
     if gated:
         raise NotImplementedError(f"backend={kernels!r} does not serve the gated form")
-    if sparsity.weight_gradient != "dense":
-        raise NotImplementedError(
-            f"backend={kernels!r} does not serve weight_gradient={sparsity.weight_gradient!r}"
-        )
     if kernels not in registry.available_backends():
         raise NotImplementedError(
             f"backend={kernels!r} does not run on a device of compute capability "
@@ -152,7 +152,16 @@ def check(kernels: registry.Backend, sparsity: Sparsity, sizes: Sizes, *, gated:
     functions.check_up24(*weight, x, *layout)
     functions.check_down24(half, kept, dense, *layout)
     functions.check_up24_backward(*weight, x, y2, kept, *layout)
-    functions.check_weight_gradient(y2, x, layout[0], num_experts=experts)
+    if sparsity.weight_gradient == "dense":
+        functions.check_weight_gradient(y2, x, layout[0], num_experts=experts)
+        return
+    check_24 = getattr(functions, "check_weight_gradient24", None)
+    if check_24 is None:
+        raise NotImplementedError(
+            f"backend={kernels!r} does not serve weight_gradient={sparsity.weight_gradient!r}"
+        )
+    densest = array(experts, sparsity.densest(sizes.hidden), dtype=jnp.int32)
+    check_24(y2, x, layout[0], densest, num_experts=experts)
 
 
 def _m(sparsity: Sparsity) -> int:
@@ -259,21 +268,34 @@ def _layout(tokens: int, plan: TokenPlan | None, sparsity: Sparsity) -> _Layout:
 
 
 def stack(x: Array, plan: TokenPlan | None, sparsity: Sparsity) -> Array:
-    """Tokens (T, D) in the order of the plan, padding as zeros: (T_pad, D)."""
-    if plan is None:
-        rows = _rows(x.shape[0], sparsity)
-        return jnp.pad(x, ((0, rows - x.shape[0]), (0, 0)))
+    """Tokens (T, D) in the order of their rows, padding as zeros: (T_pad, D)."""
+    rows = _order(x.shape[0], plan, sparsity)
+    if rows is None:
+        padding = _rows(x.shape[0], sparsity) - x.shape[0]
+        return jnp.pad(x, ((0, padding), (0, 0)))
     # Indices are never negative; padding lies one past the end and is filled.
-    return x.at[plan.permutation].get(mode="fill", fill_value=0, wrap_negative_indices=False)
+    return x.at[rows].get(mode="fill", fill_value=0, wrap_negative_indices=False)
 
 
-def _down(functions, values, metadata, w, layout: _Layout, tokens: int, plan: TokenPlan | None):
+def _order(tokens: int, plan: TokenPlan | None, sparsity: Sparsity) -> Array | None:
+    """(T_pad,) the token of each row, T for padding; None: as they came, and padding behind."""
+    if plan is not None:
+        return plan.permutation
+    return apart(tokens, _rows(tokens, sparsity)) if sparsity.spread_tokens else None
+
+
+def densest(y2: Array, offsets: Array, sparsity: Sparsity) -> Array:
+    """(E, k) int32: the neurons of each expert that stay dense along tokens; y2 (T_pad, h)."""
+    number = sparsity.densest(y2.shape[1] * sparsity.num_experts)
+    counts = reference_grouped.nonzeros(y2, offsets, sparsity.v)
+    return reference_grouped.densest_neurons(counts, number)
+
+
+def _down(functions, values, metadata, w, layout: _Layout, tokens: int, order: Array | None):
     """Y W (T, D) in the order of the tokens."""
-    if plan is None:
+    if order is None:
         return functions.down24(values, metadata, w, *layout)[:tokens]
-    return functions.down24(
-        values, metadata, w, *layout, permutation=plan.permutation, tokens=tokens
-    )
+    return functions.down24(values, metadata, w, *layout, permutation=order, tokens=tokens)
 
 
 def forward(
@@ -288,10 +310,10 @@ def forward(
 
     def network(x: Array, packed: PackedFFN, plan: TokenPlan | None) -> tuple[Array, Saved]:
         tokens = x.shape[0]
-        layout = _layout(tokens, plan, sparsity)
+        layout, order = _layout(tokens, plan, sparsity), _order(tokens, plan, sparsity)
         x = stack(x, plan, sparsity)
         y2, values, metadata = functions.up24(packed.w1.values, packed.w1.metadata, x, *layout)
-        y3 = _down(functions, values, metadata, packed.w2.dense, layout, tokens, plan)
+        y3 = _down(functions, values, metadata, packed.w2.dense, layout, tokens, order)
         return y3, Saved(x, y2, metadata)
 
     return _batchable(network, kernels)(x, packed, plan)
@@ -310,16 +332,25 @@ def backward(
 
     def network(dy, saved, packed, plan):
         tokens = dy.shape[0]
-        layout = _layout(tokens, plan, sparsity)
+        layout, order = _layout(tokens, plan, sparsity), _order(tokens, plan, sparsity)
 
-        def weight_gradient(y: Array, g: Array) -> Array:
-            return functions.weight_gradient(y, g, layout.offsets, num_experts=sparsity.num_experts)
+        experts = {"num_experts": sparsity.num_experts}
+        if sparsity.weight_gradient == "dense":
+
+            def weight_gradient(y: Array, g: Array) -> Array:
+                return functions.weight_gradient(y, g, layout.offsets, **experts)
+        else:
+            # Both products leave the same neurons dense.
+            dense = densest(saved.y2, layout.offsets, sparsity)
+
+            def weight_gradient(y: Array, g: Array) -> Array:
+                return functions.weight_gradient24(y, g, layout.offsets, dense, **experts)
 
         dy = stack(dy, plan, sparsity)
         dy1, values = functions.up24_backward(
             packed.w2.values, packed.w2.metadata, dy, saved.y2, saved.metadata, *layout
         )
-        dx = _down(functions, values, saved.metadata, packed.w1.dense, layout, tokens, plan)
+        dx = _down(functions, values, saved.metadata, packed.w1.dense, layout, tokens, order)
         return dx, weight_gradient(dy1, saved.x), weight_gradient(saved.y2, dy)
 
     dx, dw1, dw2 = _batchable(network, kernels)(dy, saved, packed, plan)

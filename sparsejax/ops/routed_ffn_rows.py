@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import NamedTuple
 
 import jax
@@ -10,8 +9,9 @@ import jax.numpy as jnp
 from jax import Array
 from jax.typing import DTypeLike
 
+from kernels import reference_grouped
 from sparsejax.prune import select24
-from sparsejax.spec import DENSE_SHARE, GROUP
+from sparsejax.spec import GROUP
 from sparsejax.vnm import kept_pairs, spread_pairs
 
 
@@ -35,9 +35,9 @@ class Differentiated(NamedTuple):
     dy1: Array
     dgate: Array | None
 
-    def thinned(self, dense: Array) -> Differentiated:
-        """For the weight gradients, `two_of_four_tokens` of each; `dense` as there."""
-        thin = lambda a: two_of_four_tokens(a, dense)
+    def thinned(self, dense: Array, spread: bool = False) -> Differentiated:
+        """For the weight gradients, `two_of_four_tokens` of each; `dense`, `spread` as there."""
+        thin = lambda a: two_of_four_tokens(a, dense, spread)
         return jax.tree.map(thin, self)
 
 
@@ -90,23 +90,35 @@ def nonzeros(rows: Rows) -> Array:
     return (live if rows.positions is None else spread_pairs(live, rows.positions)) > 0
 
 
-def densest(counts: Array) -> Array:
-    """(E, h) bool: the neurons of each expert with most non-zeros, ties to the lower index.
+def densest(counts: Array, number: int) -> Array:
+    """(E, h) bool: so many neurons of each expert, with most non-zeros, ties to the lower index.
 
     Args:
-      counts: (E, h) non-zeros of each neuron.
+      counts: (E, h) non-zeros of each neuron. number: at most h.
     """
-    live = counts.shape[1]
-    order = jnp.argsort(-counts, axis=1, stable=True)
-    rank = jnp.argsort(order, axis=1)
-    return rank < math.ceil(DENSE_SHARE * live)
+    chosen = reference_grouped.densest_neurons(counts.astype(jnp.int32), number)
+    expert = jnp.arange(counts.shape[0])[:, None]
+    return jnp.zeros(counts.shape, bool).at[expert, chosen].set(True)
 
 
-def two_of_four_tokens(a: Array, dense: Array) -> Array:
+def apart(tokens: int, rows: int) -> Array:
+    """(rows,) int32: the token that a row holds so that four in a row are far apart in a text.
+
+    Of T tokens, those of rows 4 r .. 4 r + 3 are r, r + n, r + 2 n, r + 3 n, with n = ceil(T / 4);
+    T where there is none.
+    """
+    quarter = -(-tokens // GROUP)
+    row = jnp.arange(rows, dtype=jnp.int32)
+    token = row % GROUP * quarter + row // GROUP
+    return jnp.where((row < GROUP * quarter) & (token < tokens), token, tokens)
+
+
+def two_of_four_tokens(a: Array, dense: Array, spread: bool = False) -> Array:
     """`a` with two of each four tokens, by magnitude, in the columns that are not dense.
 
-    Rows r, r + n / 4, r + n / 2 and r + 3 n / 4 of n make a group: neighbours in a text are alike,
-    and would be dropped or kept together.
+    Four rows that follow each other make a group. Where they are tokens as they came, `spread`
+    makes the groups of `apart`, with ties to the lower token: neighbours in a text are alike, and
+    would be dropped or kept together. Rows of a plan are spread already (`plan_tokens`).
 
     Args:
       a: (n, h) of one expert, n a multiple of 4 once padded with zeros.
@@ -114,5 +126,6 @@ def two_of_four_tokens(a: Array, dense: Array) -> Array:
     """
     rows, live = a.shape
     padded = jnp.pad(a, ((0, -rows % GROUP), (0, 0)))
-    keep = select24(padded.reshape(GROUP, -1, live), 0, "magnitude").reshape(padded.shape)
+    axis, shape = (0, (GROUP, -1, live)) if spread else (1, (-1, GROUP, live))
+    keep = select24(padded.reshape(shape), axis, "magnitude").reshape(padded.shape)
     return jnp.where(keep[:rows] | dense, a, jnp.zeros((), a.dtype))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from functools import partial
 from typing import NamedTuple, get_args
 
@@ -12,6 +13,9 @@ from jax.typing import ArrayLike
 
 from sparsejax.routing.clustering import balancing_prices
 from sparsejax.spec import Metric
+
+_STRIDES = 64
+"""Into at most so many runs are tokens cut that are laid out side by side."""
 
 _SWEEPS = 8
 """Passes over the experts' biases in one fit."""
@@ -41,6 +45,18 @@ class TokenPlan(NamedTuple):
 def padded_tokens(tokens: int, num_experts: int, v: int) -> int:
     """T_pad: the rows that `plan_tokens` lays out, for any distribution of the tokens."""
     return -(-(tokens + num_experts * (v - 1)) // v) * v
+
+
+def _visited(chosen: Array, back: bool) -> Array:
+    """Columns of (E, T) with runs of tokens side by side, or those back in their order.
+
+    The runs are as many as T has factors of two, up to a limit: a token's neighbours are then from
+    other places of the batch.
+    """
+    experts, tokens = chosen.shape
+    runs = math.gcd(tokens, _STRIDES)
+    shape = (tokens // runs, runs) if back else (runs, tokens // runs)
+    return chosen.reshape(experts, *shape).swapaxes(1, 2).reshape(experts, tokens)
 
 
 def _inverse(x: Array) -> Array:
@@ -155,8 +171,8 @@ def fit_bias(scores: Array, bias: Array) -> Array:
     return -balancing_prices(scores.T, -bias, _SWEEPS)
 
 
-@partial(jax.jit, static_argnames=("num_experts", "v"))
-def plan_tokens(expert: Array, num_experts: int, v: int) -> TokenPlan:
+@partial(jax.jit, static_argnames=("num_experts", "v", "spread"))
+def plan_tokens(expert: Array, num_experts: int, v: int, *, spread: bool = False) -> TokenPlan:
     """Lays out tokens by expert, in their order, each expert padded to a multiple of V rows.
 
     Static shapes, for any distribution: all tokens to one expert and empty experts included.
@@ -164,6 +180,9 @@ def plan_tokens(expert: Array, num_experts: int, v: int) -> TokenPlan:
     Args:
       expert: (T,) int32 in 0..E-1 (not checked under jit).
       num_experts: E. v: rows in a block, V.
+      spread: whether to take an expert's tokens from places of the batch that lie apart, T / 64 if
+        T is a multiple of 64, in turn: neighbours of one text tend to need the same neurons, which
+        is what 2:4 along tokens should not find in one group of four.
 
     Returns:
       `TokenPlan`.
@@ -179,8 +198,12 @@ def plan_tokens(expert: Array, num_experts: int, v: int) -> TokenPlan:
     rows = padded_tokens(tokens, num_experts, v)
     token = jnp.arange(tokens, dtype=jnp.int32)
     chosen = (expert == jnp.arange(num_experts, dtype=expert.dtype)[:, None]).astype(jnp.int32)
-    running = jnp.cumsum(chosen, axis=1, dtype=jnp.int32)
-    counts = running[:, -1]
+    if spread:
+        running = jnp.cumsum(_visited(chosen, back=False), axis=1, dtype=jnp.int32)
+        counts, running = running[:, -1], _visited(running, back=True)
+    else:
+        running = jnp.cumsum(chosen, axis=1, dtype=jnp.int32)
+        counts = running[:, -1]
     ends = jnp.cumsum(-(-counts // v) * v, dtype=jnp.int32)
     offsets = jnp.concatenate([jnp.zeros((1,), jnp.int32), ends])
     # The rank among the expert's tokens: summed over experts, of which one is the token's.

@@ -50,7 +50,7 @@ def test_smoke_run(tmp_path, capsys):
             assert set(row["relative_errors"]) == {"y", "dx", "dw1", "dw2"}
             assert all(0 <= e < limit for e in row["relative_errors"].values())
     stages = [r["stage"] for r in result["stages"]]
-    assert stages == [s.name for s in ffn_stages.STEP]
+    assert stages == [s.name for s in ffn_stages.STEP if s.function != "densest"]
     assert sum(s.product for s in ffn_stages.STEP) == 6
     assert sum(result["loads"][0]["loads"]) == 256
     assert {s["passes"] for s in result["summary"]} == {"forward", "forward+backward"}
@@ -100,6 +100,26 @@ def test_a_wrong_result_is_found(operands, name):
     assert (errors(operands, dense, sparsity=SPARSITY, sparse=True) > 0.1).all()
 
 
+def test_weight_gradients_along_tokens_are_checked_and_labelled(operands):
+    sparsity = Sparsity(m=16, v=64, backend="reference", weight_gradient="tokens24")
+    outputs = jax.jit(networks.sparse(sparsity, backward=True))(operands)
+    assert (errors(operands, outputs, sparsity=sparsity, sparse=True) < ffn.TOLERANCE[True]).all()
+    # They are not the dense ones.
+    found = errors(operands, outputs, sparsity=SPARSITY, sparse=True)
+    assert (np.asarray(found) < ffn.TOLERANCE[True]).tolist() == [True, True, False, False]
+
+    stages = ffn_stages.Stages(sparsity, "reference")
+    shapes = stages.arguments(operand_shapes(64, 512, 256, 4))
+    assert set(shapes) == {s.function for s in ffn_stages.STEP}
+    assert shapes["weight_gradient"][-1].shape == (4, 7)
+    result = {
+        "device": {"kind": "a"},
+        "smoke": False,
+        "settings": {"weight_gradient": "tokens24", "dense_neurons": 0.05},
+    }
+    assert ffn_report._title(result).endswith("along tokens but for 5% of neurons")
+
+
 def test_the_gated_rival_has_as_many_parameters():
     for hidden in (8192, 16_384):
         assert gated_hidden(hidden) % 128 == 0
@@ -111,11 +131,14 @@ def test_the_gated_rival_has_as_many_parameters():
 @pytest.mark.skipif(
     importlib.util.find_spec("kernels.hopper.grouped24") is None, reason="no kernels yet"
 )
-@pytest.mark.parametrize(("width", "hidden", "m"), [(2048, 8192, 32), (4096, 16_384, 8)])
-def test_full_width_lowers_for_hopper(width, hidden, m):
+@pytest.mark.parametrize(
+    ("width", "hidden", "m", "option"),
+    [(2048, 8192, 32, "dense"), (4096, 16_384, 8, "dense"), (2048, 8192, 16, "tokens24")],
+)
+def test_full_width_lowers_for_hopper(width, hidden, m, option):
     """What a GPU run compiles first, where no device time is at stake."""
     shapes = operand_shapes(width, hidden, 16_384, m // 4)
-    sparsity = Sparsity(m=m, v=128, backend="hopper")
+    sparsity = Sparsity(m=m, v=128, backend="hopper", weight_gradient=option)
     gpu = jax.sharding.AbstractDevice("NVIDIA H100 80GB HBM3", num_cores=132, platform="gpu")
     mesh = jax.sharding.AbstractMesh((), (), abstract_device=gpu)
     with registry.assume_capability((9, 0)), jax.sharding.use_abstract_mesh(mesh):

@@ -43,6 +43,7 @@ def shuffle(a: np.ndarray, mask: np.ndarray, clamp: np.ndarray, members: np.ndar
 
 
 OPERATIONS: dict[str, Callable[..., np.ndarray]] = {
+    "setp.gt.u32": lambda a, b: a > b,
     "setp.gt.f32": lambda a, b: floats(a) > floats(b),
     "setp.ge.f32": lambda a, b: floats(a) >= floats(b),
     "setp.ne.b32": lambda a, b: a != b,

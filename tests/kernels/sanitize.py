@@ -60,6 +60,9 @@ def grouped(backend: str) -> None:
     dy1, dy1_values = functions.up24_backward(values, metadata, dy, y2, y2_metadata, *layout)
     dw = functions.weight_gradient(y2, dy, offsets, num_experts=2)
     finite(dense, y2, y3, by_token, dy1, dy1_values, dw)
+    if hasattr(functions, "weight_gradient24"):
+        densest = jax.device_put(np.array([[3, 100], [0, 127]], np.int32))
+        finite(functions.weight_gradient24(y2, dy, offsets, densest, num_experts=2))
 
 
 def fp8(backend: str) -> None:

@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kernels import groups24
-from kernels.hopper import grouped24, grouped_common
+from kernels import groups24, reference
+from kernels.hopper import grouped24, grouped_common, grouped_dw24
 from kernels.registry import assume_capability
 from tests.kernels.ptx_words import floats, interpret, pack, prmt, words
 
@@ -25,7 +25,7 @@ SMALL = [(64, 1024, 300, 32, 128), (192, 768, 1000, 8, 256), (320, 128, 128, 4, 
 def arguments(
     d: int, hidden: int, tokens: int, m: int, v: int = 128, dtype: Any = jnp.bfloat16
 ) -> dict[str, tuple[tuple, dict]]:
-    """Arguments of the five functions, as shapes."""
+    """Arguments of the functions, as shapes."""
     experts = m // 4
     live, rows = hidden // experts, -(-(tokens + experts * (v - 1)) // v) * v
 
@@ -44,6 +44,10 @@ def arguments(
         "down24": ((array(rows, live // 2), y_metadata, array(experts, live, d), *layout), {}),
         "up24_backward": ((*packed, x, y, y_metadata, *layout), {}),
         "weight_gradient": ((y, x, layout[0]), {"num_experts": experts}),
+        "weight_gradient24": (
+            (y, x, layout[0], array(experts, live // 20, dtype=jnp.int32)),
+            {"num_experts": experts},
+        ),
         "pack_weight24": (
             (weight,),
             {"num_experts": experts, "m": m, "scale": 1.5, "dtype": dtype},
@@ -71,6 +75,7 @@ def test_lowers_for_cuda(sizes):
         "down24": ((rows, d),),
         "up24_backward": (y, packed),
         "weight_gradient": ((hidden, d),),
+        "weight_gradient24": ((hidden, d),),
         "pack_weight24": ((hidden, d // 2), (hidden // 64, d // 64, 128), (m // 4, live, d)),
     }
     for name, call in calls.items():
@@ -160,6 +165,32 @@ def test_every_tile_once(major, minor, width):
     assert order[1].max() == minor - 1
 
 
+@given(st.integers(1, 20), st.integers(0, 50), st.integers(1, 60))
+def test_every_sparse_tile_once(blocks, dense_tiles, tiles):
+    blocks = min(blocks, dense_tiles + tiles)
+    done = []
+    for block in range(blocks):
+        count, tile = grouped_dw24.sparse_tiles(jnp.int32(block), blocks, dense_tiles, tiles)
+        done += [int(tile(jnp.int32(i))) for i in range(int(count))]
+    assert sorted(done) == list(range(tiles))
+
+
+def test_blocks_with_a_dense_tile_do_two_sparse_ones_less():
+    counts = [int(grouped_dw24.sparse_tiles(jnp.int32(b), 12, 4, 76)[0]) for b in range(12)]
+    assert counts == [5] * 4 + [7] * 8
+
+
+def test_columns_of_the_experts():
+    rng = np.random.default_rng(0)
+    y = rng.standard_normal((5 * 128, 8)).astype(np.float32)
+    offsets = jnp.array([0, 256, 256, 512], jnp.int32)
+    neurons = np.array([[1, 3, 8], [0, 2, 4], [7, 6, 5]], np.int32)
+    out = grouped_dw24._gather(jnp.asarray(y), offsets, jnp.asarray(neurons))
+    np.testing.assert_array_equal(out[:256, :2], y[:256, [1, 3]])
+    assert not np.asarray(out[:256, 2]).any()
+    np.testing.assert_array_equal(out[256:512], y[256:512, [7, 6, 5]])
+
+
 def halves(word: np.ndarray) -> np.ndarray:
     """(2, n) float32 from words of two bfloat16."""
     return np.stack([floats(word << np.uint32(16)), floats(word & np.uint32(0xFFFF0000))])
@@ -206,6 +237,28 @@ def test_choice_keeps_a_nan():
         groups24.CHOOSE.replace("DTYPE", "bf16"), {f"${2 + i}": words(x[i]) for i in range(4)}
     )
     assert np.isnan(halves(out["$0"])).any(axis=0).all()
+
+
+@pytest.mark.parametrize("swapped", [False, True])
+def test_choice_of_two_of_four_rows(swapped):
+    x = groups()
+    x[:, -4:] = np.diag([np.nan] * 4) + np.array([[1], [2], [-3], [np.inf]], np.float32)
+    x = x.astype(ml_dtypes.bfloat16).astype(np.float32)
+    words_of = [pack(x[0], x[1]), pack(x[2], x[3])]
+    order = grouped_dw24.SWAPPED if swapped else grouped_dw24.IN_ORDER
+    inputs = {"$2": words_of[swapped], "$3": words_of[not swapped]}
+    inputs |= {f"${4 + i}": np.full(x.shape[1], c, np.uint32) for i, c in enumerate(order)}
+    out = interpret(grouped_dw24.CHOOSE, inputs)
+
+    expected = np.asarray(reference.select24(x, axis=0, by="magnitude"))
+    columns = np.arange(x.shape[1])
+    lower, higher = (out["$1"] >> np.uint32(s) & np.uint32(3) for s in (28, 30))
+    assert (lower < higher).all()
+    kept = np.zeros_like(expected)
+    kept[lower, columns] = kept[higher, columns] = True
+    np.testing.assert_array_equal(kept, expected)
+    pair = np.stack([x[lower, columns], x[higher, columns]])
+    np.testing.assert_array_equal(halves(out["$0"]), pair)
 
 
 def test_gradient_of_the_squared_relu():

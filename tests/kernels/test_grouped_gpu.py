@@ -181,6 +181,31 @@ def test_weight_gradient(problem):
             assert not np.asarray(reference_grouped.expert_major(out, problem.experts)[e]).any()
 
 
+@pytest.mark.parametrize("share", [0.0, 0.05, 0.6])
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+def test_weight_gradient_along_tokens(problem, share, dtype):
+    functions = problem.functions
+    if not hasattr(functions, "weight_gradient24"):
+        pytest.skip("the backend has no such function")
+    y2, _, _ = functions.up24(*problem.packed[:2], problem.x, *problem.layout)
+    # Of either sign, as dY1 is, and with ties.
+    sign = jnp.where(draw(4, *y2.shape) < 0, -1, 1)
+    y = (sign * y2.astype(jnp.float32)).at[:, ::7].set(jnp.round(draw(5, *y2.shape))[:, ::7])
+    unused = jnp.arange(problem.rows)[:, None] >= problem.used
+    y = jnp.where(unused, jnp.nan, y).astype(dtype)
+    counts = reference_grouped.nonzeros(y, problem.offsets, 128)
+    densest = reference_grouped.densest_neurons(counts, round(share * problem.live))
+    operands = (y, problem.dy.astype(dtype), problem.offsets, densest)
+    run = jax.jit(lambda *a: functions.weight_gradient24(*a, num_experts=problem.experts))
+    out = run(*operands)
+    expected = reference_grouped.weight_gradient24(*operands, num_experts=problem.experts)
+    assert distance(out, expected) < 1e-4
+    for _ in range(5):
+        poison = jax.block_until_ready(jnp.full(out.shape, 77, out.dtype))
+        del poison
+        assert same(run(*operands), out)
+
+
 def everything(problem, x, dy):
     packed = problem.functions.pack_weight24(
         problem.w, num_experts=problem.experts, m=4 * problem.experts, scale=1.5

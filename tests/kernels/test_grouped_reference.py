@@ -141,3 +141,59 @@ def test_bad_arguments(weight):
         )
     with pytest.raises(ValueError, match=r"^offsets\.shape"):
         reference_grouped.weight_gradient(x, x, offsets, num_experts=3)
+
+
+def two_of_four(column: np.ndarray) -> np.ndarray:
+    """A neuron's rows with two of each four in a row kept, by a stable sort."""
+    out = np.zeros_like(column)
+    for first in range(0, column.size, 4):
+        best = sorted(range(first, first + 4), key=lambda t: -abs(column[t]))[:2]
+        out[best] = column[best]
+    return out
+
+
+@pytest.mark.parametrize("number", [0, 5, LIVE])
+@pytest.mark.parametrize("counts", [[70, 50], [0, 128]])
+def test_weight_gradient_along_tokens(counts, number):
+    offsets, _, rows = layout(counts)
+    used = int(offsets[-1])
+    y, g = draw(5, rows, LIVE), draw(6, rows, WIDTH)
+    y[draw(7, rows, LIVE) < 0.5] = 0
+    # Small integers: ties, and densities that differ.
+    y[:, :8] = np.round(y[:, :8])
+    y[used:], g[used:] = np.nan, np.nan
+    found = reference_grouped.nonzeros(jnp.asarray(y), offsets, V)
+    densest = reference_grouped.densest_neurons(found, number)
+    assert densest.shape == (EXPERTS, number)
+    out = reference_grouped.weight_gradient24(
+        jnp.asarray(y), jnp.asarray(g), offsets, densest, num_experts=EXPERTS
+    )
+    for e in range(EXPERTS):
+        own = slice(int(offsets[e]), int(offsets[e + 1]))
+        nonzero = (y[own] != 0).sum(axis=0)
+        np.testing.assert_array_equal(found[e], nonzero)
+        whole = sorted(range(LIVE), key=lambda n: -nonzero[n])[:number]
+        assert sorted(whole) == sorted(np.asarray(densest[e]).tolist())
+        for n in range(LIVE):
+            column = y[own, n].astype(np.float64)
+            a = column if n in whole else two_of_four(column)
+            expected = a @ g[own].astype(np.float64)
+            np.testing.assert_allclose(out[neuron(e, n)], expected, rtol=1e-4, atol=1e-4)
+
+
+def test_bad_arguments_along_tokens():
+    offsets, _, rows = layout([64, 64])
+    y, densest = jnp.zeros((rows, LIVE)), jnp.zeros((EXPERTS, 3), jnp.int32)
+    call = lambda y, densest: reference_grouped.weight_gradient24(
+        y, y, offsets, densest, num_experts=EXPERTS
+    )
+    with pytest.raises(ValueError, match="multiple of 4"):
+        call(y[:-1], densest)
+    with pytest.raises(ValueError, match=r"^densest\.shape"):
+        call(y, densest[:1])
+    with pytest.raises(ValueError, match="int32"):
+        call(y, densest.astype(float))
+    with pytest.raises(ValueError, match="number=65"):
+        reference_grouped.densest_neurons(jnp.zeros((EXPERTS, LIVE), jnp.int32), 65)
+    with pytest.raises(ValueError, match="block=7"):
+        reference_grouped.nonzeros(y, offsets, 7)

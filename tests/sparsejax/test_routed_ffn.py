@@ -72,7 +72,9 @@ def oracle_ffn(x, dy, w1, w2, wg, expert, sparsity: Sparsity):
 def oracle_tokens24(y2, expert, sparsity: Sparsity):
     """What a weight gradient sees of an operand (T, H): two of four tokens of a block of rows."""
     tokens, hidden = y2.shape
-    experts, v = sparsity.num_experts, sparsity.v if sparsity.routing else -(-tokens // 4) * 4
+    experts = sparsity.num_experts
+    planned = experts > 1
+    v = sparsity.v if planned else -(-tokens // 4) * 4
     owner = np.arange(hidden) % sparsity.m // 4 if sparsity.routing else np.zeros(hidden, int)
 
     def thin(a):
@@ -81,11 +83,15 @@ def oracle_tokens24(y2, expert, sparsity: Sparsity):
             mine = [t for t in range(tokens) if not sparsity.routing or expert[t] == e]
             neurons = np.flatnonzero(owner == e)
             counts = [-np.count_nonzero(y2[mine, n]) for n in neurons]
-            dense = neurons[np.argsort(counts, kind="stable")[: math.ceil(0.05 * len(neurons))]]
+            number = math.ceil(sparsity.dense_neurons * len(neurons) - 1e-6)
+            dense = neurons[np.argsort(counts, kind="stable")[:number]]
             for start, n in itertools.product(range(0, len(mine), v), neurons):
                 block = mine[start : start + v]
                 for r in range(v // 4):
-                    group = [block[i] for i in range(r, v, v // 4) if i < len(block)]
+                    # Of a plan's rows four that follow each other, of tokens as they came four that
+                    # are far apart.
+                    places = range(4 * r, 4 * r + 4) if planned else range(r, v, v // 4)
+                    group = [block[i] for i in places if i < len(block)]
                     kept = sorted(group, key=lambda t: -abs(a[t, n]))[:2]
                     for t in group if n in dense else kept:
                         out[t, n] = a[t, n]
@@ -172,7 +178,10 @@ def test_every_combination_matches_the_oracle(gated, switches):
 
 
 @pytest.mark.parametrize("gated", [False, True])
-@pytest.mark.parametrize("switches", [{}, {"activations": False}, {"routing": False}])
+@pytest.mark.parametrize(
+    "switches",
+    [{}, {"activations": False, "dense_neurons": 0.3}, {"routing": False, "dense_neurons": 0.0}],
+)
 def test_weight_gradients_of_two_of_four_tokens(gated, switches):
     sparsity = Sparsity(m=8, v=V, weight_gradient="tokens24", **switches)
     data = problem(gated, seed=5)
@@ -419,6 +428,8 @@ def test_bad_arguments():
         ({"metric": "dot"}, "metric='dot'"),
         ({"backend": "cuda"}, "backend='cuda'"),
         ({"weight_gradient": "tokens24", "v": 2}, "v=2 must be a multiple of 4"),
+        ({"dense_neurons": 1.5}, "dense_neurons=1.5"),
+        ({"dense_neurons": float("nan")}, "dense_neurons=nan"),
         ({"weight_gradient": "none"}, "weight_gradient='none'"),
         ({"refresh_every": -1}, "refresh_every=-1"),
         ({"kmeans_iterations": 0}, "kmeans_iterations=0"),
@@ -442,3 +453,6 @@ def test_sparsity_counts():
     assert Sparsity(routing=False).num_experts == 1
     assert Sparsity(routing=False).density == 0.5
     assert Sparsity(activations=False, m=8).density == 0.5
+    assert Sparsity(m=16).densest(8192) == 103
+    assert Sparsity(m=16, dense_neurons=0.1).densest(1200) == 30
+    assert Sparsity(m=4, dense_neurons=0).densest(1024) == 0

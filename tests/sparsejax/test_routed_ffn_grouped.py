@@ -2,6 +2,7 @@
 
 import collections
 import re
+import types
 import warnings
 from dataclasses import replace
 from functools import partial
@@ -74,7 +75,31 @@ def test_kernels_compose_to_the_network(m, distribution):
     assert not np.asarray(got[3])[idle].any()
 
 
-@pytest.mark.parametrize("sparsity", [Sparsity(m=16, v=V), Sparsity(routing=False, v=V)])
+@pytest.mark.parametrize(
+    ("m", "distribution", "share"), [(4, "even", 0.05), (16, "skewed", 0.05), (16, "even", 0.0)]
+)
+def test_kernels_compose_to_gradients_along_tokens(m, distribution, share):
+    sparsity = Sparsity(m=m, v=V, weight_gradient="tokens24", dense_neurons=share)
+    data = problem(m)
+    x, dy, w1, w2 = float64(data)
+    expert = experts_of(distribution, m // 4)
+    plan = make_plan(expert, sparsity)
+    got = value_and_gradients(
+        *data, plan, sparsity=sparsity, dtype=jnp.float32, kernels="reference"
+    )
+    w1, w2 = (float(b) * oracle_threshold(w) for b, w in zip(BETAS, (w1, w2), strict=False))
+    y, gradients = oracle_ffn(x, dy, w1, w2, None, expert, sparsity)
+    assert_close(got, [y, *gradients], 1e-5)
+
+
+@pytest.mark.parametrize(
+    "sparsity",
+    [
+        Sparsity(m=16, v=V),
+        Sparsity(routing=False, v=V),
+        Sparsity(m=16, v=V, weight_gradient="tokens24"),
+    ],
+)
 def test_both_paths_agree_in_bfloat16(sparsity):
     data = problem()
     plan = make_plan(experts_of("skewed", sparsity.num_experts), sparsity)
@@ -187,17 +212,42 @@ def test_options_without_kernels_fall_back_visibly(changes, gated, reason):
             assert routed_ffn_grouped.choose(sparsity, SIZES, gated=gated) is None
 
 
+def test_gradients_along_tokens_choose_their_backend(monkeypatch):
+    sparsity = Sparsity(v=128, weight_gradient="tokens24")
+    sizes = SIZES._replace(hidden=2048)
+    with registry.assume_capability((9, 0)):
+        assert routed_ffn_grouped.choose(sparsity, sizes, gated=False) == "hopper"
+
+    # A backend with the five functions only.
+    names = "pack_weight24", "up24", "down24", "up24_backward", "weight_gradient"
+    five = types.SimpleNamespace(**{f"check_{name}": lambda *_, **__: None for name in names})
+    monkeypatch.setattr(routed_ffn_grouped, "module", lambda _: five)
+    monkeypatch.setattr(routed_ffn_grouped, "_reported", set())
+    reason = "does not serve weight_gradient='tokens24'"
+    with registry.assume_capability((8, 0)):
+        dense = replace(sparsity, weight_gradient="dense")
+        assert routed_ffn_grouped.choose(dense, sizes, gated=False) == "triton"
+        with pytest.raises(NotImplementedError, match=reason):
+            routed_ffn_grouped.choose(replace(sparsity, backend="triton"), sizes, gated=False)
+        with pytest.warns(registry.FallbackWarning, match=reason):
+            assert routed_ffn_grouped.choose(sparsity, sizes, gated=False) is None
+
+
 @pytest.mark.parametrize(
-    ("capability", "target", "downs", "spare"),
+    ("capability", "target", "downs", "spare", "option"),
     # Rematerialisation does not need the down of the forward pass. JAX leaves it out of triton's
     # calls, which have a batching rule, and lowers what it has cut down once more; of others XLA
     # leaves it out.
-    [((9, 0), r"custom_call @mosaic_gpu", 3, 0), ((8, 0), r"custom_call @[\w$.]*triton", 2, 2)],
-    ids=["hopper", "triton"],
+    [
+        ((9, 0), r"custom_call @mosaic_gpu", 3, 0, "dense"),
+        ((9, 0), r"custom_call @mosaic_gpu", 3, 0, "tokens24"),
+        ((8, 0), r"custom_call @[\w$.]*triton", 2, 2, "dense"),
+    ],
+    ids=["hopper", "hopper-along-tokens", "triton"],
 )
-def test_lowers_for_a_gpu_on_any_machine(capability, target, downs, spare):
+def test_lowers_for_a_gpu_on_any_machine(capability, target, downs, spare, option):
     """All five kernels, under scan, remat, donation and vmap."""
-    sparsity = Sparsity(m=16, v=128)
+    sparsity = Sparsity(m=16, v=128, weight_gradient=option)
     width, hidden, tokens = 256, 2048, 1024
 
     def step(weights, x, dy, centers):
@@ -229,12 +279,13 @@ def test_lowers_for_a_gpu_on_any_machine(capability, target, downs, spare):
         text = trace.lower(lowering_platforms=("cuda",)).as_text()
         stacked = jax.tree.map(lambda a: jax.ShapeDtypeStruct((2, *a.shape), a.dtype), arguments)
         jax.jit(jax.vmap(step)).trace(*stacked).lower(lowering_platforms=("cuda",))
+    gradient = "weight_gradient" if option == "dense" else "weight_gradient24"
     names = re.findall(r"call @(\w+24|weight_gradient|up24_backward)(?:_\d+)?\(", text)
     calls = {name: count for name, count in collections.Counter(names).items() if "_24" not in name}
     # Two packings; up and down, and up again for the backward pass; backward: up, down, two weight
     # gradients.
     assert calls == {
-        "pack_weight24": 2, "up24": 2, "down24": downs, "up24_backward": 1, "weight_gradient": 2
+        "pack_weight24": 2, "up24": 2, "down24": downs, "up24_backward": 1, gradient: 2
     }  # fmt: skip
     # Each is lowered once, for all of its calls and layers.
     assert len(calls) <= len(re.findall(target, text)) <= len(calls) + spare
@@ -244,10 +295,11 @@ def test_lowers_for_a_gpu_on_any_machine(capability, target, downs, spare):
 @pytest.mark.parametrize("backend", ["hopper", "triton"])
 @pytest.mark.parametrize("distribution", ["even", "skewed", "all_to_last"])
 @pytest.mark.parametrize("m", [4, 8, 16, 32])
-def test_backends_on_a_gpu(backend, m, distribution):
+@pytest.mark.parametrize("option", ["dense", "tokens24"])
+def test_backends_on_a_gpu(backend, m, distribution, option):
     """Named kernels against the path in jax.numpy, T no multiple of V; and bit for bit twice."""
     hidden, width, tokens = 2048, 256, 1000
-    sparsity = Sparsity(m=m, v=128, backend=backend)
+    sparsity = Sparsity(m=m, v=128, backend=backend, weight_gradient=option)
     sizes = routed_ffn_grouped.Sizes(width, hidden, jnp.dtype(jnp.bfloat16), tokens)
     try:
         routed_ffn_grouped.check(backend, sparsity, sizes, gated=False)

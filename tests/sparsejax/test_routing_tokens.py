@@ -1,5 +1,7 @@
 """Token assignment, load evening and the plan, against numpy."""
 
+import math
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -206,3 +208,22 @@ def test_biases_of_too_few_tokens_are_not_fitted():
     with pytest.raises(ValueError, match="must be"):
         fit_bias(jnp.zeros((8, 4)), jnp.zeros(3))
     np.testing.assert_array_equal(fit_bias(jnp.ones((8, 1)), jnp.zeros(1)), [0.0])
+
+
+@pytest.mark.parametrize("tokens", [512, 500, 7])
+def test_spread_tokens_have_neighbours_from_elsewhere(tokens):
+    expert = np.random.default_rng(0).integers(0, 3, tokens).astype(np.int32)
+    plan = plan_tokens(jnp.array(expert), 4, 8, spread=True)
+    plain = plan_tokens(jnp.array(expert), 4, 8)
+    for name in ("block_expert", "counts", "offsets"):
+        np.testing.assert_array_equal(getattr(plan, name), getattr(plain, name))
+    np.testing.assert_array_equal(plan.permutation[plan.inverse], np.arange(tokens))
+    permutation = np.asarray(plan.permutation)
+    runs = math.gcd(tokens, 64)
+    for e in range(4):
+        first = int(plan.offsets[e])
+        own = permutation[first : first + int(plan.counts[e])]
+        assert sorted(own) == list(np.flatnonzero(expert == e))
+        # Place in a run first, then the run.
+        order = sorted(own, key=lambda t: (t % (tokens // runs), t // (tokens // runs)))
+        np.testing.assert_array_equal(own, order)

@@ -109,10 +109,15 @@ def test_products_of_a_sparse_step():
         ({"weights": False, "activations": False}, 1 / 4),
         ({"weights": False, "activations": False, "routing": False}, 1),
         ({"m": 32}, (4 * 0.5 + 2) / 6 / 8),
-        ({"weight_gradient": "tokens24", "m": 8}, (4 * 0.5 + 2 * 0.525) / 6 / 2),
+        ({"weight_gradient": "tokens24", "dense_neurons": 0.25}, (4 * 0.5 + 2 * 0.625) / 6 / 4),
         (
-            {"weight_gradient": "tokens24", "weights": False, "routing": False},
-            (2 * 0.5 + 2 + 2 * 0.525) / 6,
+            {
+                "weight_gradient": "tokens24",
+                "dense_neurons": 0.5,
+                "weights": False,
+                "routing": False,
+            },
+            (2 * 0.5 + 2 + 2 * 0.75) / 6,
         ),
     ],
 )
