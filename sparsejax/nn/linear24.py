@@ -11,8 +11,9 @@ from jax.nn.initializers import Initializer
 from jax.typing import DTypeLike
 
 from kernels.registry import Backend
+from sparsejax import fp8
 from sparsejax.formats import Sparse24, pack
-from sparsejax.ops.matmul24 import SampledOperand, matmul24
+from sparsejax.ops.matmul24 import Precision, SampledOperand, matmul24
 from sparsejax.prune import soft_threshold_beta
 from sparsejax.spec import GROUP, WeightGradient
 
@@ -42,6 +43,7 @@ class Linear24(nnx.Module):
         bias_init: Initializer | None = None,
         weight_gradient: WeightGradient = "dense",
         sampled: SampledOperand = "dy",
+        precision: Precision | None = None,
         backend: Backend | None = None,
         rngs: nnx.Rngs,
     ):
@@ -54,7 +56,7 @@ class Linear24(nnx.Module):
           use_bias: adds a bias.
           dtype: of the products' operands and of the result. param_dtype: of the parameters.
           kernel_init: LeCun normal where None. bias_init: zeros where None.
-          weight_gradient, sampled, backend: as in `matmul24`.
+          weight_gradient, sampled, precision, backend: as in `matmul24`, of the sparse call.
           rngs: stream `params`.
 
         Raises:
@@ -73,6 +75,7 @@ class Linear24(nnx.Module):
         self.dtype = jnp.dtype(dtype)
         self.weight_gradient = weight_gradient
         self.sampled = sampled
+        self.precision = precision
         self.backend = backend
         kernel_init = kernel_init or nnx.initializers.lecun_normal()
         bias_init = bias_init or nnx.initializers.zeros_init()
@@ -93,7 +96,7 @@ class Linear24(nnx.Module):
             axis=self.axis,
             mode="soft_threshold",
             scale=self.beta[...],
-            dtype=self.dtype,
+            dtype=fp8.FORWARD if self.precision == "fp8" else self.dtype,
             backend=self.backend,
         )
 
@@ -132,6 +135,7 @@ class Linear24(nnx.Module):
                 sampled=self.sampled,
                 key=key,
                 dtype=self.dtype,
+                precision=self.precision,
                 backend=self.backend,
             )
         else:

@@ -10,6 +10,7 @@ M = 4 E, and k T rows are routed instead of T.
 
 from __future__ import annotations
 
+import functools
 from typing import NamedTuple
 
 import jax
@@ -20,7 +21,7 @@ from jax.nn.initializers import Initializer
 from jax.typing import DTypeLike
 
 from sparsejax.nn.routed_ffn import RoutingState, RoutingStats, RoutingUpdate
-from sparsejax.ops.grouped_dot import group_rows, grouped_dot
+from sparsejax.ops.grouped_dot import GroupedBackend, group_rows, grouped_dot
 from sparsejax.ops.packed_ffn import PackedFFN
 from sparsejax.ops.relu2 import relu2
 from sparsejax.ops.routed_ffn import pack_ffn, routed_ffn
@@ -62,6 +63,7 @@ class MoEFFN(nnx.Module):
         param_dtype: DTypeLike = jnp.float32,
         kernel_init: Initializer | None = None,
         out_init: Initializer | None = None,
+        grouped_backend: GroupedBackend | None = None,
         rngs: nnx.Rngs,
     ):
         """Initialises parameters and routing state.
@@ -74,6 +76,8 @@ class MoEFFN(nnx.Module):
           dtype: of the products' operands. param_dtype: of the master weights.
           kernel_init: of the router (D, E) and of an expert's W1 (D, h); out_init: of its W2
             (h, D); LeCun normal where None. Called with (fan-in, fan-out) shapes.
+          grouped_backend: of the dense experts' products, as for `grouped_dot`; `sparsity.backend`
+            is that of the sparse ones.
           rngs: stream `params`.
 
         Raises:
@@ -94,6 +98,7 @@ class MoEFFN(nnx.Module):
         self.experts_per_token = experts_per_token
         self.sparsity = sparsity
         self.dtype = jnp.dtype(dtype)
+        self.grouped_backend = grouped_backend
         kernel_init = kernel_init or nnx.initializers.lecun_normal()
         out_init = out_init or nnx.initializers.lecun_normal()
         live = hidden // num_experts
@@ -180,8 +185,9 @@ class MoEFFN(nnx.Module):
         order, inverse, counts = group_rows(expert, self.num_experts)
         by_expert = lambda w: to_expert_major(w.astype(self.dtype), 0, self.num_experts)
         x = rows[order // self.experts_per_token]
-        y2 = relu2(grouped_dot(x, by_expert(self.w1[...]).swapaxes(1, 2), counts))
-        return grouped_dot(y2, by_expert(self.w2[...]), counts)[inverse], counts
+        product = functools.partial(grouped_dot, sizes=counts, backend=self.grouped_backend)
+        y2 = relu2(product(x, by_expert(self.w1[...]).swapaxes(1, 2)))
+        return product(y2, by_expert(self.w2[...]))[inverse], counts
 
     def begin_sparse(self) -> RoutingUpdate:
         """Sets beta: what the first sparse step needs. Experts are what they are: no neuron moves.

@@ -128,3 +128,15 @@ def test_call_refuses():
         module(jnp.ones((3, 8)), sparse=True)
     with pytest.raises(ValueError, match="no packed weight"):
         module(X, sparse=False, packed=module.pack())
+
+
+def test_in_8_bits():
+    layer = Linear24(64, 32, precision="fp8", rngs=nnx.Rngs(params=0))
+    x = jax.random.normal(jax.random.key(1), (8, 64), jnp.bfloat16)
+    packed = layer.pack()
+    assert packed.dtype == jnp.float8_e4m3fn
+    y = layer(x, sparse=True)
+    np.testing.assert_array_equal(y, layer(x, sparse=True, packed=packed))
+    plain = Linear24(64, 32, rngs=nnx.Rngs(params=0))(x, sparse=True).astype(jnp.float32)
+    error = jnp.linalg.norm(y.astype(jnp.float32) - plain) / jnp.linalg.norm(plain)
+    assert 1e-3 < float(error) < 0.08
