@@ -209,8 +209,9 @@ class _Layout:
             return x
         return jax.lax.all_gather(x, name, axis=axis, tiled=True)
 
-    def scatter_gradient(self, dw: Array, dtype: DTypeLike) -> Array:
-        """Partial (H, D) of this device's tokens to the whole sum's part that it stores.
+    def scatter_gradient(self, dw: Array, dtype: DTypeLike, dimension: int = 1) -> Array:
+        """Partial gradient of this device's tokens, such as (H, D), to the whole sum's part that it
+        stores, spread along `dimension`.
 
         What moves between devices is rounded to `dtype`, as a dense layer's gradient is.
         """
@@ -218,7 +219,7 @@ class _Layout:
             return dw
         dw = dw.astype(dtype)
         if self.size(self.axes.shard) > 1:
-            dw = jax.lax.psum_scatter(dw, self.axes.shard, scatter_dimension=1, tiled=True)
+            dw = jax.lax.psum_scatter(dw, self.axes.shard, scatter_dimension=dimension, tiled=True)
         return self.psum(dw, *(name for name in self.axes.batch if name != self.axes.shard))
 
     def from_first(self, tree: Any, *names: str) -> Any:

@@ -27,7 +27,8 @@ class Sparsity:
     """Which parts of a feed-forward network are sparse in the sparse phase, and how.
 
     Hashable, so that it can be a static argument of ``jax.jit`` and of a ``custom_vjp``. The three
-    switches are independent; all eight combinations work.
+    switches of the network are independent, all eight combinations work; so is that of the
+    attention around it.
     """
 
     weights: bool = True
@@ -68,6 +69,10 @@ class Sparsity:
     reestimate_beta: bool = False
     """Set the scales of the 2:4 weights anew at each refresh; False freezes those of the start of
     the sparse phase."""
+
+    attention_projections: bool = False
+    """2:4 weights in the attention's projections too: query, key, value and output matrices,
+    soft-thresholded along the width. Goes beyond arXiv 2602.06183."""
 
     kmeans_iterations: int = 10
     """Iterations of balanced k-means at the start of the sparse phase and at each refresh."""

@@ -209,9 +209,12 @@ def sparse_flops(config: Config) -> Flops:
     centers = experts * neuron_groups(config)
     similarities = config.tokens_per_step * config.model.width * centers * config.model.num_layers
     router = 2 * similarities if experts > 1 else 0
+    # Of a projection's three products a 2:4 weight serves one: forward, or the input's gradient.
+    halved = dense.projections // 6 if config.sparsity.attention_projections else 0
     return dataclasses.replace(
         dense,
         ffn=sum(product.sparse_flops for product in ffn_products(config)),
+        projections=dense.projections - halved,
         router=router,
     )
 
@@ -265,7 +268,12 @@ def recomputed_flops(config: Config, *, sparse: bool = False) -> int:
         return flops.attention // 3 if m.attention == "xla" else 0
     products = ffn_products(config)
     ffn = sum(p.sparse_flops if sparse else p.dense_flops for p in products if not p.backward)
-    return ffn + (flops.projections + flops.attention) // 3 + flops.router
+    projections = dense_flops(config).projections // 3
+    if sparse and config.sparsity.attention_projections and m.ffn != "swiglu":
+        # Forward the 2:4 weights are those of queries, keys and values.
+        weights = 2 * m.num_heads + 2 * m.kv_heads
+        projections -= projections * (weights - m.num_heads) // weights // 2
+    return ffn + projections + flops.attention // 3 + flops.router
 
 
 def neuron_groups(config: Config) -> int:
@@ -400,15 +408,18 @@ def memory(config: Config, *, devices: int | None = None, sparse: bool = False) 
     layers = m.num_layers if m.remat == "none" else 1
     ffn = count.ffn // m.num_layers
     copies = 0.0
+    packed_projections = sparse and s.attention_projections
     if size == 2:
-        dense_ffn = 0 if sparse else ffn
-        block = count.projections // m.num_layers + dense_ffn
+        block = 0 if packed_projections else count.projections // m.num_layers
+        block += 0 if sparse else ffn
         copies = size * (layers * block + count.head) / sharded
     if sparse:
         # All layers are packed once a step: a thresholded copy, and its packed form where weights
         # are 2:4.
-        packed = size / 2 + METADATA_BYTES if s.weights else 0
-        copies += count.ffn * (size + packed) / sharded
+        packed = size / 2 + METADATA_BYTES
+        copies += count.ffn * (size + (packed if s.weights else 0)) / sharded
+        if packed_projections:
+            copies += count.projections * (size + packed) / sharded
 
     # The logits and their gradient.
     a_logit = (size if m.logits == "compute" else BYTES_FLOAT32) + size

@@ -6,12 +6,16 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from sparsejax.nn.routed_ffn import RoutingState
+from sparsejax.projection24 import Axis, PackedProjection, pack_projection, projection24
+from sparsejax.prune import soft_threshold_beta
 from sparsejax.remat import keep
+from sparsejax.spec import Sparsity
 from train import scopes
-from train.backend import attention_implementation
+from train.backend import attention_implementation, compute_dtype
 from train.config import ModelConfig
 from train.init import linear_init
-from train.mesh import ACT_BTNH, constrain, gathered
+from train.mesh import ACT_BTNH, FFN_AXES, constrain, gathered
 from train.norm import RMSNorm
 
 
@@ -23,6 +27,20 @@ class KeyValues(NamedTuple):
     """(B, C, K, d): C positions, K key and value heads."""
     v: jax.Array
     """(B, C, K, d)."""
+
+
+class PackedAttention(NamedTuple):
+    """The projections as a sparse step reads them; perhaps with an axis over the layers."""
+
+    q: PackedProjection
+    k: PackedProjection
+    v: PackedProjection
+    out: PackedProjection
+
+
+WIDTH_AXIS: dict[str, Axis] = {"q": 0, "k": 0, "v": 0, "out": 1}
+"""The projections in the order of their scales, and the axis of each that is the model's width,
+along which it is 2:4."""
 
 
 def rope(x: jax.Array, theta: float, position: jax.Array | None = None) -> jax.Array:
@@ -46,9 +64,13 @@ def rope(x: jax.Array, theta: float, position: jax.Array | None = None) -> jax.A
 
 
 class Attention(nnx.Module):
-    """Causal multi-head or grouped-query attention; (B, S, D) to (B, S, D)."""
+    """Causal multi-head or grouped-query attention; (B, S, D) to (B, S, D).
 
-    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
+    With `Sparsity.attention_projections` it has scales of its 2:4 weights, `beta` (4,) float32, and
+    a call with packed ones uses them.
+    """
+
+    def __init__(self, config: ModelConfig, sparsity: Sparsity | None = None, *, rngs: nnx.Rngs):
         self.config = config
         d, n, k, h = config.width, config.num_heads, config.kv_heads, config.head_dim
         init = linear_init(config.init_scale)
@@ -59,14 +81,43 @@ class Attention(nnx.Module):
         self.out = nnx.Param(out_init(rngs.params(), (n * h, d), jnp.float32))
         if config.qk_norm:
             self.q_norm, self.k_norm = (RMSNorm(h, config.norm_eps) for _ in range(2))
+        self.sparsity = sparsity
+        if sparsity is not None and sparsity.attention_projections:
+            self.beta = RoutingState(jnp.ones((len(WIDTH_AXIS),), jnp.float32))
 
-    def __call__(self, x: jax.Array) -> jax.Array:
-        return self.prefill(x)[0]
+    def betas(self) -> jax.Array:
+        """(4,) float32: scales for the weights as they are now, for `beta`."""
+        scales = [soft_threshold_beta(getattr(self, n)[...], a) for n, a in WIDTH_AXIS.items()]
+        return jnp.stack(scales)
 
-    def prefill(self, x: jax.Array) -> tuple[jax.Array, KeyValues]:
+    def pack(self) -> PackedAttention | None:
+        """The 2:4 weights, scaled by `beta`: once for each optimiser step, not differentiated.
+        None where projections stay dense."""
+        if self.sparsity is None or not self.sparsity.attention_projections:
+            return None
+        dtype = compute_dtype(self.config)
+        packed = [
+            pack_projection(
+                getattr(self, name)[...],
+                self.beta[...][i],
+                self.sparsity,
+                axis=axis,
+                dtype=dtype,
+                axes=FFN_AXES,
+            )
+            for i, (name, axis) in enumerate(WIDTH_AXIS.items())
+        ]
+        return PackedAttention(*packed)
+
+    def __call__(self, x: jax.Array, packed: PackedAttention | None = None) -> jax.Array:
+        return self.prefill(x, packed)[0]
+
+    def prefill(
+        self, x: jax.Array, packed: PackedAttention | None = None
+    ) -> tuple[jax.Array, KeyValues]:
         """(B, S, D) to (B, S, D), and the keys and values of these S positions."""
         config = self.config
-        q, k, v = self._project(x)
+        q, k, v = self._project(x, packed)
         with jax.named_scope(scopes.ATTENTION):
             y = jax.nn.dot_product_attention(
                 q,
@@ -75,22 +126,27 @@ class Attention(nnx.Module):
                 is_causal=True,
                 implementation=attention_implementation(config.attention, x.dtype, config.head_dim),
             )
-        return self._mix(y), KeyValues(k, v)
+        return self._mix(y, packed), KeyValues(k, v)
 
     def decode(
-        self, x: jax.Array, cache: KeyValues, position: jax.Array
+        self,
+        x: jax.Array,
+        packed: PackedAttention | None,
+        cache: KeyValues,
+        position: jax.Array,
     ) -> tuple[jax.Array, KeyValues]:
         """One more token of each sequence, which sees all positions up to its own.
 
         Args:
           x: (B, 1, D).
+          packed: `pack` of these parameters, or None for dense projections.
           cache: of C positions; what stands at `position` and after it has no influence.
           position: (B,) int32 below C: where the token stands in its sequence.
 
         Returns:
           (B, 1, D), and the cache with this token's key and value.
         """
-        q, k, v = self._project(x, position[:, None])
+        q, k, v = self._project(x, packed, position[:, None])
         row = jnp.arange(x.shape[0])
         cache = KeyValues(
             cache.k.at[row, position].set(k[:, 0]), cache.v.at[row, position].set(v[:, 0])
@@ -99,17 +155,34 @@ class Attention(nnx.Module):
         y = jax.nn.dot_product_attention(
             q, *cache, key_value_seq_lengths=position + 1, implementation="xla"
         )
-        return self._mix(y), cache
+        return self._mix(y, packed), cache
+
+    def _linear(self, x: jax.Array, name: str, packed: PackedAttention | None) -> jax.Array:
+        """x times one of the four matrices."""
+        w = getattr(self, name)[...]
+        with jax.named_scope(scopes.PROJECTIONS):
+            if packed is None or self.sparsity is None:
+                return x @ gathered(w, x.dtype, name)
+            return projection24(
+                x,
+                w,
+                getattr(packed, name),
+                self.sparsity,
+                axis=WIDTH_AXIS[name],
+                axes=FFN_AXES,
+            )
 
     def _project(
-        self, x: jax.Array, position: jax.Array | None = None
+        self,
+        x: jax.Array,
+        packed: PackedAttention | None,
+        position: jax.Array | None = None,
     ) -> tuple[jax.Array, jax.Array, jax.Array]:
         """Rotated queries, rotated keys, and values: (B, S, heads, d)."""
         theta, head_dim = self.config.rope_theta, self.config.head_dim
 
         def heads(name: str) -> jax.Array:
-            with jax.named_scope(scopes.PROJECTIONS):
-                y = x @ gathered(getattr(self, name)[...], x.dtype, name)
+            y = self._linear(x, name, packed)
             return constrain(y.reshape(*x.shape[:2], -1, head_dim), ACT_BTNH)
 
         q, k, v = (heads(name) for name in ("q", "k", "v"))
@@ -119,6 +192,5 @@ class Attention(nnx.Module):
             # Rotated ones are kept in place of the products, which nothing needs any more.
             return keep(rope(q, theta, position)), keep(rope(k, theta, position)), v
 
-    def _mix(self, y: jax.Array) -> jax.Array:
-        with jax.named_scope(scopes.PROJECTIONS):
-            return y.reshape(*y.shape[:2], -1) @ gathered(self.out[...], y.dtype, "out")
+    def _mix(self, y: jax.Array, packed: PackedAttention | None) -> jax.Array:
+        return self._linear(y.reshape(*y.shape[:2], -1), "out", packed)

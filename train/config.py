@@ -135,7 +135,7 @@ class ScheduleConfig:
     """Share of the whole run's steps that are sparse, right after the warm-up; 0 trains densely
     throughout."""
     rescale_dense: bool = False
-    """At the flip back to dense, estimate beta again and multiply each FFN matrix by the frozen
+    """At the flip back to dense, estimate beta again and multiply each 2:4 matrix by the frozen
     beta over the new one, so that the dense network continues at the sparse one's scale."""
 
 
@@ -424,7 +424,8 @@ def validate(config: Config, *, tokenizer_vocab_size: int | None = None) -> None
     ):
         if where not in get_args(Flips):
             raise ValueError(f"{name}={where!r} must be one of {get_args(Flips)}")
-    if schedule.rescale_dense and config.sparse_steps and not config.sparsity.weights:
+    two_of_four = config.sparsity.weights or config.sparsity.attention_projections
+    if schedule.rescale_dense and config.sparse_steps and not two_of_four:
         raise ValueError(
             "schedule.rescale_dense=True needs sparsity.weights=True: beta scales 2:4 weights"
         )
@@ -512,6 +513,10 @@ def validate(config: Config, *, tokenizer_vocab_size: int | None = None) -> None
         raise ValueError(
             f"model.num_heads={model.num_heads} and kv heads {model.kv_heads} must be multiples of "
             f"mesh.tensor={config.mesh.tensor}"
+        )
+    if config.sparse_steps and config.sparsity.attention_projections and config.mesh.tensor > 1:
+        raise ValueError(
+            f"sparsity.attention_projections=True needs mesh.tensor=1, not {config.mesh.tensor}"
         )
     if config.sparse_steps:
         if model.ffn == "swiglu":

@@ -165,6 +165,7 @@ def _run(config: Config, vocabulary: str) -> Table:
             text
             for wanted, text in (
                 (s.weights, "2:4 weights"),
+                (s.attention_projections, "2:4 attention projections"),
                 (s.routing, f"routing to {s.num_experts} experts (M {s.m}, V {s.v})"),
                 (s.activations, "2:4 activations"),
                 (
@@ -349,7 +350,8 @@ def _phases(config: Config) -> Table:
 
 
 def _kernels(config: Config) -> Table:
-    table = _table("Kernels of a sparse step's FFN", ("device", "left"), ("kernels", "left"))
+    where = "FFN and projections" if config.sparsity.attention_projections else "FFN"
+    table = _table(f"Kernels of a sparse step's {where}", ("device", "left"), ("kernels", "left"))
     for name, capability in _TARGETS:
         table.add_row(name, _traced_kernels(config, capability))
     table.caption = (
@@ -360,7 +362,8 @@ def _kernels(config: Config) -> Table:
 
 
 def _traced_kernels(config: Config, capability: tuple[int, int] | None) -> str:
-    """Names the kernels that one sparse FFN calls on a device of this compute capability."""
+    """Names the kernels that one layer's sparse parts call on a device of this compute
+    capability."""
     import contextlib
     import warnings
 
@@ -370,28 +373,45 @@ def _traced_kernels(config: Config, capability: tuple[int, int] | None) -> str:
 
     from kernels import registry
     from sparsejax.nn.routed_ffn import RoutedFFN
+    from train.attention import Attention
     from train.backend import compute_dtype
 
     m = config.model
     dtype = compute_dtype(m)
     if capability is not None and m.compute_dtype == "auto":
         dtype = jnp.dtype("bfloat16")
-    make = lambda: RoutedFFN(
-        m.width,
-        m.ffn_hidden,
-        gated=m.gated,
-        sparsity=config.sparsity,
-        dtype=dtype,
-        rngs=nnx.Rngs(0),
-    )
-    graph, params, rest = nnx.split(nnx.eval_shape(make), nnx.Param, ...)
+    layers: list[Any] = [
+        lambda: RoutedFFN(
+            m.width,
+            m.ffn_hidden,
+            gated=m.gated,
+            sparsity=config.sparsity,
+            dtype=dtype,
+            rngs=nnx.Rngs(0),
+        )
+    ]
+    if config.sparsity.attention_projections:
+        # XLA's attention, whatever the run's: traced anywhere, and no kernel of ours.
+        of_run: dict[str, Any] = {"compute_dtype": dtype.name, "attention": "xla"}
+        own = dataclasses.replace(m, **of_run)
+        layers.append(lambda: Attention(own, config.sparsity, rngs=nnx.Rngs(0)))
+    split = [nnx.split(nnx.eval_shape(make), nnx.Param, ...) for make in layers]
+    graphs, params, rest = zip(*split, strict=True)
 
     def step(params: Any, rest: Any, x: jax.Array) -> Any:
-        packed = nnx.merge(graph, params, rest).pack()
-        loss = lambda params, x: nnx.merge(graph, params, rest)(x, packed)[0].sum()
+        packed = [nnx.merge(*parts).pack() for parts in zip(graphs, params, rest, strict=True)]
+
+        def loss(params: Any, x: jax.Array) -> jax.Array:
+            total = jnp.float32(0)
+            for graph, own, state, weights in zip(graphs, params, rest, packed, strict=True):
+                y = nnx.merge(graph, own, state)(x, weights)
+                total += (y[0] if isinstance(y, tuple) else y).sum()
+            return total
+
         return jax.grad(loss, argnums=(0, 1))(params, x)
 
-    x = jax.ShapeDtypeStruct((config.tokens_per_micro_batch, m.width), dtype)
+    rows = config.tokens_per_micro_batch // config.sequence_length
+    x = jax.ShapeDtypeStruct((rows, config.sequence_length, m.width), dtype)
     device = contextlib.nullcontext()
     if capability is not None:
         device = registry.assume_capability(capability)

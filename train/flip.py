@@ -12,12 +12,14 @@ from flax import nnx
 
 from sparsejax.prune import soft_threshold_beta
 from sparsejax.schedule import Event, Phase
+from sparsejax.spec import Sparsity
 from train.config import Config, flips
 from train.layers import compile_moves, stacked, stacked_config, unstacked
+from train.model import sparse_weights
 from train.optimizer import make_optimizer, reset_moments
 from train.state import TrainState, abstract_state, model_graph
 from train.step import Batch, Metrics, clustered
-from train.tree import map_ffn_leaves
+from train.tree import LeafFunction, block_leaf, map_block_leaves, map_ffn_leaves
 
 EventFunction = Callable[[TrainState, Batch], tuple[TrainState, Metrics]]
 FlipFunction = Callable[[TrainState], TrainState]
@@ -115,13 +117,13 @@ def make_flip_step(config: Config, phase: Phase) -> FlipFunction | None:
       The function, or None where the configuration leaves everything as it is.
     """
     reset = phase in flips(config.optimizer.reset_moments)
-    rescale = phase == "dense" and config.schedule.rescale_dense and config.sparsity.weights
+    rescale = phase == "dense" and config.schedule.rescale_dense
     if not (reset or rescale):
         return None
 
     def flip(state: TrainState) -> TrainState:
         if rescale:
-            state = dataclasses.replace(state, params=_rescaled(state))
+            state = dataclasses.replace(state, params=_rescaled(state, config.sparsity))
         if reset:
             state = dataclasses.replace(state, opt_state=reset_moments(state.opt_state))
         return state
@@ -129,20 +131,18 @@ def make_flip_step(config: Config, phase: Phase) -> FlipFunction | None:
     return flip
 
 
-def _rescaled(state: TrainState) -> Any:
+def _rescaled(state: TrainState, sparsity: Sparsity) -> Any:
     """Parameters whose dense network continues the scale of the sparse one.
 
     b' S(w) stands for w if b' is estimated from w as it is now; the sparse phase used b S(w), with
     the scale b of its start, which then stands for (b / b') w.
     """
-    betas = _betas(state.routing)
-    scaled = lambda i: lambda w, beta: w * (beta[i] / soft_threshold_beta(w, 1))
-    return map_ffn_leaves(state.params, {"w1": scaled(0), "w2": scaled(1), "wg": scaled(2)}, betas)
 
+    def scaled(i: int, axis: int) -> LeafFunction:
+        return lambda w, beta: w * (beta[i] / soft_threshold_beta(w, axis))
 
-def _betas(routing: Any) -> jax.Array:
-    """(L, 3) scales of all layers."""
-    blocks = routing["blocks"]
-    if "ffn" in blocks:
-        return blocks["ffn"]["beta"][...]
-    return jnp.stack([blocks[i]["ffn"]["beta"][...] for i in range(len(blocks))])
+    params = state.params
+    for part, axes in sparse_weights(sparsity).items():
+        functions = {name: scaled(i, axis) for i, (name, axis) in enumerate(axes.items())}
+        params = map_block_leaves(params, part, functions, block_leaf(state.routing, part, "beta"))
+    return params

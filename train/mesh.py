@@ -15,6 +15,7 @@ import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from kernels.reference import TILE
 from sparsejax import sharding
 from sparsejax.spec import GROUP
 from train.config import Config, MeshConfig
@@ -117,6 +118,11 @@ def check_mesh(config: Config, mesh: Mesh) -> None:
         raise ValueError(
             f"model.width={model.width} must be a multiple of {GROUP} times mesh.{fsdp=}: groups "
             "of four weights stay on one device"
+        )
+    if sparsity.attention_projections and fsdp > 1 and model.width % (TILE * fsdp):
+        raise ValueError(
+            f"model.width={model.width} must be a multiple of {TILE} times mesh.{fsdp=} with "
+            "sparsity.attention_projections: packed parts on every device"
         )
     devices = mesh.shape["data"] * fsdp
     tokens = config.tokens_per_micro_batch // devices

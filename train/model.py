@@ -8,7 +8,7 @@ which is how a phase of training flips.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -17,10 +17,11 @@ from flax import nnx
 from sparsejax.nn.moe_ffn import MoEFFN
 from sparsejax.nn.routed_ffn import RoutedFFN, RoutingStats
 from sparsejax.ops.dense import product
+from sparsejax.ops.packed_ffn import PackedFFN
 from sparsejax.remat import products
 from sparsejax.spec import Precision, Sparsity
 from train import scopes
-from train.attention import Attention, KeyValues
+from train.attention import WIDTH_AXIS, Attention, KeyValues, PackedAttention
 from train.backend import compute_dtype
 from train.config import ModelConfig
 from train.embedding import embed
@@ -28,9 +29,30 @@ from train.init import linear_init
 from train.mesh import ACT_BTD, FFN_AXES, constrain, gathered, on_mesh
 from train.norm import RMSNorm
 
-# Packed weights and routing statistics are pytrees that sparsejax defines; None in a dense phase.
-Packed = Any
+# Routing statistics are a pytree that sparsejax defines; None in a dense phase.
 Stats = Any
+
+
+class PackedBlock(NamedTuple):
+    """The weights of a block as a sparse step reads them; stacked, those of all layers."""
+
+    ffn: PackedFFN
+    attention: PackedAttention | None
+
+
+def sparse_weights(sparsity: Sparsity) -> dict[str, dict[str, int]]:
+    """The 2:4 matrices of a block: by its part, in the order of the part's scales `beta`, the axis
+    that each is thresholded along."""
+    parts: dict[str, dict[str, int]] = {}
+    if sparsity.weights:
+        parts["ffn"] = {"w1": 1, "w2": 1, "wg": 1}
+    if sparsity.attention_projections:
+        parts["attention"] = {name: int(axis) for name, axis in WIDTH_AXIS.items()}
+    return parts
+
+
+# Of one block or of all of them (stacked, or in a list); None in a dense phase.
+Packed = Any
 
 
 class SwiGLU(nnx.Module):
@@ -60,7 +82,7 @@ class Block(nnx.Module):
 
     def __init__(self, config: ModelConfig, sparsity: Sparsity | None, *, rngs: nnx.Rngs):
         self.norm_attention = RMSNorm(config.width, config.norm_eps)
-        self.attention = Attention(config, rngs=rngs)
+        self.attention = Attention(config, sparsity, rngs=rngs)
         self.norm_ffn = RMSNorm(config.width, config.norm_eps)
         self.ffn: SwiGLU | RoutedFFN | MoEFFN
         if config.experts:
@@ -91,37 +113,50 @@ class Block(nnx.Module):
                 rngs=rngs,
             )
 
+    def pack(self) -> PackedBlock:
+        """Thresholds and packs the weights: once per optimiser step of a sparse phase."""
+        with jax.named_scope(scopes.PROJECTIONS):
+            attention = self.attention.pack()
+        with jax.named_scope(scopes.FFN):
+            return PackedBlock(self.ffn.pack(), attention)
+
     def __call__(self, x: jax.Array, packed: Packed = None) -> tuple[jax.Array, Stats]:
-        x = constrain(x + self.attention(self.norm_attention(x)), ACT_BTD)
+        x = constrain(x + self._attend(x, packed), ACT_BTD)
         y, stats = self._feed_forward(x, packed)
         return constrain(y, ACT_BTD), stats
 
     def prefill(self, x: jax.Array, packed: Packed = None) -> tuple[jax.Array, KeyValues]:
         """As a call, with the attention's keys and values instead of statistics."""
-        y, cache = self.attention.prefill(self.norm_attention(x))
+        own = None if packed is None else packed.attention
+        y, cache = self.attention.prefill(self.norm_attention(x), own)
         return self._feed_forward(x + y, packed)[0], cache
 
     def decode(
         self, x: jax.Array, packed: Packed, cache: KeyValues, position: jax.Array
     ) -> tuple[jax.Array, KeyValues]:
         """One more token of each sequence, (B, 1, D); see `Attention.decode`."""
-        y, cache = self.attention.decode(self.norm_attention(x), cache, position)
+        own = None if packed is None else packed.attention
+        y, cache = self.attention.decode(self.norm_attention(x), own, cache, position)
         return self._feed_forward(x + y, packed)[0], cache
 
     def reroute(
         self, x: jax.Array, packed: Packed, previous: Any, fit: bool
     ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
         """As a call under new centres, with `RoutedFFN.reroute`'s biases in effect and returned."""
-        x = constrain(x + self.attention(self.norm_attention(x)), ACT_BTD)
+        x = constrain(x + self._attend(x, packed), ACT_BTD)
         bias, churn = self.ffn.reroute(self.norm_ffn(x), previous, fit=fit)
         self.ffn.bias[...] = bias
         y, _ = self._feed_forward(x, packed)
         return constrain(y, ACT_BTD), (bias, churn)
 
+    def _attend(self, x: jax.Array, packed: Packed) -> jax.Array:
+        own = None if packed is None else packed.attention
+        return self.attention(self.norm_attention(x), own)
+
     def _feed_forward(self, x: jax.Array, packed: Packed) -> tuple[jax.Array, Stats]:
         x_norm = self.norm_ffn(x)
         with jax.named_scope(scopes.FFN):
-            y, stats = self.ffn(x_norm, packed)
+            y, stats = self.ffn(x_norm, None if packed is None else packed.ffn)
         return x + y, stats
 
 
@@ -265,17 +300,20 @@ class Llama(nnx.Module):
             layers.append(layer)
         return x, jax.tree.map(lambda *leaves: jnp.stack(leaves), *layers)
 
-    def map_ffn(self, function: Any) -> Any:
-        """Calls function(ffn) for every layer; results stacked under scan_layers, else a list
+    def map_blocks(self, function: Any) -> Any:
+        """Calls function(block) for every layer; results stacked under scan_layers, else a list
         over the layers."""
         if not self.config.scan_layers:
-            return [function(block.ffn) for block in self.blocks]
+            return [function(block) for block in self.blocks]
         graph, state = nnx.split(self.blocks)
         # One layer at a time: packing needs little memory beyond its result.
-        return jax.lax.map(lambda s: function(nnx.merge(graph, s).ffn), state)
+        return jax.lax.map(lambda s: function(nnx.merge(graph, s)), state)
+
+    def map_ffn(self, function: Any) -> Any:
+        """As `map_blocks`, with every layer's FFN."""
+        return self.map_blocks(lambda block: function(block.ffn))
 
     def pack(self) -> Packed:
-        """Thresholds and packs the FFN weights of every layer: once per optimiser step of a
-        sparse phase."""
-        with jax.named_scope(scopes.FFN):
-            return self.map_ffn(lambda ffn: ffn.pack())
+        """Thresholds and packs the weights of every layer: once per optimiser step of a sparse
+        phase."""
+        return self.map_blocks(lambda block: block.pack())

@@ -21,7 +21,7 @@ from train.loss import cross_entropy
 from train.mesh import FFN_AXES
 from train.optimizer import learning_rate_schedule
 from train.state import TrainState
-from train.tree import map_ffn_leaves
+from train.tree import map_block_leaves, map_ffn_leaves
 
 Batch = dict[str, jax.Array]
 Metrics = dict[str, jax.Array]
@@ -62,7 +62,7 @@ def make_train_step(
 ) -> StepFunction:
     """The step of one phase: (state, batch) to (state, metrics); jit it and donate the state.
 
-    In a sparse phase the FFN weights are thresholded and packed once, before the loss; gradients
+    In a sparse phase the 2:4 weights are thresholded and packed once, before the loss; gradients
     pass straight through to the dense masters, and the experts' biases move towards even loads.
     """
     learning_rate = learning_rate_schedule(config)
@@ -151,6 +151,13 @@ def clustered(
         opt_state=map_ffn_leaves(state.opt_state, move, plan, in_place=True),
         routing=map_ffn_leaves(state.routing, new, plan),
     )
+    if config.sparsity.attention_projections and (begin or config.sparsity.reestimate_beta):
+        betas: Any = model.map_blocks(lambda block: block.attention.betas())
+        if not config.model.scan_layers:
+            betas = jnp.stack(betas)
+        scales = {"beta": lambda _, beta: beta}
+        routing = map_block_leaves(state.routing, "attention", scales, betas)
+        state = dataclasses.replace(state, routing=routing)
     return state, plan
 
 

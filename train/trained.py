@@ -22,10 +22,10 @@ from train.checkpoint import Checkpointer, read_config
 from train.config import Config
 from train.data.source import choose_tokenizer
 from train.data.tokenizer import Tokenizer, load_tokenizer
-from train.model import Llama
+from train.model import Llama, sparse_weights
 from train.run_folder import CHECKPOINTS
 from train.state import build_model, model_graph
-from train.tree import map_ffn_leaves
+from train.tree import LeafFunction, block_leaf, map_block_leaves
 
 View = Literal["dense", "sparse"]
 
@@ -164,27 +164,25 @@ def for_inference(run: TrainedRun, view: View) -> tuple[nnx.GraphDef, Any, Any]:
 
 
 def thresholded(run: TrainedRun) -> Llama:
-    """The run's model with beta S(w) in place of every feed-forward matrix w (arXiv 2409.09099):
+    """The run's model with beta S(w) in place of every matrix w that was 2:4 (arXiv 2409.09099):
     the weights of the sparse view, dense, two of four of them zero.
 
     Raises:
       ValueError: if the run's weights were not sparse, or its sparse phase has not begun.
     """
-    if not run.config.sparsity.weights:
+    parts = sparse_weights(run.config.sparsity)
+    if not parts:
         raise ValueError(f"{run.folder} was trained with sparsity.weights=False")
     check_view(run, "sparse")
     graph, params, routing = nnx.split(run.model, nnx.Param, RoutingState)
-    blocks = routing["blocks"]
-    if run.config.model.scan_layers:
-        betas = blocks["ffn"]["beta"][...]
-    else:
-        betas = jnp.stack([blocks[i]["ffn"]["beta"][...] for i in range(len(blocks))])
 
-    def prune(matrix: int):
-        return lambda w, beta: beta[matrix] * soft_threshold(w, 1)
+    def prune(i: int, axis: int) -> LeafFunction:
+        return lambda w, beta: beta[i] * soft_threshold(w, axis)
 
-    functions = {"w1": prune(0), "w2": prune(1), "wg": prune(2)}
-    return nnx.merge(graph, map_ffn_leaves(params, functions, betas), routing)
+    for part, axes in parts.items():
+        functions = {name: prune(i, axis) for i, (name, axis) in enumerate(axes.items())}
+        params = map_block_leaves(params, part, functions, block_leaf(routing, part, "beta"))
+    return nnx.merge(graph, params, routing)
 
 
 def config_from_dict(kind: type[T], values: Mapping[str, Any], name: str = "") -> T:

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 
 def names(path: tuple[Any, ...]) -> tuple[str | int, ...]:
@@ -17,17 +18,34 @@ def names(path: tuple[Any, ...]) -> tuple[str | int, ...]:
     return tuple(keys[:-1] if keys and keys[-1] == "value" else keys)
 
 
+LeafFunction = Callable[[jax.Array, Any], jax.Array]
+
+
 def map_ffn_leaves(
     tree: Any,
-    functions: Mapping[str, Callable[[jax.Array, Any], jax.Array]],
+    functions: Mapping[str, LeafFunction],
     per_layer: Any,
     *,
     in_place: bool = False,
 ) -> Any:
-    """Applies functions[name](leaf, per_layer), layer by layer, to the named leaves of every FFN.
+    """As `map_block_leaves`, for the leaves of every FFN."""
+    return map_block_leaves(tree, "ffn", functions, per_layer, in_place=in_place)
+
+
+def map_block_leaves(
+    tree: Any,
+    part: str,
+    functions: Mapping[str, LeafFunction],
+    per_layer: Any,
+    *,
+    in_place: bool = False,
+) -> Any:
+    """Applies functions[name](leaf, per_layer), layer by layer, to the named leaves of a part of
+    every block.
 
     Args:
       tree: any tree in which layers stand under `blocks`, either stacked or as a list.
+      part: such as "ffn".
       functions: by the leaf's name, such as "w1".
       per_layer: an array or tree of arrays with a leading axis over the layers.
       in_place: for results like their leaves: stacked layers one after another, each into its
@@ -40,7 +58,7 @@ def map_ffn_leaves(
     def visit(path, leaf):
         keys = names(path)
         name = str(keys[-1]) if keys else ""
-        if len(keys) < 2 or keys[-2] != "ffn" or name not in functions:
+        if len(keys) < 2 or keys[-2] != part or name not in functions:
             return leaf
         function = functions[name]
         layer = keys[keys.index("blocks") + 1]
@@ -60,3 +78,11 @@ def _one_by_one(function: Callable[[jax.Array, Any], jax.Array]) -> Callable[...
         return stack.at[i].set(function(stack[i], layer)), per_layer
 
     return lambda stack, rest: jax.lax.fori_loop(0, stack.shape[0], body, (stack, rest))[0]
+
+
+def block_leaf(tree: Any, part: str, name: str) -> jax.Array:
+    """The named leaf of a part of every block, with a leading axis over the layers."""
+    blocks = tree["blocks"]
+    if part in blocks:
+        return blocks[part][name][...]
+    return jnp.stack([blocks[i][part][name][...] for i in range(len(blocks))])

@@ -97,6 +97,59 @@ def test_one_and_four_devices_with_one_clustering():
     compare([[1, 1, 1, 1], [1, 2, 2, 1]])
 
 
+# One training step's worth of 2:4 attention projections, on one device and on four.
+PROJECTIONS = """
+    import jax, jax.numpy as jnp, numpy as np
+    from jax.sharding import AxisType, Mesh, NamedSharding
+    from sparsejax.spec import Sparsity
+    from train.attention import WIDTH_AXIS, Attention
+    from train.config import ModelConfig
+    from train.mesh import ACT_BTD, AXES, state_shardings
+    from flax import nnx
+
+    sparsity = Sparsity(attention_projections=True)
+    config = ModelConfig(width=128, num_heads=4, num_kv_heads=2, attention="xla")
+    graph, params, state = nnx.split(
+        Attention(config, sparsity, rngs=nnx.Rngs(0)), nnx.Param, ...)
+    x, dy = (jnp.asarray(np.random.default_rng(i).normal(size=(4, 8, 128)), jnp.float32)
+             for i in range(2))
+
+    def step(params, x):
+        betas = nnx.merge(graph, params, state).betas()
+        own = jax.tree.map(lambda _: betas, state)
+        packed = nnx.merge(graph, params, own).pack()
+        return jax.value_and_grad(
+            lambda p, x: jnp.sum(dy * nnx.merge(graph, p, own)(x, packed)), argnums=(0, 1)
+        )(params, x)
+
+    def run(*shape):
+        devices = np.array(jax.devices()[: np.prod(shape)]).reshape(shape)
+        mesh = Mesh(devices, AXES, axis_types=(AxisType.Auto,) * 3)
+        with jax.set_mesh(mesh):
+            placed = jax.device_put(params, state_shardings(mesh, params))
+            rows = jax.device_put(x, NamedSharding(mesh, ACT_BTD))
+            return jax.jit(step)(placed, rows)
+
+    one, four = run(1, 1, 1), run(2, 2, 1)
+    q = four[1][0]["q"][...]
+    assert q.addressable_shards[0].data.shape == (64, 128), q.sharding
+    for a, b in zip(jax.tree.leaves(one), jax.tree.leaves(four), strict=True):
+        np.testing.assert_allclose(np.asarray(b), np.asarray(a), rtol=1e-4, atol=1e-4)
+    print("gradients", len(jax.tree.leaves(one)))
+    try:
+        run(1, 2, 2)
+    except ValueError as error:
+        print("refused:", error)
+"""
+
+
+@pytest.mark.slow
+def test_one_and_four_devices_with_packed_attention_projections():
+    out = run_script(PROJECTIONS, devices=4)
+    assert "gradients 6" in out
+    assert "refused: 2:4 projections are not spread over the 2 devices of axis 'tensor'" in out
+
+
 def resolved(**changes) -> Config:
     base = Config(
         steps=40,
@@ -122,6 +175,11 @@ def resolved(**changes) -> Config:
         ((1, 1, 4), {"sparsity": {"shards": 2}}, "sparsity.shards=2 must be 1 or a multiple"),
         ((2, 1, 1), {"sparsity": {"v": 128}}, "the 64 tokens of one device and micro-batch"),
         ((8, 1, 1), {"sparsity": {"v": 32}}, "the 16 tokens of one device and micro-batch"),
+        (
+            (1, 2, 1),
+            {"sparsity": {"attention_projections": True}},
+            "model.width=32 must be a multiple of 64 times mesh.fsdp=2",
+        ),
     ],
 )
 def test_a_mesh_that_does_not_fit_is_refused(mesh, changes, message):
@@ -201,7 +259,8 @@ COLLECTIVES = """
     model = dataclasses.replace(
         base.model, width=256, num_heads=4, num_layers=3, vocab_size=384)
     base = dataclasses.replace(
-        base, sequence_length=128, model=model, sparsity=Sparsity(m=8, v=64))
+        base, sequence_length=128, model=model,
+        sparsity=Sparsity(m=8, v=64, attention_projections=True))
     config = one_micro_batch(base, 4, 1, fsdp=4)
     for phase in ("dense", "sparse"):
         text, mesh = partitioned(config, phase, 4, packed=phase == "sparse")
@@ -222,9 +281,10 @@ def test_what_a_step_moves():
     attention, ffn = layers * 4 * d * d, layers * 2 * h * d
     # Both passes gather the layers' weights; the head's loss has its gradient in one. Token ids
     # of four devices are gathered for the embedding and its gradient.
-    rest = 2 * 2 * attention + 2 * d * v + 2 * 4 * (4 * tokens)
-    assert dense["all-gather"] == 3 / 4 * (2 * 2 * ffn + rest)
-    assert sparse["all-gather"] == 3 / 4 * (6.25 / 2 * ffn + rest)
+    rest = 2 * d * v + 2 * 4 * (4 * tokens)
+    assert dense["all-gather"] == 3 / 4 * (2 * 2 * (attention + ffn) + rest)
+    # A packed weight is 9/8 bytes, and is read in one of two passes.
+    assert sparse["all-gather"] == 3 / 4 * (25 / 8 * (attention + ffn) + rest)
     gradients = 3 / 4 * 2 * (attention + ffn + d * v)
     assert dense["reduce-scatter"] == sparse["reduce-scatter"] == gradients
     # Rows of the embedding, there and back.
