@@ -534,8 +534,22 @@ def parse(arguments: list[str]) -> tuple[argparse.ArgumentParser, argparse.Names
     add("--scaling", nargs="+", type=int, default=[], metavar="DEVICES", help="measure the same "
         "steps, chosen on all devices, on so many of them too")  # fmt: skip
     add("--baseline", type=pathlib.Path, help="result file of a run on fewer devices")
-    options, rest = parser.parse_known_args(arguments)
+    options, rest = parser.parse_known_args(_joined(arguments))
     return parser, options, rest
+
+
+_OVERRIDES = ("--dense", "--sparse", "--row-dense", "--row-sparse")
+
+
+def _joined(arguments: list[str]) -> list[str]:
+    """Arguments with `--dense=...` for `--dense ...`: argparse takes a value that looks like one
+    option, such as "--sparsity.attention-projections", for an option."""
+    joined: list[str] = []
+    rest = iter(arguments)
+    for argument in rest:
+        value = next(rest, None) if argument in _OVERRIDES else None
+        joined.append(argument if value is None else f"{argument}={value}")
+    return joined
 
 
 def settings_of(options: argparse.Namespace, rest: list[str]) -> Settings:

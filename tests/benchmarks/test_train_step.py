@@ -139,3 +139,15 @@ def test_bad_options_are_refused(arguments, tmp_path, capsys):
         train_step.main([*out, *arguments])
     error = capsys.readouterr().err.splitlines()[-1]
     assert error.startswith("python -m benchmarks.train_step: error: --")
+
+
+def test_a_row_may_be_a_single_option():
+    arguments = shlex.split(
+        "--config tiny --out x --row-sparse --sparsity.attention-projections --sparsity.m 8 "
+        "--row-dense '--model.ffn-precision fp8'"
+    )
+    _, options, rest = train_step.parse(arguments)
+    assert rest == ["--sparsity.m", "8"]
+    dense, sparse = train_step.settings_of(options, rest).rows
+    assert dense.overrides == ("--model.ffn-precision", "fp8")
+    assert sparse.overrides == ("--sparsity.attention-projections",)
