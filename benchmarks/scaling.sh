@@ -24,7 +24,7 @@ step() { # seconds, name of the result, arguments
   shift 2
   echo "== $name"
   ${DRY:+echo} timeout "$limit" python3 -m benchmarks.train_step --out "$out/$name.json" \
-    --xla xla_gpu_enable_triton_gemm=false --rounds "${ROUNDS:-5}" --round-steps 3 \
+    --xla xla_gpu_enable_triton_gemm=false --xla xla_gpu_memory_limit_slop_factor=150 --rounds "${ROUNDS:-5}" --round-steps 3 \
     --settle-steps 2 --no-refresh "$@" || { echo "$name: exit code $?" >&2; return 1; }
 }
 compared() { # a result of fewer GPUs
