@@ -51,7 +51,7 @@ step 240 "step_1b_${gpus}gpu" --config llama1b --mesh.fsdp "$gpus" --warmup-step
 
 if [ "$gpus" -ge 4 ]; then
   # The bytes of the embedded text: the tokenizers of other texts may not fit 32,000 ids.
-  step 150 "step_llama2_7b_${gpus}gpu" --config llama2_7b --mesh.fsdp "$gpus" --no-sparse \
+  step 150 "step_llama2_7b_${gpus}gpu" --config llama2-7b --mesh.fsdp "$gpus" --no-sparse \
     --warmup-steps 10 --dense "$(each 4)" || failed=1
 fi
 
