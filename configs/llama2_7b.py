@@ -14,7 +14,7 @@ def config() -> Config:
     """D 4096, 32 layers, 32 heads, SwiGLU of 11,008 neurons, vocabulary 32,000, sequence 4096; 4 M
     tokens a step. SwiGLU has no sparse phase."""
     return Config(
-        name="llama2_7b",
+        name="llama2-7b",
         steps=100_000,
         batch_size=1024,
         micro_batches=32,
