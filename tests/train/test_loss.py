@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from train.loss import cross_entropy
+from train.loss import _top_and_total, cross_entropy
 
 T, D, V = 24, 16, 40
 
@@ -85,3 +85,35 @@ def test_logits_may_be_stored_in_the_compute_dtype(case):
     for got, expected in ((dx, want_dx), (dhead, want_dhead)):
         error = np.linalg.norm(np.float64(got) - expected) / np.linalg.norm(expected)
         assert error < 3e-2
+
+
+def test_the_denominator_of_logits_far_apart():
+    """Sums of exponentials that overflow, vanish or start late, in one pass as in float64."""
+    rng = np.random.default_rng(1)
+    rows = np.stack(
+        [
+            rng.normal(size=300) * 5,
+            np.linspace(-1e4, 1e4, 300),
+            np.linspace(1e4, -1e4, 300),
+            np.zeros(300),
+            np.full(300, -3e38),
+            np.r_[np.full(299, -1e30), 1e30],
+            np.r_[88.0, np.full(299, -88.0)],
+            np.r_[np.full(299, -np.inf), 2.0],
+        ]
+    )
+    top, total = jax.jit(_top_and_total)(jnp.float32(rows))
+    want = np.float32(rows).astype(np.float64)
+    np.testing.assert_array_equal(top, want.max(1))
+    with np.errstate(over="ignore"):
+        exact = np.exp(want - want.max(1, keepdims=True)).sum(1)
+    np.testing.assert_allclose(total, exact, rtol=1e-6)
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_a_logit_that_is_no_number_shows_in_the_loss(case, bad):
+    x, head, targets, weights = case
+    head = head.copy()
+    head[0, 7] = bad
+    loss = cross_entropy(jnp.float32(x), jnp.float32(head), jnp.asarray(targets), weights, chunk=8)
+    assert not np.isfinite(float(loss))
