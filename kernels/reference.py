@@ -283,11 +283,16 @@ def unpack24(values: Array, metadata: Array) -> Array:
 
 @jax.jit
 def _unpack24(values: Array, metadata: Array) -> Array:
+    return spread(values, *_unpack_metadata(metadata))
+
+
+def spread(values: Array, i0: Array, i1: Array) -> Array:
+    """Pairs (m, k / 2) at the positions i0 < i1 (m, k / 4) of their groups, among zeros: (m, k)."""
     m, half_k = values.shape
-    i0, i1 = _unpack_metadata(metadata)
     pairs = values.reshape(m, half_k // 2, 2)
+    zero = jnp.zeros((), values.dtype)  # 8-bit floats take no other type's.
     columns = [
-        jnp.where(i0 == i, pairs[..., 0], jnp.where(i1 == i, pairs[..., 1], 0))
+        jnp.where(i0 == i, pairs[..., 0], jnp.where(i1 == i, pairs[..., 1], zero))
         for i in range(GROUP)
     ]
     return jnp.stack(columns, axis=-1).reshape(m, 2 * half_k)

@@ -185,15 +185,7 @@ def unpack24_fp8(values: Array, metadata: Array) -> Array:
 
 @jax.jit
 def _unpack24_fp8(values: Array, metadata: Array) -> Array:
-    i0, i1 = unpack_metadata(metadata)
-    m, half_k = values.shape
-    pairs = values.reshape(m, half_k // 2, 2)
-    zero = jnp.zeros((), values.dtype)
-    columns = [
-        jnp.where(i0 == i, pairs[..., 0], jnp.where(i1 == i, pairs[..., 1], zero))
-        for i in range(_GROUP)
-    ]
-    return jnp.stack(columns, axis=-1).reshape(m, 2 * half_k)
+    return reference.spread(values, *unpack_metadata(metadata))
 
 
 def product_dims(

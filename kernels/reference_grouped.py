@@ -382,16 +382,18 @@ def weight_gradient(
     """
     del config
     gradient_dims(y, g, offsets, num_experts)
+    experts = jnp.arange(num_experts, dtype=jnp.int32)
+    _, dw = lax.scan(lambda _, e: (None, _gradient(e, y, g, offsets)), None, experts)
+    return interleaved(dw)
+
+
+def _gradient(e: Array, y: Array, g: Array, offsets: Array) -> Array:
+    """Y^T G for the rows of expert e: (h, D) float32."""
     offsets = jnp.asarray(offsets)
     row = jnp.arange(y.shape[0], dtype=jnp.int32)[:, None]
-
-    def one(_, e):
-        own = (row >= offsets[e]) & (row < offsets[e + 1])
-        # Both are masked: an unused row may hold anything, NaN as well.
-        return None, _product(jnp.where(own, y, 0), jnp.where(own, g, 0), (0, 0))
-
-    _, dw = lax.scan(one, None, jnp.arange(num_experts, dtype=jnp.int32))
-    return interleaved(dw)
+    own = (row >= offsets[e]) & (row < offsets[e + 1])
+    # Both are masked: an unused row may hold anything, NaN as well.
+    return _product(jnp.where(own, y, 0), jnp.where(own, g, 0), (0, 0))
 
 
 def nonzeros(y: Array, offsets: Array, block: int) -> Array:
@@ -455,16 +457,12 @@ def weight_gradient24(
     """
     del config
     live, _ = gradient24_dims(y, g, offsets, densest, num_experts)
-    offsets = jnp.asarray(offsets)
-    row = jnp.arange(y.shape[0], dtype=jnp.int32)[:, None]
     kept = jnp.where(reference.select24(y, axis=0, by="magnitude"), y, 0)
 
     def one(_, inputs):
         e, whole = inputs
-        own = (row >= offsets[e]) & (row < offsets[e + 1])
         dense = jnp.zeros((live,), bool).at[whole].set(True)
-        a = jnp.where(dense, y, kept)
-        return None, _product(jnp.where(own, a, 0), jnp.where(own, g, 0), (0, 0))
+        return None, _gradient(e, jnp.where(dense, y, kept), g, offsets)
 
     _, dw = lax.scan(one, None, (jnp.arange(num_experts, dtype=jnp.int32), densest))
     return interleaved(dw)

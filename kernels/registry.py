@@ -164,16 +164,17 @@ def select(op: str, *args, backend: Backend | None = None, **kwargs) -> tuple[Ba
 
 
 @functools.cache
-def _traced_once(function: Callable, static: tuple[str, ...]) -> Callable:
+def traced_once(function: Callable, static: tuple[str, ...]) -> Callable:
+    """`function` with one trace for calls of equal shapes and options; `static` names its options.
+
+    A model of many layers then lowers and compiles a kernel once. The device that is traced for is
+    part of the key of `jax.jit`'s cache.
+    """
     return jax.jit(function, static_argnames=static)
 
 
 def call(op: str, *args, backend: Backend | None = None, **kwargs) -> Any:
-    """Runs `op` on the backend that `select` picks.
-
-    Calls with equal shapes and options share one trace, so that a model of many layers lowers and
-    compiles a kernel once. The device that is traced for is part of the key of `jax.jit`'s cache.
-    """
+    """Runs `op` on the backend that `select` picks, traced once (`traced_once`)."""
     # Scales may come as numbers or as numpy's arrays: data all the same, not options.
     data = (float, np.ndarray, np.generic)
     to_array = lambda v: jnp.asarray(v, jnp.float32) if isinstance(v, data) else v
@@ -181,7 +182,7 @@ def call(op: str, *args, backend: Backend | None = None, **kwargs) -> Any:
     name, function = select(op, *args, backend=backend, **kwargs)
     arrays = {key: value for key, value in kwargs.items() if isinstance(value, Array)}
     options = {key: value for key, value in kwargs.items() if key not in arrays}
-    function = _traced_once(function, tuple(sorted(options)))
+    function = traced_once(function, tuple(sorted(options)))
     if name != "hopper":
         return function(*args, **kwargs)
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.experimental.pallas as pl
@@ -126,7 +127,7 @@ def make_finish(stages: int):
 
 
 @plgpu.inline_mgpu(arg_types=(common.ACC, common.REF, common.REF, *(common.SCALAR,) * 3))
-def write(ctx, acc, out_s, out_g, block0, within0, col0):
+def _write(ctx, acc, out_s, out_g, block0, within0, col0):
     """Stores a warpgroup's 64 rows, 32 columns at a time; columns beyond the edge are dropped.
 
     The rows are 16 groups of four neurons of one expert, each in a block of neurons of its own.
@@ -162,6 +163,86 @@ def write(ctx, acc, out_s, out_g, block0, within0, col0):
         )
 
 
+class Part(NamedTuple):
+    """A tile: scalars."""
+
+    expert: jax.Array
+    neuron0: jax.Array
+    column0: jax.Array
+    token0: jax.Array
+    steps: jax.Array
+
+
+def part_of(tile, rows: int, columns: int, width: int, offsets_g) -> Part:
+    """The tile of a number, expert by expert; `rows` by `columns` tiles are an expert's."""
+    e, rest = (f(tile, jnp.int32(rows * columns)) for f in (lax.div, lax.rem))
+    row, column = common.tile_order(rest, jnp.int32(rows), columns, width)
+    token0, end = offsets_g[e], offsets_g[e + 1]
+    steps = lax.div(end - token0, jnp.int32(STEP))
+    return Part(e, row * NEURONS, column * COLUMNS, token0, steps)
+
+
+class Ring(NamedTuple):
+    """The stages in shared memory, and their barriers."""
+
+    stages: int
+    y_s: Any
+    g_s: Any
+    bars: Any
+
+    def stage(self, slot) -> tuple:
+        return self.y_s.at[slot], self.g_s.at[slot], self.bars
+
+    def advance(self, slot, parity) -> tuple:
+        return common.next_stage(self.stages, slot, parity)
+
+
+def scratch(stages: int, dtype: Any) -> dict[str, Any]:
+    """Allocations of a block, for `pl.run_scoped`."""
+    return {
+        "y_s": plgpu.SMEM((stages, NEURONS // 64, STEP, 64), dtype),
+        "g_s": plgpu.SMEM((stages, COLUMNS // 64, STEP, 64), dtype),
+        "out_s": plgpu.SMEM((2, SLOTS, 16, 4, 32), jnp.float32),
+        "bars": plgpu.SMEM((2 * stages, 2), jnp.int32),
+    }
+
+
+def zeros() -> jax.Array:
+    """A warpgroup's accumulators before the first step."""
+    return plgpu.layout_cast(jnp.zeros(SHAPE, jnp.float32), common.ACC)
+
+
+def produce(ring: Ring, fill, y_g, g_g, part: Part, state):
+    """Fills the stages of a tile; the ring's slot and parity before and after."""
+
+    def one(k, state):
+        slot, parity = state
+        token = part.token0 + k * STEP
+        fill(y_g, g_g, *ring.stage(slot), slot, parity, token, part.neuron0, part.column0)
+        return ring.advance(slot, parity)
+
+    return lax.fori_loop(0, part.steps, one, state)
+
+
+def multiply(ring: Ring, step, finish, steps, acc, state):
+    """Adds up the dense products of a tile's stages, and the ring's slot and parity behind them."""
+
+    def one(_, carry):
+        acc, slot, parity, previous = carry
+        acc = step(acc, *ring.stage(slot), slot, parity, previous)
+        return acc, *ring.advance(slot, parity), slot
+
+    carry = (acc, *state, jnp.int32(-1))
+    acc, slot, parity, previous = lax.fori_loop(0, steps, one, carry)
+    return finish(acc, ring.bars, previous), (slot, parity)
+
+
+def store(acc, out_s, out_g, part: Part, wg) -> None:
+    """Stores a warpgroup's part of a tile, by way of its staging buffers."""
+    block0 = lax.div(part.neuron0 + wg * 64, jnp.int32(4))
+    _write(acc, out_s, out_g, block0, part.expert * 4, part.column0)
+
+
 def weight_gradient(
     y: jax.Array,
     g: jax.Array,
@@ -185,45 +266,24 @@ def weight_gradient(
     blocks = min(device.num_cores(), tiles)
 
     def body(y_g, g_g, offsets_g, out_g):
-        @functools.partial(
-            pl.run_scoped,
-            y_s=plgpu.SMEM((stages, NEURONS // 64, STEP, 64), y.dtype),
-            g_s=plgpu.SMEM((stages, COLUMNS // 64, STEP, 64), y.dtype),
-            out_s=plgpu.SMEM((2, SLOTS, 16, 4, 32), jnp.float32),
-            bars=plgpu.SMEM((2 * stages, 2), jnp.int32),
-            collective_axes="wg",
-        )
+        @functools.partial(pl.run_scoped, **scratch(stages, y.dtype), collective_axes="wg")
         def _scope(y_s, g_s, out_s, bars):
             wg = lax.axis_index("wg")
             own = common.own_tiles(jnp.int32(tiles), blocks)
+            ring = Ring(stages, y_s, g_s, bars)
             common.init_barriers(stages, 2)(bars)
             fill, step, finish = make_fill(stages), make_step(stages, dtype), make_finish(stages)
 
             def part(i):
-                """Expert, first neuron, first column, first token and steps of a tile."""
                 tile = lax.axis_index("block") + i * blocks
-                e = lax.div(tile, jnp.int32(rows * columns))
-                rest = lax.rem(tile, jnp.int32(rows * columns))
-                row, column = common.tile_order(rest, jnp.int32(rows), columns, config.width)
-                token0, end = offsets_g[e], offsets_g[e + 1]
-                steps = lax.div(end - token0, jnp.int32(STEP))
-                return e, row * NEURONS, column * COLUMNS, token0, steps
+                return part_of(tile, rows, columns, config.width, offsets_g)
 
             @pl.when(wg == 2)
             def _producer():
                 plgpu.set_max_registers(40, action="decrease")
 
                 def tile(i, state):
-                    _, neuron0, column0, token0, steps = part(i)
-
-                    def one(k, state):
-                        slot, parity = state
-                        stage = (y_s.at[slot], g_s.at[slot], bars)
-                        token = token0 + k * STEP
-                        fill(y_g, g_g, *stage, slot, parity, token, neuron0, column0)
-                        return common.next_stage(stages, slot, parity)
-
-                    return lax.fori_loop(0, steps, one, state)
+                    return produce(ring, fill, y_g, g_g, part(i), state)
 
                 lax.fori_loop(0, own, tile, (jnp.int32(0), jnp.int32(1)))
 
@@ -232,21 +292,10 @@ def weight_gradient(
                 plgpu.set_max_registers(common.REGISTERS, action="increase")
 
                 def tile(i, state):
-                    e, neuron0, column0, _, steps = part(i)
-                    zeros = plgpu.layout_cast(jnp.zeros(SHAPE, jnp.float32), common.ACC)
-
-                    def one(_, carry):
-                        acc, slot, parity, previous = carry
-                        stage = (y_s.at[slot], g_s.at[slot], bars)
-                        acc = step(acc, *stage, slot, parity, previous)
-                        return acc, *common.next_stage(stages, slot, parity), slot
-
-                    carry = (zeros, *state, jnp.int32(-1))
-                    acc, slot, parity, previous = lax.fori_loop(0, steps, one, carry)
-                    acc = finish(acc, bars, previous)
-                    block0 = lax.div(neuron0 + wg * 64, jnp.int32(4))
-                    write(acc, out_s.at[wg], out_g, block0, e * 4, column0)
-                    return slot, parity
+                    place = part(i)
+                    acc, state = multiply(ring, step, finish, place.steps, zeros(), state)
+                    store(acc, out_s.at[wg], out_g, place, wg)
+                    return state
 
                 lax.fori_loop(0, own, tile, (jnp.int32(0), jnp.int32(0)))
                 plgpu.wait_smem_to_gmem(0, wait_read_only=True)

@@ -318,29 +318,16 @@ def _products(
     def body(*refs):
         sources, g_g, offsets_g, outs = refs[:n], refs[n], refs[n + 1], refs[n + 2 :]
 
-        @functools.partial(
-            pl.run_scoped,
-            y_s=plgpu.SMEM((stages, dense.NEURONS // 64, dense.STEP, 64), y.dtype),
-            g_s=plgpu.SMEM((stages, dense.COLUMNS // 64, dense.STEP, 64), y.dtype),
-            out_s=plgpu.SMEM((2, dense.SLOTS, 16, 4, 32), jnp.float32),
-            bars=plgpu.SMEM((2 * stages, 2), jnp.int32),
-            collective_axes="wg",
-        )
+        @functools.partial(pl.run_scoped, **dense.scratch(stages, y.dtype), collective_axes="wg")
         def _scope(y_s, g_s, out_s, bars):
             wg, block = lax.axis_index("wg"), lax.axis_index("block")
+            ring = dense.Ring(stages, y_s, g_s, bars)
             common.init_barriers(stages, 2)(bars)
             fill, finish = dense.make_fill(stages), dense.make_finish(stages)
             dense_step, sparse_step = dense.make_step(stages, dtype), _step(stages, dtype)
-            stage = lambda slot: (y_s.at[slot], g_s.at[slot], bars)
-            advance = functools.partial(common.next_stage, stages)
 
             def part(tile, rows):
-                """Expert, first neuron, first column, first token and steps of a tile."""
-                e, rest = (f(tile, jnp.int32(rows * columns)) for f in (lax.div, lax.rem))
-                row, column = common.tile_order(rest, jnp.int32(rows), columns, config.width)
-                token0, end = offsets_g[e], offsets_g[e + 1]
-                steps = lax.div(end - token0, jnp.int32(dense.STEP))
-                return e, row * dense.NEURONS, column * dense.COLUMNS, token0, steps
+                return dense.part_of(tile, rows, columns, config.width, offsets_g)
 
             # The dense tiles, then the sparse ones: rows of tiles, this block's number of them, and
             # which.
@@ -351,32 +338,16 @@ def _products(
                 lists.insert(0, (own_rows, count, lambda i: block + i * blocks))
 
             def produce(y_g, rows, tile_of, i, state):
-                _, neuron0, column0, token0, steps = part(tile_of(i), rows)
-
-                def one(k, state):
-                    slot, parity = state
-                    token = token0 + k * dense.STEP
-                    fill(y_g, g_g, *stage(slot), slot, parity, token, neuron0, column0)
-                    return advance(slot, parity)
-
-                return lax.fori_loop(0, steps, one, state)
+                return dense.produce(ring, fill, y_g, g_g, part(tile_of(i), rows), state)
 
             def dense_tile(steps, acc, state):
-                def one(_, carry):
-                    acc, slot, parity, previous = carry
-                    acc = dense_step(acc, *stage(slot), slot, parity, previous)
-                    return acc, *advance(slot, parity), slot
-
-                acc, slot, parity, previous = lax.fori_loop(
-                    0, steps, one, (acc, *state, jnp.int32(-1))
-                )
-                return finish(acc, bars, previous), (slot, parity)
+                return dense.multiply(ring, dense_step, finish, steps, acc, state)
 
             def sparse_tile_of(steps, acc, state):
                 def one(carry):
                     acc, words, slot, parity, previous = carry
-                    acc, words = sparse_step(acc, words, *stage(slot), slot, parity, previous)
-                    return acc, words, *advance(slot, parity), slot
+                    acc, words = sparse_step(acc, words, *ring.stage(slot), slot, parity, previous)
+                    return acc, words, *ring.advance(slot, parity), slot
 
                 zeros = jnp.zeros((_WORDS * ptx.WARPGROUP,), jnp.int32)
                 words = plgpu.layout_cast(zeros, common.strided(_WORDS))
@@ -393,11 +364,9 @@ def _products(
                 return acc, (slot, parity)
 
             def consume(out_g, compute, rows, tile_of, i, state):
-                e, neuron0, column0, _, steps = part(tile_of(i), rows)
-                zeros = plgpu.layout_cast(jnp.zeros(dense.SHAPE, jnp.float32), common.ACC)
-                acc, state = compute(steps, zeros, state)
-                block0 = lax.div(neuron0 + wg * 64, jnp.int32(4))
-                dense.write(acc, out_s.at[wg], out_g, block0, e * 4, column0)
+                place = part(tile_of(i), rows)
+                acc, state = compute(place.steps, dense.zeros(), state)
+                dense.store(acc, out_s.at[wg], out_g, place, wg)
                 return state
 
             @pl.when(wg == 2)

@@ -112,8 +112,7 @@ def spread(pair: ir.Value, code: ir.Value, zero: ir.Value) -> list[ir.Value]:
 def join_lanes(word: ir.Value, masks: tuple[int, ...]) -> ir.Value:
     """Bitwise or of the words of lanes that differ in the bits of `masks`."""
     for mask in masks:
-        asm = f"shfl.sync.bfly.b32 $0, $1, {mask}, 31, 0xffffffff;"
-        word = arith.ori(word, ptx.asm(ptx.i32_type(), [word], asm, "=r,r"))
+        word = arith.ori(word, ptx.shuffle_xor(word, mask))
     return word
 
 

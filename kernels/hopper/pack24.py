@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -299,12 +300,7 @@ def _store_metadata(p: Problem, base, row, k, c, halves: list[ir.Value]) -> None
     for i in range(middle):
         first, last = pairs[i], pairs[middle + i]
         sent = arith.select(upper, first, last)
-        received = ptx.asm(
-            ptx.i32_type(),
-            [sent],
-            f"shfl.sync.bfly.b32 $0, $1, {distance}, 31, 0xffffffff;",
-            "=r,r",
-        )
+        received = ptx.shuffle_xor(sent, distance)
         lows = arith.select(upper, received, first)
         highs = arith.select(upper, last, received)
         put(add(q0, 2 * i), arith.ori(arith.andi(lows, low16), arith.shli(highs, c16)))
@@ -327,6 +323,61 @@ def _kernel(p: Problem, x_g, *rest):
     rows = load_groups(p)(x_g, m_block, k_block)
     packed = [list(pack_group(elements, p.mode, scale)) for elements in rows]
     _store(p)(values_g, meta_g, m_block, k_block, packed)
+
+
+def prepare(
+    x: jax.Array, *, axis: int, mode: str, dtype: Any, scaled: bool, config: Pack24Config | None
+) -> tuple[jax.Array, Problem]:
+    """x padded with zeros to multiples of 64, and the problem that it poses.
+
+    config: None takes the device's tuned entry, else the default.
+    """
+    padding = (-x.shape[0] % 64, -x.shape[1] % 64)
+    if any(padding):
+        x = jnp.pad(x, ((0, padding[0]), (0, padding[1])))
+    m, k = x.shape if axis == 1 else x.shape[::-1]
+    if config is None:
+        key = tables.key(axis=axis, dtype=x.dtype.name)
+        entry = tables.lookup("hopper", "pack24", device.kind(), key)
+        config = Pack24Config(**entry) if entry else Pack24Config()
+    return x, Problem(
+        m=m,
+        k=k,
+        axis=axis,
+        mode=mode,
+        x_dtype=x.dtype.name,
+        out_dtype=jnp.dtype(dtype).name,
+        scaled=scaled,
+        k_first=config.k_first,
+    )
+
+
+def num_blocks(p: Problem) -> int:
+    return pl.cdiv(p.m, p.block_m) * (p.k // 64)
+
+
+def launch(
+    p: Problem,
+    body: Callable[..., None],
+    operands: Sequence[jax.Array],
+    *further: jax.ShapeDtypeStruct,
+    name: str,
+) -> Sequence[jax.Array]:
+    """Runs a kernel that writes values, metadata and what is `further` asked for."""
+    return plgpu.kernel(
+        body,
+        out_type=(
+            jax.ShapeDtypeStruct((p.m, p.k // 2), jnp.dtype(p.out_dtype)),
+            jax.ShapeDtypeStruct((p.m // 64, p.k // 64, 128), jnp.int32),
+            *further,
+        ),
+        grid=(num_blocks(p),),
+        grid_names=("block",),
+        kernel_name=name,
+        compiler_params=plgpu.CompilerParams(
+            lowering_semantics=plgpu.LoweringSemantics.Lane, unsafe_no_auto_barriers=True
+        ),
+    )(*operands)
 
 
 def pack24(
@@ -352,42 +403,12 @@ def pack24(
     `check_pack24` does.
     """
     check_pack24(x, axis=axis, mode=mode, scale=scale, dtype=dtype, config=config)
-    rows, cols = x.shape
-    padding = (-rows % 64, -cols % 64)
-    if any(padding):
-        x = jnp.pad(x, ((0, padding[0]), (0, padding[1])))
-    m, k = x.shape if axis == 1 else x.shape[::-1]
-    if config is None:
-        key = tables.key(axis=axis, dtype=x.dtype.name)
-        entry = tables.lookup("hopper", "pack24", device.kind(), key)
-        config = Pack24Config(**entry) if entry else Pack24Config()
-    p = Problem(
-        m=m,
-        k=k,
-        axis=axis,
-        mode=mode,
-        x_dtype=x.dtype.name,
-        out_dtype=jnp.dtype(dtype).name,
-        scaled=scale is not None,
-        k_first=config.k_first,
-    )
-    call = plgpu.kernel(
-        functools.partial(_kernel, p),
-        out_type=(
-            jax.ShapeDtypeStruct((m, k // 2), dtype),
-            jax.ShapeDtypeStruct((m // 64, k // 64, 128), jnp.int32),
-        ),
-        grid=(pl.cdiv(m, p.block_m) * (k // 64),),
-        grid_names=("block",),
-        kernel_name="pack24_hopper",
-        compiler_params=plgpu.CompilerParams(
-            lowering_semantics=plgpu.LoweringSemantics.Lane, unsafe_no_auto_barriers=True
-        ),
-    )
+    x, p = prepare(x, axis=axis, mode=mode, dtype=dtype, scaled=scale is not None, config=config)
     operands = [x]
     if scale is not None:
         operands.append(jnp.asarray(scale, jnp.float32).reshape(1))
-    return call(*operands)
+    values, metadata = launch(p, functools.partial(_kernel, p), operands, name="pack24_hopper")
+    return values, metadata
 
 
 def check_pack24(

@@ -13,7 +13,6 @@ import functools
 from typing import Any
 
 import jax
-import jax.experimental.pallas as pl
 import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import lax
@@ -25,7 +24,6 @@ from kernels import reference_fp8
 from kernels.hopper import device, pack24, ptx
 from kernels.hopper.pack24 import ARRAY, SCALAR, Pack24Config, Problem, add, mul
 from kernels.hopper.spmm24_problem import FP8_DTYPES
-from kernels.tuning import tables
 
 __all__ = ["Pack24Config", "check_pack24_fp8", "pack24_fp8"]
 
@@ -175,45 +173,23 @@ def pack24_fp8(
     `check_pack24_fp8` does.
     """
     check_pack24_fp8(x, axis=axis, mode=mode, scale=scale, dtype=dtype, config=config)
-    rows, cols = x.shape
-    padding = (-rows % 64, -cols % 64)
-    scales = None if scale is None else jnp.asarray(scale, jnp.float32)
-    if any(padding):
-        x = jnp.pad(x, ((0, padding[0]), (0, padding[1])))
-    if scales is not None and scales.ndim:
-        scales = jnp.pad(scales, (0, padding[1 - axis]))
-    m, k = x.shape if axis == 1 else x.shape[::-1]
-    if config is None:
-        key = tables.key(axis=axis, dtype=x.dtype.name)
-        entry = tables.lookup("hopper", "pack24", device.kind(), key)
-        config = Pack24Config(**entry) if entry else Pack24Config()
-    p = Problem(
-        m=m,
-        k=k,
-        axis=axis,
-        mode=mode,
-        x_dtype=x.dtype.name,
-        out_dtype=jnp.dtype(dtype).name,
-        scaled=scale is not None,
-        k_first=config.k_first,
+    size = x.shape[1 - axis]
+    x, p = pack24.prepare(
+        x, axis=axis, mode=mode, dtype=dtype, scaled=scale is not None, config=config
     )
-    blocks = pl.cdiv(m, p.block_m) * (k // 64)
-    call = plgpu.kernel(
-        functools.partial(_kernel, p, scales is not None and bool(scales.ndim)),
-        out_type=(
-            jax.ShapeDtypeStruct((m, k // 2), dtype),
-            jax.ShapeDtypeStruct((m // 64, k // 64, 128), jnp.int32),
-            jax.ShapeDtypeStruct((blocks, 4), jnp.int32),
-        ),
-        grid=(blocks,),
-        grid_names=("block",),
-        kernel_name="pack24_fp8_hopper",
-        compiler_params=plgpu.CompilerParams(
-            lowering_semantics=plgpu.LoweringSemantics.Lane, unsafe_no_auto_barriers=True
-        ),
+    operands = [x]
+    row_scaled = False
+    if scale is not None:
+        scales = jnp.asarray(scale, jnp.float32)
+        row_scaled = bool(scales.ndim)
+        operands.append(jnp.pad(scales, (0, p.m - size)) if row_scaled else scales.reshape(1))
+    values, metadata, counts = pack24.launch(
+        p,
+        functools.partial(_kernel, p, row_scaled),
+        operands,
+        jax.ShapeDtypeStruct((pack24.num_blocks(p), 4), jnp.int32),
+        name="pack24_fp8_hopper",
     )
-    operands = [x] if scales is None else [x, jnp.atleast_1d(scales)]
-    values, metadata, counts = call(*operands)
     return values, metadata, jnp.sum(counts)
 
 

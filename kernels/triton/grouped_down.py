@@ -64,8 +64,7 @@ def _down24(values, metadata, w, offsets, permutation, *, tokens, config, interp
         )
         column0 = column_tile * tile.block_n
         part = common.part(offsets_ref, token_tile, tile.block_m, rows)
-        if tile.dynamic_bytes and not interpret:
-            shared_memory.reserve(values_ref, out_ref, tile.dynamic_bytes)
+        shared_memory.reserve(values_ref, out_ref, tile, emulate=interpret)
 
         def to_token(row: jax.Array, valid: jax.Array) -> tuple[jax.Array, jax.Array]:
             token = plt.load(permutation_ref[0].at[jnp.minimum(row, rows - 1)])

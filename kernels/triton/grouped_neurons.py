@@ -18,7 +18,8 @@ import numpy as np
 from jax import lax
 
 from kernels.groups24 import CHOOSE, SCALE, WIDENINGS
-from kernels.triton import output, ptx
+from kernels.triton import mainloop, output, ptx
+from kernels.triton.grouped_common import Part
 from kernels.triton.mainloop import Tile
 from kernels.triton.pack24 import from_word, select
 
@@ -194,6 +195,36 @@ class Neurons:
         col = neuron + self.q // 4 * 16
         valid = self.valid(row, col)
         ptx.store_words(packed_ref, row, col >> 1, words, valid, emulate=self.emulate)
+
+
+def multiply(
+    values_ref,
+    metadata_ref,
+    tokens_ref,
+    part: Part,
+    neuron0: jax.Array,
+    live: int,
+    tile: Tile,
+    *,
+    emulate: bool,
+) -> tuple[list[jax.Array], Neurons]:
+    """The packed weights of a part's expert, from a neuron on, times its tokens; and what is where.
+
+    Returns:
+      the thread's accumulators, and its place among the results.
+    """
+    acc = mainloop.accumulate(
+        values_ref,
+        metadata_ref,
+        tokens_ref,
+        part.expert * live + neuron0,
+        part.first,
+        tile,
+        b_layout="nk",
+        aligned=False,
+        emulate=emulate,
+    )
+    return acc, Neurons(neuron0, part.first, part.end, live, tile, emulate=emulate)
 
 
 def check_tile(config: Any) -> None:

@@ -13,7 +13,7 @@ from jax import lax
 from kernels import reference_grouped
 from kernels.triton import grouped_common as common
 from kernels.triton import grouped_neurons as neurons
-from kernels.triton import mainloop, shared_memory
+from kernels.triton import shared_memory
 from kernels.triton.spmm24 import Spmm24Config, tile_order
 
 _EMPTY = 0x44444444  # metadata of zeros: elements 0 and 1 of every group
@@ -58,23 +58,13 @@ def _up24(values, metadata, x, offsets, *, live, config, interpret):
         )
         neuron0 = neuron_tile * tile.block_m
         part = common.part(offsets_ref, token_tile, tile.block_n, rows)
-        if tile.dynamic_bytes and not interpret:
-            shared_memory.reserve(values_ref, y_ref, tile.dynamic_bytes)
+        shared_memory.reserve(values_ref, y_ref, tile, emulate=interpret)
 
         @pl.when(part.expert < experts)
         def _multiply():
-            acc = mainloop.accumulate(
-                values_ref,
-                metadata_ref,
-                x_ref,
-                part.expert * live + neuron0,
-                part.first,
-                tile,
-                b_layout="nk",
-                aligned=False,
-                emulate=interpret,
+            acc, at = neurons.multiply(
+                values_ref, metadata_ref, x_ref, part, neuron0, live, tile, emulate=interpret
             )
-            at = neurons.Neurons(neuron0, part.first, part.end, live, tile, emulate=interpret)
             for sixteen in range(tile.frags_n // 2):
                 for f in range(0, tile.frags_m // 2, 2):
                     nibbles = [

@@ -10,7 +10,7 @@ import jax.experimental.pallas as pl
 from kernels import reference_grouped
 from kernels.triton import grouped_common as common
 from kernels.triton import grouped_neurons as neurons
-from kernels.triton import mainloop, shared_memory
+from kernels.triton import shared_memory
 from kernels.triton.spmm24 import Spmm24Config, tile_order
 
 # Groups of Y2 in flight ahead of those that are multiplied: 32 neurons of 16 tokens of a warp.
@@ -59,8 +59,7 @@ def _up24_backward(values, metadata, dy, y2, y2_metadata, offsets, *, live, conf
         )
         neuron0 = neuron_tile * tile.block_m
         part = common.part(offsets_ref, token_tile, tile.block_n, rows)
-        if tile.dynamic_bytes and not interpret:
-            shared_memory.reserve(values_ref, out_ref, tile.dynamic_bytes)
+        shared_memory.reserve(values_ref, out_ref, tile, emulate=interpret)
 
         def rows_of(ref, cols: int) -> common.Block:
             col = neuron_tile * cols
@@ -70,18 +69,9 @@ def _up24_backward(values, metadata, dy, y2, y2_metadata, offsets, *, live, conf
         def _multiply():
             # What the epilogue needs is read from memory meanwhile.
             common.prefetch(rows_of(y2_ref, tile.block_m), tile.threads, emulate=interpret)
-            acc = mainloop.accumulate(
-                values_ref,
-                metadata_ref,
-                dy_ref,
-                part.expert * live + neuron0,
-                part.first,
-                tile,
-                b_layout="nk",
-                aligned=False,
-                emulate=interpret,
+            acc, at = neurons.multiply(
+                values_ref, metadata_ref, dy_ref, part, neuron0, live, tile, emulate=interpret
             )
-            at = neurons.Neurons(neuron0, part.first, part.end, live, tile, emulate=interpret)
             places = [
                 (f, sixteen)
                 for sixteen in range(tile.frags_n // 2)

@@ -7,6 +7,8 @@ import jax.experimental.pallas.triton as plt
 import jax.numpy as jnp
 from jax import lax
 
+from kernels.triton.mainloop import Tile
+
 # Depth and width of products of 64 rows, by their bytes.
 _SHAPES = ((128, 64), (256, 64), (128, 256), (256, 128), (512, 64), (256, 256), (512, 128))
 
@@ -19,8 +21,8 @@ LARGEST = _bytes(*_SHAPES[-1])
 """Bytes that `reserve` can provide."""
 
 
-def reserve(operand_ref, out_ref, size: int) -> None:
-    """Makes the launch provide at least `size` bytes of dynamic shared memory.
+def reserve(operand_ref, out_ref, tile: Tile, *, emulate: bool) -> None:
+    """Makes the launch provide the dynamic shared memory that a tile's ring needs, if any.
 
     Pallas Triton has no parameter for it: Triton adds up what the operations it sees need, and a
     product of two matrices needs both of them in shared memory. This one is in a branch that is
@@ -32,8 +34,12 @@ def reserve(operand_ref, out_ref, size: int) -> None:
     Args:
       operand_ref: any two-dimensional ref of a 16-bit type.
       out_ref: any two-dimensional ref of a result.
+      tile: of the main loop.
+      emulate: the interpreter needs none.
     """
-    depth, width = next(shape for shape in _SHAPES if _bytes(*shape) >= size)
+    if not tile.dynamic_bytes or emulate:
+        return
+    depth, width = next(shape for shape in _SHAPES if _bytes(*shape) >= tile.dynamic_bytes)
 
     @pl.when(pl.program_id(0) < 0)
     def _never():

@@ -154,8 +154,7 @@ def _spmm24(
         *scale_ref, out_ref = rest
         tile_m, tile_n = tile_order(pl.program_id(0), grid_m, grid_n, config.group_m)
         m0, n0 = tile_m * tile.block_m, tile_n * tile.block_n
-        if tile.dynamic_bytes and not interpret:
-            shared_memory.reserve(values_ref, out_ref, tile.dynamic_bytes)
+        shared_memory.reserve(values_ref, out_ref, tile, emulate=interpret)
         acc = mainloop.accumulate(
             values_ref, metadata_ref, b_ref, m0, n0, tile, b_layout=b_layout, emulate=interpret
         )

@@ -18,7 +18,6 @@ stores what goes out where its token is.
 
 from __future__ import annotations
 
-import functools
 import importlib
 import inspect
 import warnings
@@ -79,25 +78,19 @@ def module(kernels: registry.Backend) -> Any:
         raise NotImplementedError(f"backend={kernels!r} has no grouped24 here: {error}") from error
 
 
-@functools.cache
-def _traced_once(function: Callable[..., Any]) -> Callable[..., Any]:
-    static = ("num_experts", "m", "dtype", "tokens")
-    names = inspect.signature(function).parameters
-    return jax.jit(function, static_argnames=[name for name in static if name in names])
+_OPTIONS = ("num_experts", "m", "dtype", "tokens")
 
 
 class _Functions:
-    """The backend's five functions, each traced once for its shapes.
-
-    A model then lowers and compiles a kernel once for all of its layers. The device that a kernel
-    is traced for is part of the key of `jax.jit`'s cache.
-    """
+    """The backend's functions, each traced once for its shapes (`registry.traced_once`)."""
 
     def __init__(self, kernels: registry.Backend) -> None:
         self._module = module(kernels)
 
     def __getattr__(self, name: str) -> Callable[..., Any]:
-        return _traced_once(getattr(self._module, name))
+        function = getattr(self._module, name)
+        names = inspect.signature(function).parameters
+        return registry.traced_once(function, tuple(o for o in _OPTIONS if o in names))
 
 
 def _batchable(function: Callable[..., Any], kernels: registry.Backend) -> Callable[..., Any]:
