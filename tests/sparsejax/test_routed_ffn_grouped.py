@@ -311,7 +311,10 @@ def test_backends_on_a_gpu(backend, m, distribution, option):
     plan = make_plan(experts_of(distribution, m // 4, tokens), sparsity)
     run = partial(value_and_gradients, *data, plan, sparsity=sparsity, dtype=jnp.bfloat16)
     got, again, remat = run(kernels=backend), run(kernels=backend), run(kernels=backend, remat=True)
-    assert_close(got, [np.asarray(a, np.float64) for a in run(kernels=None)[:4]] + [None], 5e-3)
+    # Two in four along tokens are chosen among values rounded to 16 bits, which the two paths sum
+    # in another order: a near-tie in 10^5 falls the other way, and moves a whole element.
+    limit = 5e-3 if option == "dense" else 2e-2
+    assert_close(got, [np.asarray(a, np.float64) for a in run(kernels=None)[:4]] + [None], limit)
     for a, b, c in zip(got[:4], again[:4], remat[:4], strict=True):
         np.testing.assert_array_equal(a, b)
         np.testing.assert_array_equal(a, c)
