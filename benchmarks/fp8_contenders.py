@@ -123,7 +123,9 @@ def compile_dense(operands: Operands):
     to tune.
     """
     multiply = functools.partial(fp8.dot, contract=(1, 1), out_dtype=jnp.bfloat16)
-    options = {"xla_gpu_enable_triton_gemm": False} if jax.default_backend() == "gpu" else {}
+    options: dict[str, str | bool] = {}
+    if jax.default_backend() == "gpu":
+        options["xla_gpu_enable_triton_gemm"] = False
     return jax.jit(multiply).lower(*operands.dense).compile(compiler_options=options)
 
 

@@ -6,8 +6,8 @@
 # OUT is a folder for the results, one JSON file for each; options are the trainer's, such as
 # --data.source. A result of fewer GPUs that lies in OUT already, as step_1b_2gpu.json, is what the
 # run on more of them is compared with; on two GPUs the same process measures one of them as well.
-# PARTS="7b 1b llama2 gathers" says which of them, ROUNDS and WARMUP how long; DRY=1 prints the
-# commands.
+# PARTS="7b 1b llama2 gathers" says which of them, ROUNDS and WARMUP how long, SEQUENCES how many of
+# them llama7b has on a GPU (2 fit 80 GB), LIMIT how many seconds a run may take; DRY=1 prints the commands.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 [ $# -ge 1 ] || { echo "usage: bash benchmarks/scaling.sh OUT [OPTION...]" >&2; exit 2; }
@@ -42,17 +42,17 @@ half=$((gpus / 2))
 # Most of the memory is taken: two GPUs of 80 GB hold llama7b and two sequences each.
 seven() { # sequences a device, name
   XLA_PYTHON_CLIENT_MEM_FRACTION=${XLA_PYTHON_CLIENT_MEM_FRACTION:-0.95} \
-    step 240 "$2" --config llama7b --mesh.fsdp "$gpus" \
+    step "${LIMIT:-240}" "$2" --config llama7b --mesh.fsdp "$gpus" \
     --dense "$(each "$1")" --sparse "$(each "$1")" $(compared "step_7b_${half}gpu") "${@:3}"
 }
 if wanted 7b; then
-  seven 2 "step_7b_${gpus}gpu" "$@" || seven 1 "step_7b_${gpus}gpu_short" "$@" || failed=1
+  seven "${SEQUENCES:-2}" "step_7b_${gpus}gpu" "$@" || seven 1 "step_7b_${gpus}gpu_short" "$@" || failed=1
 fi
 
 if wanted 1b; then
   scaling=$(compared "step_1b_${half}gpu")
   [ -n "$scaling" ] || scaling="--scaling 1"
-  step 240 "step_1b_${gpus}gpu" --config llama1b --mesh.fsdp "$gpus" \
+  step "${LIMIT:-240}" "step_1b_${gpus}gpu" --config llama1b --mesh.fsdp "$gpus" \
     --dense "$(each 8)" --sparse "$(each 8)" $scaling "$@" || failed=1
 fi
 

@@ -26,6 +26,7 @@ from kernels.hopper import pack24 as packing
 from kernels.hopper import spmm24 as products
 from kernels.hopper.spmm24_fp8 import spmm24_fp8
 from kernels.tuning import tables
+from sparsejax import fp8
 
 MAX_ERROR = 5e-3
 MAX_ERROR_IN_8_BITS = 1e-2  # tensor cores add these with fewer bits
@@ -128,16 +129,23 @@ def _compile_all(calls: dict[Any, Callable[[], Any]]) -> dict[Any, Any]:
     return {name: r for name, r in built.items() if not isinstance(r, Exception)}
 
 
-def _dense(problem: Problem, a: Array, b: Array) -> Array:
-    """XLA's dense product; of 8-bit operands cuBLASLt's, with scales of 1."""
+def _dense(problem: Problem, a: Array, b: Array, one: Array) -> Array:
+    """XLA's dense product; of 8-bit operands cuBLASLt's, whose scales are `one`."""
     contracted = 1 if problem.b == "nk" else 0
-    wide = lambda x: x.astype(jnp.bfloat16)
-    if problem.out == "mn":
-        return lax.dot_general(wide(a), wide(b), (((1,), (contracted,)), ((), ())))
-    return lax.dot_general(wide(b), wide(a), (((contracted,), (1,)), ((), ())))
+    operands, contract = (a, b), (1, contracted)
+    if problem.out == "nm":
+        operands, contract = operands[::-1], contract[::-1]
+    if problem.in_8_bits:
+        left, right = (fp8.Quantized(x, one) for x in operands)
+        return fp8.dot(left, right, contract=contract, out_dtype=jnp.bfloat16)
+    return lax.dot_general(*operands, (((contract[0],), (contract[1],)), ((), ())))
 
 
-@functools.partial(jax.jit, static_argnums=0)
+# XLA's own Triton products take long to tune, and those of 8 bits are slower than cuBLASLt's.
+CUBLAS: dict[str, str | bool] = {"xla_gpu_enable_triton_gemm": False}
+
+
+@functools.partial(jax.jit, static_argnums=0, compiler_options=CUBLAS)
 def _error(problem: Problem, pruned: Array, b: Array, out: Array) -> Array:
     """Relative Frobenius error; operands have 16 bits at most, so their products are exact."""
     contracted = 1 if problem.b == "nk" else 0
@@ -177,8 +185,9 @@ def tune_product(problem: Problem, sampling: Sampling) -> tuple[dict[str, Any], 
         return jax.jit(call).lower(values, metadata, b).compile()
 
     compiled = _compile_all({c: functools.partial(build, c) for c in candidates(problem)})
-    dense = jax.jit(functools.partial(_dense, problem)).lower(a, b).compile()
-    calls: dict[str, Timed] = {"dense": jax_timed(dense, a, b)}
+    lowered = jax.jit(functools.partial(_dense, problem)).lower(a, b, jnp.float32(1))
+    dense = lowered.compile(compiler_options=CUBLAS)
+    calls: dict[str, Timed] = {"dense": jax_timed(dense, a, b, jnp.float32(1))}
     by_name = {}
     for config, call in compiled.items():
         error = float(_error(problem, pruned, b, call(values, metadata, b)))
