@@ -2,7 +2,8 @@
 
 A backend is a module for each op, `kernels.<backend>.<op>`, with the function `<op>` and
 `check_<op>` of the same arguments, which raises NotImplementedError where it does not serve them.
-`kernels.reference` holds every op, and `kernels.reference_fp8` those of 8-bit floats. Modules are
+`kernels.reference` holds every op, but `kernels.reference_fp8` those of 8-bit floats and
+`kernels.reference_norm` those of normalisation. Modules are
 imported when a call needs them, so that a machine without a GPU never loads the GPU compilers.
 
 `backend=None` takes the fastest backend whose check passes; passing over one is reported once for
@@ -36,6 +37,17 @@ BACKENDS: tuple[Backend, ...] = get_args(Backend)
 _REFERENCE_MODULES = {
     "pack24_fp8": "kernels.reference_fp8",
     "spmm24_fp8": "kernels.reference_fp8",
+    "rms_norm": "kernels.reference_norm",
+    "rms_norm_backward": "kernels.reference_norm",
+}
+
+# Modules of the backends that are not named after their op.
+_MODULES = {"rms_norm_backward": "rms_norm"}
+
+# Ops bound by memory alone: one backend serves them as well as another could.
+_BACKENDS_OF: dict[str, tuple[Backend, ...]] = {
+    "rms_norm": ("triton", "reference"),
+    "rms_norm_backward": ("triton", "reference"),
 }
 
 assume_capability = jax.make_user_context(None)
@@ -96,7 +108,7 @@ def load(op: str, backend: Backend) -> tuple[Callable, Callable]:
     Raises:
       NotImplementedError: the backend has no such op, or cannot be imported here.
     """
-    name = f"kernels.{backend}.{op}"
+    name = f"kernels.{backend}.{_MODULES.get(op, op)}"
     if backend == "reference":
         name = _REFERENCE_MODULES.get(op, "kernels.reference")
     try:
@@ -144,6 +156,8 @@ def select(op: str, *args, backend: Backend | None = None, **kwargs) -> tuple[Ba
         raise ValueError(f"config={kwargs['config']} needs a named backend, not {backend=}")
     refusals: list[str] = []
     for candidate in available_backends():
+        if candidate not in _BACKENDS_OF.get(op, BACKENDS):
+            continue
         try:
             function, check = load(op, candidate)
             check(*args, **kwargs)
@@ -212,3 +226,16 @@ def pack24_fp8(x, *, backend: Backend | None = None, **kwargs) -> tuple[Array, A
 def spmm24_fp8(values, metadata, b, *, backend: Backend | None = None, **kwargs) -> Array:
     """`kernels.reference_fp8.spmm24_fp8` on the fastest backend that serves the call."""
     return call("spmm24_fp8", values, metadata, b, backend=backend, **kwargs)
+
+
+def rms_norm(x, scale, *, eps: float, backend: Backend | None = None) -> tuple[Array, Array]:
+    """`kernels.reference_norm.rms_norm` on the fastest backend that serves the call."""
+    _, function = select("rms_norm", x, scale, eps=eps, backend=backend)
+    return traced_once(function, ("eps",))(x, scale, eps=eps)
+
+
+def rms_norm_backward(
+    y, rstd, scale, g, passed=None, *, backend: Backend | None = None
+) -> tuple[Array, Array]:
+    """`kernels.reference_norm.rms_norm_backward` on the fastest backend that serves the call."""
+    return call("rms_norm_backward", y, rstd, scale, g, passed, backend=backend)

@@ -466,9 +466,11 @@ def _activation_bytes(config: Config, mesh: MeshShape, size: int, sparse: bool) 
     a_pair = 2 * BYTES_FLOAT32 + (size if size < BYTES_FLOAT32 else 0)
     statistics = heads * (config.sequence_length * a_pair if m.attention == "xla" else 4)
     attention = size * (2 * query + 2 * key) + statistics
-    # Each norm keeps its input and its normalised output in float32, and what it returns.
-    normed = 2 * width + (query + key if m.qk_norm else 0)
-    norms = (2 * BYTES_FLOAT32 + size) * normed
+    # Each norm keeps its input and its normalised output in float32, and what it returns; the
+    # kernels that alone.
+    a_norm = 2 * BYTES_FLOAT32 + size
+    norms = (a_norm if m.norm == "xla" else size) * 2 * width
+    norms += a_norm * (query + key) if m.qk_norm else 0
     if sparse:
         live = s.live_neurons(hidden)
         products = live * (2 if m.gated else 1) * size

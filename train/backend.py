@@ -27,3 +27,10 @@ def attention_implementation(
         return requested
     cudnn = jax.default_backend() == "gpu" and dtype.itemsize == 2 and head_dim % 8 == 0
     return "cudnn" if cudnn and head_dim <= 128 else "xla"
+
+
+def norm_implementation(requested: Literal["auto", "kernel", "xla"]) -> Literal["kernel", "xla"]:
+    """What computes norms: what was asked for, or the kernels where a GPU runs them."""
+    if requested != "auto":
+        return requested
+    return "kernel" if jax.default_backend() == "gpu" else "xla"

@@ -74,6 +74,10 @@ class ModelConfig:
     attention: Literal["auto", "cudnn", "xla"] = "auto"
     """Attention kernel: cuDNN flash attention, XLA's own, or cuDNN where it runs and XLA
     elsewhere."""
+    norm: Literal["auto", "kernel", "xla"] = "xla"
+    """RMSNorm over the width: kernels that read and write everything once and keep the result, not
+    the input, for the backward pass (a gain of exactly zero then has no gradient); XLA's; or the
+    kernels where they run and XLA's elsewhere."""
     compute_dtype: Literal["auto", "bfloat16", "float32"] = "auto"
     """Type of activations and matrix products; auto is bfloat16 on a GPU and float32 elsewhere.
     Master weights are always float32."""

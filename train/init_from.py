@@ -27,6 +27,7 @@ FREE = (
     "head_scale",
     "scan_layers",
     "remat",
+    "norm",
     "attention",
     "compute_dtype",
     "loss_chunk",

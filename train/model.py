@@ -22,7 +22,7 @@ from sparsejax.remat import products
 from sparsejax.spec import Precision, Sparsity
 from train import scopes
 from train.attention import WIDTH_AXIS, Attention, KeyValues, PackedAttention
-from train.backend import compute_dtype
+from train.backend import compute_dtype, norm_implementation
 from train.config import ModelConfig
 from train.embedding import embed
 from train.init import linear_init
@@ -81,9 +81,10 @@ class Block(nnx.Module):
     """x + attention(norm(x)), then + ffn(norm(x))."""
 
     def __init__(self, config: ModelConfig, sparsity: Sparsity | None, *, rngs: nnx.Rngs):
-        self.norm_attention = RMSNorm(config.width, config.norm_eps)
+        norm = lambda: RMSNorm(config.width, config.norm_eps, norm_implementation(config.norm))
+        self.norm_attention = norm()
         self.attention = Attention(config, sparsity, rngs=rngs)
-        self.norm_ffn = RMSNorm(config.width, config.norm_eps)
+        self.norm_ffn = norm()
         self.ffn: SwiGLU | RoutedFFN | MoEFFN
         if config.experts:
             self.ffn = MoEFFN(
@@ -121,7 +122,7 @@ class Block(nnx.Module):
             return PackedBlock(self.ffn.pack(), attention)
 
     def __call__(self, x: jax.Array, packed: Packed = None) -> tuple[jax.Array, Stats]:
-        x = constrain(x + self._attend(x, packed), ACT_BTD)
+        x = constrain(self._attend(x, packed), ACT_BTD)
         y, stats = self._feed_forward(x, packed)
         return constrain(y, ACT_BTD), stats
 
@@ -143,7 +144,7 @@ class Block(nnx.Module):
         self, x: jax.Array, packed: Packed, previous: Any, fit: bool
     ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
         """As a call under new centres, with `RoutedFFN.reroute`'s biases in effect and returned."""
-        x = constrain(x + self._attend(x, packed), ACT_BTD)
+        x = constrain(self._attend(x, packed), ACT_BTD)
         bias, churn = self.ffn.reroute(self.norm_ffn(x), previous, fit=fit)
         self.ffn.bias[...] = bias
         y, _ = self._feed_forward(x, packed)
@@ -151,10 +152,11 @@ class Block(nnx.Module):
 
     def _attend(self, x: jax.Array, packed: Packed) -> jax.Array:
         own = None if packed is None else packed.attention
-        return self.attention(self.norm_attention(x), own)
+        x, x_norm = self.norm_attention.with_input(x)
+        return x + self.attention(x_norm, own)
 
     def _feed_forward(self, x: jax.Array, packed: Packed) -> tuple[jax.Array, Stats]:
-        x_norm = self.norm_ffn(x)
+        x, x_norm = self.norm_ffn.with_input(x)
         with jax.named_scope(scopes.FFN):
             y, stats = self.ffn(x_norm, None if packed is None else packed.ffn)
         return x + y, stats
@@ -194,7 +196,7 @@ class Llama(nnx.Module):
             jax.random.truncated_normal(rngs.params(), -2, 2, (v, d), jnp.float32) * std
         )
         self.head = nnx.Param(linear_init(config.head_scale)(rngs.params(), (d, v), jnp.float32))
-        self.norm = RMSNorm(d, config.norm_eps)
+        self.norm = RMSNorm(d, config.norm_eps, norm_implementation(config.norm))
         make = lambda key: Block(config, sparsity, rngs=nnx.Rngs(params=key))
         keys = jax.random.split(rngs.params(), config.num_layers)
         if config.scan_layers:

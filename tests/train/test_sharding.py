@@ -32,6 +32,7 @@ RUNS = """
                 model=ModelConfig(
                     width=32, num_layers=2, num_heads=4, loss_chunk=16,
                     ffn_precision="fp8" if shards == 1 else "compute",
+                    norm="xla" if shards == 1 else "kernel",
                 ),
                 sparsity=Sparsity(m=8, v=8, bias_rate=0.01, kmeans_iterations=3, shards=shards),
                 schedule=ScheduleConfig(warmup_steps=2, sparse_fraction=0.5),
