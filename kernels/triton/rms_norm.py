@@ -172,7 +172,8 @@ def _forward(x, scale, *, eps, config, interpret):
             plt.store(rstd_ref.at[row], rstd)
             return carry
 
-        lax.fori_loop(*_bounds(share, rows), body, jnp.int32(0))
+        first, last = _bounds(share, rows)
+        lax.fori_loop(first, last, body, jnp.int32(0))
 
     return pl.pallas_call(
         kernel,
@@ -209,8 +210,8 @@ def _backward(y, rstd, scale, g, passed, *, config, interpret):
             a.store(dx_ref, row, dx)
             return total + product
 
-        zeros = jnp.zeros(a.shape, jnp.float32)
-        total = lax.fori_loop(*_bounds(share, rows), body, zeros)
+        first, last = _bounds(share, rows)
+        total = lax.fori_loop(first, last, body, jnp.zeros(a.shape, jnp.float32))
         a.store(partial_ref, pl.program_id(0), total * inverse)
 
     return pl.pallas_call(
