@@ -7,7 +7,7 @@ import contextlib
 import dataclasses
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ import optax
 from jax.sharding import Mesh, NamedSharding
 from rich.console import Console
 
-from sparsejax.schedule import Event, Phase, PhaseSchedule
+from sparsejax.schedule import Phase, PhaseSchedule
 from train import accounting, hardware
 from train.checkpoint import Checkpointer
 from train.checkpoint.processes import on_process_zero
@@ -27,18 +27,17 @@ from train.config import Config, resolve, validate
 from train.data.pipeline import Data, open_data
 from train.distributed import any_process
 from train.evaluate import evaluate
-from train.flip import lower_cluster_event, make_flip_step
 from train.init_from import check_init_from, other_tokenizer, with_parameters_from
 from train.loggers import open_sinks, require_packages
 from train.mesh import BATCH_SPEC, check_mesh, data_share, make_mesh, put_batch
 from train.metrics import RunLogger
-from train.optimizer import make_optimizer, phase_schedule
+from train.optimizer import learning_rate_schedule, make_optimizer, phase_schedule
 from train.plots import loss_plot
 from train.profiling import Profiler, parse_steps
+from train.programs import Programs, Shared, compile_programs
 from train.run_folder import CHECKPOINTS, new_folder, resumable_folder, write_config
 from train.signals import StopRequest
-from train.state import TrainState, abstract_state, init_state, model_graph
-from train.step import make_eval_step, make_train_step
+from train.state import TrainState, abstract_state, init_state
 
 
 class NonFiniteError(RuntimeError):
@@ -66,87 +65,20 @@ class Result:
     losses: dict[str, float]
 
 
-@dataclass(frozen=True)
-class Programs:
-    """Everything the loop runs on the device, compiled before the first step.
-
-    Attributes:
-      train: the train step of each phase.
-      evaluate: the evaluation step of each view.
-      cluster: what groups the neurons before a step, by event.
-      flip: what else a phase begins with; phases that begin with nothing else are left out.
-    """
-
-    train: dict[Phase, Callable]
-    evaluate: dict[Phase, Callable]
-    cluster: dict[Event, Callable]
-    flip: dict[Phase, Callable]
-
-
-def compile_programs(
+def train(
     config: Config,
-    state: TrainState,
-    batch: Mapping[str, jax.ShapeDtypeStruct],
-    masked: Mapping[str, jax.ShapeDtypeStruct],
-    report: Callable[[str], None],
-) -> Programs:
-    """Compiles the steps of all phases, so that errors show before training and flips do not stall.
-
-    Args:
-      config: the resolved run.
-      state: the state, or its shapes and shardings.
-      batch: shapes and shardings of a training batch.
-      masked: an evaluation batch, likewise.
-      report: told what is being compiled.
-    """
-    optimizer, graph, phases = make_optimizer(config), model_graph(config), phase_schedule(config)
-    shardings = jax.tree.map(lambda leaf: leaf.sharding, state)
-    everywhere = shardings.step  # every process reads the metrics
-
-    def compiled(name: str, function: Callable, *arguments: Any, **options: Any) -> Callable:
-        report(name)
-        return jax.jit(function, **options).lower(*arguments).compile()
-
-    def step(phase: Phase) -> Callable:
-        function = make_train_step(config, graph, optimizer, phase)
-        out = (shardings, everywhere)
-        return compiled(
-            f"{phase} step", function, state, batch, donate_argnums=0, out_shardings=out
-        )
-
-    def cluster(event: Event) -> Callable:
-        report("clustering" if event == "begin" else "cluster refresh")
-        return lower_cluster_event(config, event, state, batch)()
-
-    def flip(phase: Phase, function: Callable) -> Callable:
-        name = f"flip to {phase}"
-        return compiled(name, function, state, donate_argnums=0, out_shardings=shardings)
-
-    def view(phase: Phase) -> Callable:
-        function = make_eval_step(config, graph, phase)
-        return compiled(f"{phase} evaluation", function, state, masked, out_shardings=everywhere)
-
-    sparse = phases.sparse_steps > 0
-    wanted: dict[Phase, None] = dict.fromkeys(span.phase for span in phases.spans(config.steps))
-    programs = Programs({phase: step(phase) for phase in wanted}, {"dense": view("dense")}, {}, {})
-    if sparse:
-        programs.evaluate["sparse"] = view("sparse")
-        programs.cluster["begin"] = cluster("begin")
-    if sparse and phases.refresh_every:
-        programs.cluster["refresh"] = cluster("refresh")
-    for phase in wanted:
-        if sparse and (function := make_flip_step(config, phase)) is not None:
-            programs.flip[phase] = flip(phase, function)
-    return programs
-
-
-def train(config: Config, *, resume: bool = False, console: Console | None = None) -> Result:
+    *,
+    resume: bool = False,
+    console: Console | None = None,
+    shared: Shared | None = None,
+) -> Result:
     """Trains from the first step, or from the newest good checkpoint, to the last.
 
     Args:
       config: the run, resolved or not.
       resume: continue the newest run of this name and output folder.
       console: where to print.
+      shared: compiled programs of earlier runs of this process, to take from and to add to.
 
     Returns:
       How the run ended.
@@ -182,7 +114,7 @@ def train(config: Config, *, resume: bool = False, console: Console | None = Non
             config=dataclasses.asdict(config),
         )
         with StopRequest() as stop, checkpointer, jax.set_mesh(mesh):
-            return _Run(config, folder, data, mesh, checkpointer, stop, console).run(resume)
+            return _Run(config, folder, data, mesh, checkpointer, stop, console, shared).run(resume)
 
 
 class _Run:
@@ -197,7 +129,9 @@ class _Run:
         checkpointer: Checkpointer,
         stop: StopRequest,
         console: Console,
+        shared: Shared | None,
     ):
+        self.shared = shared
         self.config = config
         self.folder = folder
         self.data = data
@@ -318,7 +252,12 @@ class _Run:
         began = time.monotonic()
         with self.console.status("compiling") as status:
             programs = compile_programs(
-                self.config, state, batch, masked, lambda name: status.update(f"compiling: {name}")
+                self.config,
+                state,
+                batch,
+                masked,
+                lambda name: status.update(f"compiling: {name}"),
+                self.shared,
             )
         self.console.print(f"  compiled in {time.monotonic() - began:.0f} s", highlight=False)
         return programs
@@ -332,6 +271,8 @@ class _Run:
         config, log = self.config, self.config.log
         unread: list[tuple[int, Phase, dict[str, jax.Array]]] = []
         batches: Iterator[dict[str, np.ndarray]] = iter(())
+        schedule = learning_rate_schedule(config)
+        rates = np.asarray(jax.vmap(schedule)(jnp.arange(config.steps)), np.float32)
         if start < config.steps:
             batches = self.data.train_batches(start)
         for step in range(start, config.steps):
@@ -340,7 +281,9 @@ class _Run:
                 batch = put_batch(self.mesh, next(batches))
             state, moved = self._between(programs, state, step, batch)
             phase = self.phases(step)
-            state, metrics = self.profiler.run(step, programs.train[phase], state, batch)
+            state, metrics = self.profiler.run(
+                step, programs.train[phase], state, batch, rates[step]
+            )
             done = step + 1
             unread.append((done, phase, metrics))
             saving = config.checkpoint.every and done % config.checkpoint.every == 0

@@ -68,18 +68,39 @@ def decay_mask(params: Any) -> Any:
     )
 
 
-def make_optimizer(config: Config) -> optax.GradientTransformation:
+def make_optimizer(config: Config) -> optax.GradientTransformationExtraArgs:
     """AdamW with decoupled weight decay; gradients are clipped in the train step, where their
-    norm is known."""
+    norm is known.
+
+    `update` takes a `learning_rate`, so that one compiled step serves all schedules; without it,
+    the configuration's schedule and the state's own count say what it is. The state is that of
+    `optax.adamw`.
+    """
     o = config.optimizer
-    return optax.adamw(
-        learning_rate_schedule(config),
-        b1=o.b1,
-        b2=o.b2,
-        eps=o.eps,
-        weight_decay=o.weight_decay,
-        mask=decay_mask,
+    return optax.chain(
+        optax.scale_by_adam(b1=o.b1, b2=o.b2, eps=o.eps),
+        optax.add_decayed_weights(o.weight_decay, decay_mask),
+        _scale_by_rate(learning_rate_schedule(config)),
     )
+
+
+def _scale_by_rate(schedule: optax.Schedule) -> optax.GradientTransformationExtraArgs:
+    """`optax.scale_by_learning_rate`, whose rate the caller may know better."""
+    scheduled = optax.scale_by_schedule(schedule)
+
+    def update(
+        updates: Any,
+        state: optax.ScaleByScheduleState,
+        params: Any = None,
+        *,
+        learning_rate: jax.typing.ArrayLike | None = None,
+        **_: Any,
+    ) -> tuple[Any, optax.ScaleByScheduleState]:
+        rate = schedule(state.count) if learning_rate is None else learning_rate
+        scaled = jax.tree.map(lambda u: -jnp.asarray(rate, u.dtype) * u, updates)
+        return scaled, optax.ScaleByScheduleState(optax.safe_increment(state.count))
+
+    return optax.GradientTransformationExtraArgs(scheduled.init, update)
 
 
 def reset_moments(opt_state: Any) -> Any:

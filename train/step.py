@@ -25,7 +25,7 @@ from train.tree import map_block_leaves, map_ffn_leaves
 
 Batch = dict[str, jax.Array]
 Metrics = dict[str, jax.Array]
-StepFunction = Callable[[TrainState, Batch], tuple[TrainState, Metrics]]
+StepFunction = Callable[..., tuple[TrainState, Metrics]]
 
 
 def _loss(graph: nnx.GraphDef, config: Config, params, routing, packed, batch: Batch):
@@ -58,16 +58,25 @@ def _accumulate(gradient: Callable[[Batch], Any], batch: Batch, parts: int) -> A
 
 
 def make_train_step(
-    config: Config, graph: nnx.GraphDef, optimizer: optax.GradientTransformation, phase: Phase
+    config: Config,
+    graph: nnx.GraphDef,
+    optimizer: optax.GradientTransformationExtraArgs,
+    phase: Phase,
 ) -> StepFunction:
     """The step of one phase: (state, batch) to (state, metrics); jit it and donate the state.
+
+    A third argument is the learning rate, a float32 scalar: with it, runs of all schedules share
+    the program. Without it the rate is that of the configuration's schedule at the state's step.
 
     In a sparse phase the 2:4 weights are thresholded and packed once, before the loss; gradients
     pass straight through to the dense masters, and the experts' biases move towards even loads.
     """
-    learning_rate = learning_rate_schedule(config)
+    schedule = learning_rate_schedule(config)
 
-    def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+    def step(
+        state: TrainState, batch: Batch, learning_rate: jax.Array | None = None
+    ) -> tuple[TrainState, Metrics]:
+        rate = schedule(state.step) if learning_rate is None else learning_rate
         packed = None
         if phase == "sparse":
             packed = nnx.merge(graph, state.params, state.routing).pack()
@@ -82,12 +91,14 @@ def make_train_step(
             if config.optimizer.clip_norm:
                 scale = jnp.minimum(1.0, config.optimizer.clip_norm / jnp.maximum(norm, 1e-12))
                 grads = jax.tree.map(lambda g: g * scale, grads)
-            updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+            updates, opt_state = optimizer.update(
+                grads, state.opt_state, state.params, learning_rate=rate
+            )
             params = optax.apply_updates(state.params, updates)
         metrics = {
             "loss": loss,
             "grad_norm": norm,
-            "learning_rate": learning_rate(state.step),
+            "learning_rate": rate,
         }
         routing = state.routing
         # The experts of a mixture are chosen, and their loads evened, in dense phases too.

@@ -23,6 +23,7 @@ from train.config import Config, resolve
 from train.data.config import DataConfig
 from train.data.pipeline import open_data
 from train.loop import NonFiniteError, train
+from train.programs import Shared
 from train.run_folder import CHECKPOINTS
 from train.study.definition import Run
 from train.study.record import (
@@ -37,6 +38,9 @@ from train.study.record import (
 )
 
 LineListener = Callable[[str], None] | None
+
+# Runs of one process share what they compile: a study's runs differ mostly in seed and schedule.
+_SHARED: Shared = {}
 
 
 def execute(
@@ -68,7 +72,7 @@ def execute(
     with log.open("w", encoding="utf-8") as file:
         console = Console(file=_Lines(file, line), width=140, force_terminal=False)
         try:
-            if not train(config, console=console).finished:
+            if not train(config, console=console, shared=_SHARED).finished:
                 return None
         except NonFiniteError as problem:
             status, error = "non_finite", str(problem)
