@@ -23,9 +23,17 @@ WARMUP = 0.1
 Sections = Mapping[str, Mapping[str, Any]]
 """Fields by section of the configuration: {"optimizer": {"learning_rate": 1e-3}}."""
 
-TUNED: dict[Ffn, Sections] = {"relu2": {}, "relu2_gated": {}, "swiglu": {}}
-"""What `dense_sweep` and `dense_recipe` found for each form, on top of the configuration. All that
-is compared with a dense run starts from here: edit it when those studies say so."""
+RECIPE: Sections = {
+    "model": {"qk_norm": True},
+    "optimizer": {"decay": "linear", "final_fraction": 0.0},
+}
+"""What makes runs of a minute settle: logits of attention that stay bounded at high learning rates,
+and a rate that ends at zero, so that the last steps do not decide the loss. `dense_recipe` varies
+it."""
+
+TUNED: dict[Ffn, Sections] = {"relu2": RECIPE, "relu2_gated": RECIPE, "swiglu": RECIPE}
+"""What all that is compared with a dense run starts from, by form, on top of the configuration;
+`--tuned FILE.json` sets learning rates and batch over it."""
 
 Variants = dict[str, Config | tuple[Config, Mapping[str, Factor]]]
 """By label, a configuration or one with its factors."""
@@ -45,6 +53,8 @@ def base(options: Options, *, default: str = "small", tokens: float | None = Non
         config = changed(config, sparsity={"backend": options.backend})
     if tokens is not None and options.base in (None, default):
         config = of_tokens(config, tokens)
+    if options.tuned is not None:
+        config = with_batch(config, options.tuned.batch_size)
     return dataclasses.replace(
         config,
         data=options.data,
@@ -61,9 +71,19 @@ def base(options: Options, *, default: str = "small", tokens: float | None = Non
     )
 
 
-def tuned(config: Config, ffn: Ffn) -> Config:
-    """`config` with an FFN of this form and the settings that were found best for it."""
-    return changed(changed(config, **TUNED[ffn]), model={"ffn": ffn})
+def tuned(config: Config, ffn: Ffn, options: Options) -> Config:
+    """`config` with an FFN of this form and the settings that were found best for it.
+
+    Raises:
+      ValueError: the options' sweep has no rate for this form.
+    """
+    config = changed(changed(config, **TUNED[ffn]), model={"ffn": ffn})
+    if options.tuned is None:
+        return config
+    if ffn not in options.tuned.learning_rate:
+        known = ", ".join(options.tuned.learning_rate)
+        raise ValueError(f"--tuned has no learning rate for {ffn}, only for {known}")
+    return changed(config, optimizer={"learning_rate": options.tuned.learning_rate[ffn]})
 
 
 def of_tokens(config: Config, tokens: float) -> Config:

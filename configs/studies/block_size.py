@@ -11,7 +11,7 @@ from train.study.definition import Axis, Options, Study
 
 def study(options: Options) -> Study:
     """Dense and SwiGLU beside the parts; three seeds."""
-    swiglu, config = (tuned(base(options), ffn) for ffn in ("swiglu", "relu2"))
+    swiglu, config = (tuned(base(options), ffn, options) for ffn in ("swiglu", "relu2"))
     variants: Variants = {"relu2": config, "swiglu": swiglu}
     for m in (8, 16, 32):
         variants[f"M{m}"] = (sparse(config, m=m), {"m": m, "inside": "two of four"})

@@ -13,9 +13,9 @@ from train.study.definition import Factor, Options, Study
 FFNS: tuple[Ffn, ...] = ("relu2", "swiglu")
 CHANGES: dict[str, Sections] = {
     "as tuned": {},
-    "qk-norm": {"model": {"qk_norm": True}},
-    "lr to zero": {"optimizer": {"final_fraction": 0.0}},
-    "linear to zero": {"optimizer": {"decay": "linear", "final_fraction": 0.0}},
+    "no qk-norm": {"model": {"qk_norm": False}},
+    "cosine to zero": {"optimizer": {"decay": "cosine"}},
+    "cosine to 10%": {"optimizer": {"decay": "cosine", "final_fraction": 0.1}},
     "wsd 30% to zero": {
         "optimizer": {"decay": "wsd", "decay_fraction": 0.3, "final_fraction": 0.0}
     },
@@ -38,7 +38,7 @@ def study(options: Options) -> Study:
     for name, sections in changes.items():
         for ffn in FFNS:
             factors: dict[str, Factor] = {"ffn": ffn, "change": name}
-            variants[f"{ffn}, {name}"] = (changed(tuned(config, ffn), **sections), factors)
+            variants[f"{ffn}, {name}"] = (changed(tuned(config, ffn, options), **sections), factors)
     return Study(
         name="dense_recipe",
         question="What else makes a dense baseline strong, and its seeds agree?",

@@ -44,7 +44,7 @@ def study(options: Options) -> Study:
     variants: Variants = {}
     stars = {}
     for ffn in FFNS:
-        dense = tuned(config, ffn)
+        dense = tuned(config, ffn, options)
         centre = {
             "learning_rate": dense.optimizer.learning_rate,
             "init_scale": dense.model.init_scale,

@@ -26,15 +26,15 @@ RECIPES: tuple[tuple[Ffn, int, float], ...] = (
 def study(options: Options) -> Study:
     """Three dense baselines, and five recipes at equal tokens and at equal time."""
     config = base(options, tokens=40e6)
-    dense = tuned(config, "relu2")
-    variants: Variants = {"relu2": dense, "swiglu": tuned(config, "swiglu")}
+    dense = tuned(config, "relu2", options)
+    variants: Variants = {"relu2": dense, "swiglu": tuned(config, "swiglu", options)}
     for ffn, m, share in RECIPES:
         label = f"{'gated ' if ffn == 'relu2_gated' else ''}M{m} {share:.0%}"
-        recipe = sparse(tuned(config, ffn), m=m, share=share)
+        recipe = sparse(tuned(config, ffn, options), m=m, share=share)
         speedup = options.speedups.required(label)
         variants[f"{label}, equal time"] = equal_time(recipe, dense, speedup)
         variants[label] = recipe
-    variants["relu2_gated"] = tuned(config, "relu2_gated")
+    variants["relu2_gated"] = tuned(config, "relu2_gated", options)
     return Study(
         name="equal_time",
         question="Is the recipe better than dense training of equal wall-clock?",

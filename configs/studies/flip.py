@@ -10,7 +10,7 @@ from train.study.definition import Options, Study
 
 def study(options: Options) -> Study:
     """V:2:16 with 2:4 inside; three seeds."""
-    dense = tuned(base(options), "relu2")
+    dense = tuned(base(options), "relu2", options)
     recipe = sparse(dense)
     share = lambda fraction: max(round(fraction * dense.steps), 1)
     rewarm = lambda steps, at, **more: changed(

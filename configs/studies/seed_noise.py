@@ -13,7 +13,7 @@ from train.study.definition import Options, Study
 
 def study(options: Options) -> Study:
     """Dense relu^2; one change at a time; five seeds."""
-    config = tuned(base(options, tokens=25e6), "relu2")
+    config = tuned(base(options, tokens=25e6), "relu2", options)
     rate = config.optimizer.learning_rate
     optimizer = lambda **fields: changed(config, optimizer=fields)
     variants: Variants = {
@@ -21,11 +21,11 @@ def study(options: Options) -> Study:
         "one order": changed(config, data={"seed": 0}),
         "lr / 2": optimizer(learning_rate=rate / 2),
         "lr x 2": optimizer(learning_rate=2 * rate),
-        "qk-norm": changed(config, model={"qk_norm": True}),
-        "linear to zero": optimizer(decay="linear", final_fraction=0.0),
+        "no qk-norm": changed(config, model={"qk_norm": False}),
+        "cosine to 10%": optimizer(decay="cosine", final_fraction=0.1),
         "64 windows": changed(config, log={"eval_windows": 64}),
     }
-    variants |= {"swiglu": tuned(base(options, tokens=25e6), "swiglu")}
+    variants |= {"swiglu": tuned(base(options, tokens=25e6), "swiglu", options)}
     return Study(
         name="seed_noise",
         question="Where does the spread between seeds come from?",

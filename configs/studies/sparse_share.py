@@ -12,7 +12,7 @@ SHARES = (0.25, 0.5, 0.7, 0.8, 0.9)
 
 def study(options: Options) -> Study:
     """V:2:16 with 2:4 inside; three seeds."""
-    swiglu, config = (tuned(base(options), ffn) for ffn in ("swiglu", "relu2"))
+    swiglu, config = (tuned(base(options), ffn, options) for ffn in ("swiglu", "relu2"))
     variants: Variants = {"relu2": config, "swiglu": swiglu}
     for share in SHARES:
         varied = sparse(config, share=share, warmup=0.05)

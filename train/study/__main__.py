@@ -19,11 +19,14 @@ from train.data.config import DataConfig
 from train.runtime import reserve_memory
 from train.study import definition
 from train.study.definition import Run, Study
+from train.study.devices import visible_gpus
 from train.study.equal_time import Speedups, read_speedups
 from train.study.export import export, unpack
+from train.study.pool import sharers
 from train.study.record import Folders, differences, read
 from train.study.report import make_report, write_header
 from train.study.runner import plan, run_study, select
+from train.study.tuned import read_tuned
 from train.version_check import require_jax
 
 
@@ -53,8 +56,8 @@ class Arguments:
     budget_seconds: float | None = None
     """Start no run that would probably end later than this many seconds after the command began."""
     jobs: int = 1
-    """Runs side by side, each in a process with its part of the GPU's memory. Their speeds say
-    nothing."""
+    """Runs side by side, each in a process of its own, spread over the GPUs there are. Those that
+    share a GPU have parts of its memory, and their speeds say nothing."""
     isolate: bool = False
     """A process for each run: survives kernels that crash, at the cost of a start-up each."""
     export: Annotated[Path | None, tyro.conf.arg(metavar="FILE.json")] = None
@@ -67,6 +70,9 @@ class Arguments:
     speedup_from: Annotated[Path | None, tyro.conf.arg(metavar="FILE.json")] = None
     """The same from a measurement: a JSON object with `sparse_step_speedup`, a number or an object
     from label to number."""
+    tuned: Annotated[Path | None, tyro.conf.arg(metavar="FILE.json")] = None
+    """What a sweep found best for each form of the FFN, as `python -m train.study.tuned` writes it;
+    comparisons start from there."""
     data: DataConfig = field(default_factory=DataConfig)
     """Training and validation text."""
 
@@ -107,7 +113,12 @@ def run(arguments: Arguments, console: Console) -> int:
         return 0
     folders = Folders(output, arguments.scratch or output / "scratch")
     options = definition.Options(
-        arguments.base, arguments.backend, arguments.data, arguments.seeds, speedups
+        arguments.base,
+        arguments.backend,
+        arguments.data,
+        arguments.seeds,
+        speedups,
+        None if arguments.tuned is None else read_tuned(arguments.tuned),
     )
     study = definition.get(arguments.name, options)
     runs = select(study, arguments.only)
@@ -118,7 +129,8 @@ def run(arguments: Arguments, console: Console) -> int:
         return 0
     outcome = plan(study, runs, folders, replace=arguments.replace)
     write_header(output, study, speedups)
-    reserve_memory(arguments.jobs)
+    gpus = visible_gpus() if arguments.jobs > 1 or arguments.isolate else []
+    reserve_memory(sharers(arguments.jobs, len(gpus)))
 
     def save() -> None:
         if arguments.export is not None:
@@ -131,6 +143,7 @@ def run(arguments: Arguments, console: Console) -> int:
         console=console,
         jobs=arguments.jobs,
         isolate=arguments.isolate,
+        gpus=gpus,
         budget_seconds=budget,
         began=began,
         ended=save,

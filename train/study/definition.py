@@ -123,6 +123,19 @@ class Study:
 
 
 @dataclass(frozen=True)
+class Tuned:
+    """What a sweep found best (`train.study.tuned`).
+
+    Attributes:
+      batch_size: sequences a step, one for all forms, so that comparisons take the same steps.
+      learning_rate: peak rate by form of the FFN.
+    """
+
+    batch_size: int
+    learning_rate: Mapping[str, float]
+
+
+@dataclass(frozen=True)
 class Options:
     """What the command line may change about a study.
 
@@ -132,6 +145,7 @@ class Options:
       data: training and validation text of all runs.
       seeds: replace the study's own; empty keeps them.
       speedups: of a sparse step over a dense one, where measured.
+      tuned: what a sweep found, in the place of the studies' own settings; None keeps those.
     """
 
     base: str | None = None
@@ -139,6 +153,7 @@ class Options:
     data: DataConfig = field(default_factory=DataConfig)
     seeds: tuple[int, ...] = ()
     speedups: Speedups = field(default_factory=Speedups)
+    tuned: Tuned | None = None
 
 
 def names() -> list[str]:

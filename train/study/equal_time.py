@@ -73,7 +73,9 @@ def read_speedups(path: str | os.PathLike[str]) -> Speedups:
 
     Args:
       path: a JSON object: `sparse_step_speedup` is either a number for all labels or an object
-        from label to number, in which "default" serves the other labels.
+        from label to number, in which "default" serves the other labels. Of a result of
+        `benchmarks.train_step`, whose entries are called "M=16", that becomes the label "M16";
+        its default is the first entry's and serves no other recipe.
 
     Raises:
       OSError: it cannot be read.
@@ -91,7 +93,10 @@ def read_speedups(path: str | os.PathLike[str]) -> Speedups:
             numbers[str(label)] = float(number)
     if len(numbers) < len(values) or not numbers:
         raise ValueError(f"{os.fspath(path)} has no number, or object of numbers, under {KEY!r}")
-    return Speedups(numbers.pop("default", None), numbers)
+    default = numbers.pop("default", None)
+    if found.get("benchmark") == "train_step" and numbers:
+        return Speedups(None, {name.replace("=", ""): s for name, s in numbers.items()})
+    return Speedups(default, numbers)
 
 
 def whole_run_speedup(sparse_share: float, speedup: float) -> float:

@@ -5,13 +5,16 @@ from __future__ import annotations
 import contextlib
 import multiprocessing
 import multiprocessing.connection
+import os
 import signal
 import time
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from train.study.definition import Run
+from train.study.devices import VISIBLE
 from train.study.record import Folders, Record, failure, write
 
 Execute = Callable[..., Record | None]
@@ -47,12 +50,22 @@ class Pool:
       folders: where results go.
       jobs: processes at a time.
       isolate: a new process for each run.
+      gpus: as CUDA_VISIBLE_DEVICES names them; each process sees one, and all
+        serve as many processes, give or take one. Empty leaves the processes what this one sees.
     """
 
     def __init__(
-        self, execute: Execute, study: str, folders: Folders, *, jobs: int, isolate: bool = False
+        self,
+        execute: Execute,
+        study: str,
+        folders: Folders,
+        *,
+        jobs: int,
+        isolate: bool = False,
+        gpus: Sequence[str] = (),
     ) -> None:
-        self._arguments = (execute, study, folders, jobs)
+        self._arguments = (execute, study, folders, sharers(jobs, len(gpus)))
+        self._gpus = tuple(gpus)
         self._study, self._folders = study, folders
         self._jobs, self._isolate = jobs, isolate
         self._idle: list[_Worker] = []
@@ -71,7 +84,7 @@ class Pool:
     def start(self, run: Run) -> None:
         """Gives a run to an idle process, or to a new one."""
         self._folders.result(run).unlink(missing_ok=True)
-        worker = self._idle.pop() if self._idle else _Worker(*self._arguments)
+        worker = self._idle.pop() if self._idle else _Worker(*self._arguments, self._free_gpu())
         self._busy.append(worker)
         worker.start(run)
 
@@ -98,6 +111,12 @@ class Pool:
         for worker in self._busy:
             worker.process.terminate()  # its own handler ends the run
 
+    def _free_gpu(self) -> str | None:
+        """The GPU with the fewest processes."""
+        load = Counter({gpu: 0 for gpu in self._gpus})
+        load.update(worker.gpu for worker in self._busy + self._idle if worker.gpu is not None)
+        return min(self._gpus, key=load.__getitem__, default=None)
+
     def _result(self, worker: _Worker, run: Run) -> tuple[Record | None, bool]:
         """What came of a run, and whether its process can take another one."""
         try:
@@ -122,13 +141,37 @@ class Pool:
             worker.close()
 
 
+def sharers(jobs: int, gpus: int) -> int:
+    """Most runs that share a device, when `jobs` are spread over so many (0: one device)."""
+    return -(-jobs // max(gpus, 1))
+
+
+@contextlib.contextmanager
+def _environment(changes: Mapping[str, str]) -> Iterator[None]:
+    """The environment in which a process starts."""
+    before = {name: os.environ.get(name) for name in changes}
+    os.environ.update(changes)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
+
+
 class _Worker:
     """A process and the pipe to it."""
 
-    def __init__(self, execute: Execute, study: str, folders: Folders, jobs: int) -> None:
+    def __init__(
+        self, execute: Execute, study: str, folders: Folders, jobs: int, gpu: str | None
+    ) -> None:
+        self.gpu = gpu
         self.connection, theirs = _CONTEXT.Pipe()
         self.process = _CONTEXT.Process(target=_serve, args=(theirs, execute, study, folders, jobs))
-        self.process.start()
+        with _environment({} if gpu is None else {VISIBLE: gpu}):
+            self.process.start()
         theirs.close()  # else the end of the process would not close the pipe
         self.run: Run | None = None
         self.began = 0.0

@@ -115,6 +115,7 @@ def run_study(
     console: Console,
     jobs: int = 1,
     isolate: bool = False,
+    gpus: Sequence[str] = (),
     budget_seconds: float | None = None,
     began: float | None = None,
     ended: Callable[[], None] = lambda: None,
@@ -129,6 +130,8 @@ def run_study(
       console: where progress is printed.
       jobs: runs side by side, each in a process of its own if there are several.
       isolate: a new process for each run.
+      gpus: that runs in processes of their own are spread over, as CUDA_VISIBLE_DEVICES names
+        them; empty leaves it to JAX.
       budget_seconds: start no run that would probably end later than this; the first one starts
         whatever is expected of it.
       began: time.monotonic() from which the budget counts; None is now.
@@ -142,13 +145,14 @@ def run_study(
     total = len(outcome.left)
     skipped = f", {len(outcome.done)} done before" if outcome.done else ""
     beside = f", {jobs} side by side" if jobs > 1 else ""
+    beside += f" on {len(gpus)} GPUs" if jobs > 1 and len(gpus) > 1 else ""
     console.print(
         f"[bold]{study.name}[/bold]: {total} runs to do{skipped}{beside}", highlight=False
     )
     progress = _Progress(outcome, console, folders, total, jobs, ended)
     budget = _Budget(budget_seconds, time.monotonic() if began is None else began, outcome)
     if jobs > 1 or isolate:
-        with Pool(execute, study.name, folders, jobs=jobs, isolate=isolate) as pool:
+        with Pool(execute, study.name, folders, jobs=jobs, isolate=isolate, gpus=gpus) as pool:
             _beside(pool, outcome, progress, budget, console)
     else:
         _one_by_one(study, outcome, folders, progress, budget, console)

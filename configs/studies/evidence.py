@@ -1,0 +1,110 @@
+"""Does the recipe keep the quality, and is it worth its time? All that the verdict needs, in order.
+
+Everything is compared with dense relu^2 of the same seed: tuned SwiGLU, the recipe at equal tokens
+and at equal wall-clock (as `equal_time`), the share of sparse steps, M, parts of the recipe, and
+what happens around the changes of phase. 33 M tokens a run. What decides most has five seeds and
+runs first; `--tuned` gives learning rates and batch, `--speedup-from` the speed of a sparse step.
+"""
+
+from configs.studies._base import Variants, base, changed, runs, sparse, tuned
+from train.config import Config
+from train.study.definition import Options, Run, Study
+from train.study.equal_time import equal_time
+
+ROUNDS: tuple[tuple[str, int], ...] = (
+    ("verdict", 0),
+    ("verdict", 1),
+    ("shares", 0),
+    ("verdict", 2),
+    ("parts", 0),
+    ("verdict", 3),
+    ("verdict", 4),
+    ("shares", 1),
+    ("shares", 2),
+    ("parts", 1),
+    ("parts", 2),
+    ("slow", 0),
+)
+"""Which variants with which seed, in the order in which they run."""
+
+
+def _verdict(dense: Config, swiglu: Config, options: Options) -> Variants:
+    recipe = sparse(dense)
+    return {
+        "relu2": dense,
+        "M16 50%": recipe,
+        "M16 50%, equal time": equal_time(recipe, dense, options.speedups.required("M16 50%")),
+        "swiglu": swiglu,
+    }
+
+
+def _shares(dense: Config, options: Options) -> Variants:
+    longer = sparse(dense, share=0.7)
+    return {
+        "M16 70%": longer,
+        "M16 70%, equal time": equal_time(longer, dense, options.speedups.required("M16 70%")),
+        "M8 50%": sparse(dense, m=8),
+        "M32 50%": sparse(dense, m=32),
+        "M16 25%": sparse(dense, share=0.25),
+        "M16 80%": sparse(dense, share=0.8, warmup=0.05),
+        "M16 90%": sparse(dense, share=0.9, warmup=0.05),
+        "weights only 50%": sparse(dense, routing=False, activations=False),
+    }
+
+
+def _parts(dense: Config) -> Variants:
+    recipe = sparse(dense)
+    steps = lambda share: max(round(share * dense.steps), 1)
+    rewarmed = lambda at, **more: changed(
+        recipe, optimizer={"rewarm_steps": steps(0.03), "rewarm_at": at, **more}
+    )
+    return {
+        "M16 50%, rewarm at dense": rewarmed("dense"),
+        "M16 50%, rewarm at both": rewarmed("both"),
+        "M16 50%, moments reset at dense": rewarmed("dense", reset_moments="dense"),
+        "M16 50%, rescaled at dense": changed(recipe, schedule={"rescale_dense": True}),
+        "M16 50%, warm-up 2%": sparse(dense, warmup=0.02),
+        "M16 50%, warm-up 25%": sparse(dense, warmup=0.25),
+        "M16 50%, refresh 10%": sparse(dense, refresh_every=steps(0.1)),
+        "M16 50%, refresh 10%, beta anew": sparse(
+            dense, refresh_every=steps(0.1), reestimate_beta=True
+        ),
+        "M16 50%, L2 router": sparse(dense, metric="l2"),
+        "no routing 50%": sparse(dense, routing=False),
+        "tokens24 M16 50%": sparse(dense, weight_gradient="tokens24"),
+        "M32 70%": sparse(dense, m=32, share=0.7),
+    }
+
+
+def _slow(config: Config, options: Options) -> Variants:
+    """What no kernel serves, and dense gated relu^2 beside it."""
+    gated = tuned(config, "relu2_gated", options)
+    return {
+        "relu2_gated": gated,
+        "gated M16 50%": sparse(gated),
+        "four inside M16 50%": sparse(tuned(config, "relu2", options), activations=False),
+    }
+
+
+def study(options: Options) -> Study:
+    """Dense relu^2 beside 26 others; five seeds of the verdict, three or one of the rest."""
+    config = base(options, tokens=33e6)
+    dense, swiglu = (tuned(config, ffn, options) for ffn in ("relu2", "swiglu"))
+    groups = {
+        "verdict": _verdict(dense, swiglu, options),
+        "shares": _shares(dense, options),
+        "parts": _parts(dense),
+        "slow": _slow(config, options),
+    }
+    rounds = ROUNDS
+    if options.seeds:
+        rounds = tuple((name, seed) for seed in options.seeds for name in groups)
+    found: list[Run] = []
+    for name, seed in rounds:
+        found += runs(groups[name], [seed])
+    return Study(
+        name="evidence",
+        question="Does the recipe keep the quality, and is it worth its time?",
+        runs=tuple(found),
+        baseline="relu2",
+    )

@@ -1,0 +1,44 @@
+"""Which learning rate and batch, for each form? The sweep whose result `--tuned` reads.
+
+A grid, coarse rates of all forms at the base's batch first, then half the batch. One seed: all
+points share initialisation and order. 16 M tokens a run. `python -m train.study.tuned` chooses from
+the exported results.
+"""
+
+from configs.studies._base import Variants, base, changed, runs, tuned, with_batch
+from train.config import Ffn
+from train.study.definition import Axis, Factor, Options, Study
+
+FFNS: tuple[Ffn, ...] = ("relu2", "swiglu", "relu2_gated")
+RATES: tuple[tuple[float, tuple[float, ...]], ...] = (
+    (1.0, (3e-3, 6e-3, 1.5e-3, 1.2e-2)),
+    (0.5, (3e-3, 6e-3, 1.5e-3)),
+)
+"""Batches, in batches of the base, and the peak learning rates at each, the likeliest first."""
+
+
+def study(options: Options) -> Study:
+    """Four rates for each of three forms, and three at half the batch; one seed."""
+    config = base(options, tokens=16.4e6)
+    variants: Variants = {}
+    for share, rates in RATES:
+        batch = max(round(share * config.batch_size), 1)
+        for rate in rates:
+            for ffn in FFNS:
+                varied = with_batch(tuned(config, ffn, options), batch)
+                factors: dict[str, Factor] = {
+                    "ffn": ffn,
+                    "learning_rate": rate,
+                    "batch_size": batch,
+                }
+                variants[f"{ffn} lr{rate:g} b{batch}"] = (
+                    changed(varied, optimizer={"learning_rate": rate}),
+                    factors,
+                )
+    return Study(
+        name="tuning",
+        question="Which learning rate and batch, for each form?",
+        runs=runs(variants, options.seeds or (0,)),
+        baseline=next(iter(variants)),
+        axes=(Axis("learning_rate", log=True),),
+    )

@@ -1,0 +1,141 @@
+"""From a sweep's results to what comparisons start from: `python -m train.study.tuned`."""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tyro
+
+from train.study.definition import Tuned
+from train.study.record import FORMAT, Record, read, write
+
+
+def choose(records: Iterable[Record]) -> tuple[Tuned, list[str]]:
+    """The best batch and learning rates of a sweep.
+
+    A form's loss at a batch is its mean over seeds at the best rate. The batch is that of the
+    lowest loss, averaged over the forms, among those at which all of them were swept. The rate is
+    the vertex of the parabola in log(rate) through the best rate and its two neighbours; the best
+    rate itself at an end of the sweep, or beside a rate that diverged.
+
+    Args:
+      records: results with the factors `ffn`, `learning_rate` and `batch_size`; others are passed
+        over.
+
+    Returns:
+      The choice, and remarks on what makes it doubtful.
+
+    Raises:
+      ValueError: there are no such results.
+    """
+    found: dict[tuple[int, str], dict[float, list[float]]] = defaultdict(lambda: defaultdict(list))
+    for record in records:
+        factors = record["factors"]
+        if factors.keys() != {"ffn", "learning_rate", "batch_size"}:
+            continue
+        loss = record["final"].get("loss_dense") if record["status"] == "finished" else None
+        point = found[factors["batch_size"], factors["ffn"]]
+        point[factors["learning_rate"]].append(math.inf if loss is None else loss)
+    means = {
+        place: {rate: float(np.mean(losses)) for rate, losses in sorted(points.items())}
+        for place, points in found.items()
+    }
+    forms = dict.fromkeys(ffn for _, ffn in means)
+    lowest = {
+        batch: float(np.mean([min(means[batch, ffn].values()) for ffn in forms]))
+        for batch in dict.fromkeys(batch for batch, _ in means)
+        if all((batch, ffn) in means for ffn in forms)
+    }
+    if not lowest or not math.isfinite(min(lowest.values())):
+        raise ValueError("no batch at which every form of the FFN has a finished run of the sweep")
+    batch = min(lowest, key=lowest.__getitem__)
+    rates, remarks = {}, []
+    for ffn in forms:
+        points = means[batch, ffn]
+        rates[ffn] = best_rate(list(points), list(points.values()))
+        if min(points, key=points.__getitem__) in (min(points), max(points)):
+            remarks.append(f"{ffn}: the best rate, {rates[ffn]:g}, is at an end of the sweep")
+    return Tuned(batch, rates), remarks
+
+
+def best_rate(rates: Sequence[float], losses: Sequence[float]) -> float:
+    """Where the loss is lowest, to two digits.
+
+    Args:
+      rates: ascending.
+      losses: one for each; infinite where a run diverged.
+    """
+    i = int(np.argmin(losses))
+    if not 0 < i < len(rates) - 1 or not np.isfinite(losses[i - 1 : i + 2]).all():
+        return rates[i]
+    curve = np.polyfit(np.log(rates[i - 1 : i + 2]), losses[i - 1 : i + 2], 2)
+    if curve[0] <= 0:
+        return rates[i]
+    return float(f"{np.exp(-curve[1] / (2 * curve[0])):.2g}")
+
+
+def read_tuned(path: Path) -> Tuned:
+    """Reads what `main` wrote.
+
+    Raises:
+      OSError: it cannot be read.
+      ValueError: it is not such a file.
+    """
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        batch, rates = found["batch_size"], found["learning_rate"]
+        good = isinstance(batch, int) and all(isinstance(v, float) for v in rates.values())
+    except (json.JSONDecodeError, AttributeError, KeyError, TypeError):
+        good = False
+    if not good:
+        raise ValueError(f"{path} is no file of python -m train.study.tuned")
+    return Tuned(batch, rates)
+
+
+@dataclass(frozen=True)
+class Arguments:
+    """Chooses batch and learning rates from the results of a sweep."""
+
+    sweep: tyro.conf.Positional[Path]
+    """Exported results of the sweep."""
+    output: tyro.conf.Positional[Path]
+    """Where the choice is written, for --tuned."""
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs the command line; returns the process's exit code."""
+    arguments = tyro.cli(Arguments, args=argv, prog="python -m train.study.tuned")
+    try:
+        content: Mapping[str, Any] | None = read(arguments.sweep)
+        if content is None:
+            raise ValueError(f"{arguments.sweep} does not exist")
+        tuned, remarks = choose(content.get("runs", ()))
+        write(
+            arguments.output,
+            {
+                "format": FORMAT,
+                "batch_size": tuned.batch_size,
+                "learning_rate": dict(tuned.learning_rate),
+                "remarks": remarks,
+            },
+        )
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    rates = ", ".join(f"{ffn} {rate:g}" for ffn, rate in tuned.learning_rate.items())
+    print(f"batch {tuned.batch_size}; learning rates: {rates}")
+    for remark in remarks:
+        print(f"note: {remark}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
