@@ -72,6 +72,20 @@ def compiled_from(config: Config) -> Config:
     )
 
 
+def step_compiled_from(config: Config) -> Config:
+    """As `compiled_from`, for steps and evaluations: what else happens at changes of phase and at
+    clusterings is not in them."""
+    config = compiled_from(config)
+    return dataclasses.replace(
+        config,
+        schedule=dataclasses.replace(config.schedule, rescale_dense=False),
+        optimizer=dataclasses.replace(config.optimizer, reset_moments="none"),
+        sparsity=dataclasses.replace(
+            config.sparsity, fit_bias=True, reestimate_beta=False, kmeans_iterations=1
+        ),
+    )
+
+
 def compile_programs(
     config: Config,
     state: TrainState,
@@ -94,13 +108,15 @@ def compile_programs(
     shardings = jax.tree.map(lambda leaf: leaf.sharding, state)
     everywhere: Any = shardings.step  # every process reads the metrics
     shared = {} if shared is None else shared
-    key = compiled_from(config), everywhere.mesh
 
-    def once(name: str, make: Callable[[], Callable]) -> Callable:
-        if (name, *key) not in shared:
+    def once(name: str, depends_on: Config, make: Callable[[], Callable]) -> Callable:
+        key = name, depends_on, everywhere.mesh
+        if key not in shared:
             report(name)
-            shared[name, *key] = make()
-        return shared[name, *key]
+            shared[key] = make()
+        return shared[key]
+
+    of_step, of_rest = step_compiled_from(config), compiled_from(config)
 
     def compiled(function: Callable, *arguments: Any, **options: Any) -> Callable:
         return jax.jit(function, **options).lower(*arguments).compile()
@@ -112,20 +128,22 @@ def compile_programs(
             out = (shardings, everywhere)
             return compiled(function, state, batch, rate, donate_argnums=0, out_shardings=out)
 
-        return once(f"{phase} step", make)
+        return once(f"{phase} step", of_step, make)
 
     def cluster(event: Event) -> Callable:
         name = "clustering" if event == "begin" else "cluster refresh"
-        return once(name, lambda: lower_cluster_event(config, event, state, batch)())
+        return once(name, of_rest, lambda: lower_cluster_event(config, event, state, batch)())
 
     def flip(phase: Phase, function: Callable) -> Callable:
         options = {"donate_argnums": 0, "out_shardings": shardings}
-        return once(f"flip to {phase}", lambda: compiled(function, state, **options))
+        make = lambda: compiled(function, state, **options)
+        return once(f"flip to {phase}", of_rest, make)
 
     def view(phase: Phase) -> Callable:
         function = make_eval_step(config, graph, phase)
         options = {"out_shardings": everywhere}
-        return once(f"{phase} evaluation", lambda: compiled(function, state, masked, **options))
+        make = lambda: compiled(function, state, masked, **options)
+        return once(f"{phase} evaluation", of_step, make)
 
     sparse = phases.sparse_steps > 0
     wanted: dict[Phase, None] = dict.fromkeys(span.phase for span in phases.spans(config.steps))

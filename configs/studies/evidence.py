@@ -77,13 +77,13 @@ def _parts(dense: Config) -> Variants:
 
 
 def _slow(config: Config, options: Options) -> Variants:
-    """What no kernel serves, and dense gated relu^2 beside it."""
-    gated = tuned(config, "relu2_gated", options)
-    return {
-        "relu2_gated": gated,
-        "gated M16 50%": sparse(gated),
-        "four inside M16 50%": sparse(tuned(config, "relu2", options), activations=False),
-    }
+    """What no kernel serves, and dense gated relu^2 beside it, if a sweep got that far."""
+    four = sparse(tuned(config, "relu2", options), activations=False)
+    variants: Variants = {"four inside M16 50%": four}
+    if options.tuned is None or "relu2_gated" in options.tuned.learning_rate:
+        gated = tuned(config, "relu2_gated", options)
+        variants |= {"relu2_gated": gated, "gated M16 50%": sparse(gated)}
+    return variants
 
 
 def study(options: Options) -> Study:

@@ -30,9 +30,12 @@ def test_every_study_can_run_on_the_data_asked_for(name):
     for run in study.runs:
         assert run.config.data == dataclasses.replace(data, seed=run.config.data.seed)
         assert (run.config.checkpoint.every, run.config.checkpoint.final) == (0, False)
-    # Every label has the same seeds: everything is paired.
-    seeds = {label: [r.seed for r in study.runs if r.label == label] for label in study.labels}
-    assert len(set(map(tuple, seeds.values()))) == 1
+    # Every label has the baseline's seeds, or some of them: everything is paired.
+    seeds = {label: {r.seed for r in study.runs if r.label == label} for label in study.labels}
+    assert study.baseline is not None
+    assert all(own <= seeds[study.baseline] for own in seeds.values())
+    if name != "evidence":
+        assert len(set(map(tuple, seeds.values()))) == 1
 
 
 @pytest.mark.parametrize("name", [n for n in definition.names() if n != "smoke"])
@@ -95,15 +98,32 @@ def test_equal_time_needs_a_speed_and_spends_it():
         assert tokens[label] == tokens["relu2"]
 
 
+def test_the_verdict_of_the_evidence_comes_first():
+    speedups = Speedups(None, {"M16": 1.405})
+    study = definition.get("evidence", Options(speedups=speedups))
+    first = [(run.label, run.seed) for run in study.runs[:8]]
+    labels = ["relu2", "M16 50%", "M16 50%, equal time", "swiglu"]
+    assert first == [(label, seed) for seed in (0, 1) for label in labels]
+    for label in labels:
+        assert sorted(run.seed for run in study.runs if run.label == label) == [0, 1, 2, 3, 4]
+    tokens = {run.label: run.tokens for run in study.runs}
+    assert tokens["M16 50%"] == tokens["relu2"] == tokens["swiglu"]
+    saved = tokens["relu2"] / (0.5 + 0.5 / 1.405)
+    assert tokens["M16 50%, equal time"] == pytest.approx(saved, rel=2e-3)
+    # No label takes its speed from another recipe.
+    unknown = [label for label in study.labels if speedups.of(label) is None]
+    assert {"M8 50%", "M32 70%", "weights only 50%", "tokens24 M16 50%"} <= set(unknown)
+
+
 def test_what_was_tuned_is_where_comparisons_start(monkeypatch):
     monkeypatch.setitem(_base.TUNED, "relu2", {"optimizer": {"learning_rate": 7e-3}})
-    monkeypatch.setitem(_base.TUNED, "swiglu", {"model": {"qk_norm": True}})
-    names = [n for n in definition.names() if n not in ("smoke", "dense_sweep")]
+    monkeypatch.setitem(_base.TUNED, "swiglu", {"model": {"norm_eps": 1e-4}})
+    names = [n for n in definition.names() if n not in ("smoke", "dense_sweep", "tuning")]
     for name in names:
         for run in definition.get(name, Options(speedups=SPEEDUPS)).runs:
             config = run.config
             if config.model.ffn == "swiglu":
-                assert config.model.qk_norm
+                assert config.model.norm_eps == 1e-4
                 assert config.optimizer.learning_rate != 7e-3
             elif config.model.ffn == "relu2" and not run.label.startswith("lr"):
                 assert config.optimizer.learning_rate == 7e-3, (name, run.label)

@@ -106,6 +106,10 @@ def test_read_speedups(tmp_path):
     assert read_speedups(file) == Speedups(1.25)
     file.write_text(json.dumps({"sparse_step_speedup": {"default": 1.2, "M8": 1}}))
     assert read_speedups(file) == Speedups(1.2, {"M8": 1.0})
+    # A result of the step benchmark: its default is one recipe's.
+    found = {"default": 1.4, "M=16": 1.4, "M=32": 1.5}
+    file.write_text(json.dumps({"benchmark": "train_step", "sparse_step_speedup": found}))
+    assert read_speedups(file) == Speedups(None, {"M16": 1.4, "M32": 1.5})
     for bad in ("[1.3]", "{}", '{"sparse_step_speedup": "1.3"}', '{"sparse_step_speedup": {}}'):
         file.write_text(bad)
         with pytest.raises(ValueError, match="sparse_step_speedup"):

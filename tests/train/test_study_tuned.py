@@ -1,0 +1,88 @@
+"""What a sweep's results say comparisons should start from."""
+
+import json
+import math
+
+import pytest
+
+from configs.studies import _base
+from train.study import definition
+from train.study.definition import Options, Tuned
+from train.study.equal_time import Speedups
+from train.study.record import FORMAT
+from train.study.tuned import best_rate, choose, main, read_tuned
+
+
+def result(ffn, rate, batch, loss, seed=0):
+    status = "finished" if math.isfinite(loss) else "non_finite"
+    return {
+        "label": f"{ffn} {rate} {batch}",
+        "seed": seed,
+        "factors": {"ffn": ffn, "learning_rate": rate, "batch_size": batch},
+        "status": status,
+        "final": {"loss_dense": loss} if status == "finished" else {},
+    }
+
+
+def test_the_rate_is_the_vertex_of_a_parabola():
+    # loss = (log rate - log 0.005)^2 + 3, whatever the points.
+    rates = [1.5e-3, 3e-3, 6e-3, 1.2e-2]
+    losses = [math.log(rate / 5e-3) ** 2 + 3 for rate in rates]
+    assert best_rate(rates, losses) == 5e-3
+    # At an end, and beside a rate that diverged, nothing is known beyond the best one.
+    assert best_rate(rates[2:], losses[2:]) == 6e-3
+    assert best_rate(rates, [3.1, 3.0, 2.9, math.inf]) == 6e-3
+    assert best_rate(rates, [3.0, 3.0, 3.0, 3.0]) == 1.5e-3
+
+
+def test_one_batch_for_all_forms():
+    records = [
+        *(result("relu2", r, 32, x) for r, x in ((1e-3, 3.1), (2e-3, 3.0), (4e-3, 3.1))),
+        *(result("swiglu", r, 32, x) for r, x in ((1e-3, 3.0), (2e-3, 2.9), (4e-3, 3.0))),
+        *(result("relu2", r, 16, x) for r, x in ((1e-3, 2.9), (2e-3, 2.95), (4e-3, math.inf))),
+        *(result("swiglu", r, 16, x) for r, x in ((1e-3, 2.9), (2e-3, 2.8), (4e-3, 2.9))),
+        # Not all forms were swept at this one, low as it is; and this is no point of the sweep.
+        result("relu2", 2e-3, 8, 1.0),
+        {**result("relu2", 2e-3, 16, 0.1), "factors": {}},
+    ]
+    tuned, remarks = choose(records)
+    assert tuned == Tuned(16, {"relu2": 1e-3, "swiglu": 2e-3})
+    assert remarks == ["relu2: the best rate, 0.001, is at an end of the sweep"]
+    with pytest.raises(ValueError, match="no batch"):
+        choose([result("relu2", 1e-3, 16, math.inf)])
+    # A second seed is averaged in.
+    again, _ = choose([*records, result("swiglu", 2e-3, 16, 3.5, seed=1)])
+    assert again == Tuned(16, {"relu2": 1e-3, "swiglu": 1e-3})
+
+
+def test_from_file_to_file(tmp_path, capsys):
+    sweep, out = tmp_path / "sweep.json", tmp_path / "tuned.json"
+    runs = [result("relu2", rate, 16, 3 + abs(rate - 3e-3)) for rate in (1e-3, 3e-3, 9e-3)]
+    sweep.write_text(json.dumps({"format": FORMAT, "study": {}, "runs": runs}))
+    assert main([str(sweep), str(out)]) == 0
+    tuned = read_tuned(out)
+    assert tuned.batch_size == 16
+    assert 1e-3 < tuned.learning_rate["relu2"] < 9e-3
+    assert main([str(tmp_path / "none.json"), str(out)]) == 2
+    assert capsys.readouterr().err.count("\n") == 1
+    for bad in ("[]", "{", '{"batch_size": 1.5, "learning_rate": {}}', '{"batch_size": 1}'):
+        out.write_text(bad)
+        with pytest.raises(ValueError, match="is no file of"):
+            read_tuned(out)
+
+
+def test_studies_start_from_what_was_tuned():
+    tuned = Tuned(16, {"relu2": 5e-3, "swiglu": 2e-3, "relu2_gated": 3e-3})
+    options = Options(tuned=tuned, speedups=Speedups(1.4))
+    for run in definition.get("evidence", options).runs:
+        assert run.config.batch_size == 16
+        assert run.config.optimizer.learning_rate == tuned.learning_rate[run.config.model.ffn]
+        assert run.config.optimizer.final_fraction == 0
+    plain = definition.get("evidence", Options(speedups=Speedups(1.4)))
+    dense, same = plain.runs[0], definition.get("evidence", options).runs[0]
+    assert dense.tokens == pytest.approx(same.tokens, rel=1e-3)
+    # A sweep that ended early may lack the last form; the verdict does not wait for it.
+    short = Options(tuned=Tuned(16, {"relu2": 5e-3, "swiglu": 2e-3}), speedups=Speedups(1.4))
+    assert "relu2_gated" not in definition.get("evidence", short).labels
+    with pytest.raises(ValueError, match="no learning rate for swiglu, only for relu2"):
+        _base.tuned(dense.config, "swiglu", Options(tuned=Tuned(16, {"relu2": 1e-3})))
