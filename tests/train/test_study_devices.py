@@ -63,3 +63,34 @@ def test_processes_are_spread_evenly(tmp_path, monkeypatch):
     assert sorted(record["gpu"] for record in seen) == ["3", "3", "7", "7"]
     assert {record["jobs"] for record in seen} == {2}
     assert VISIBLE not in os.environ
+
+
+def answer(run: Run, study: str, folders: Folders, jobs: int):
+    """A run of a process; that of seed 1 waits until it is told to end."""
+    while run.seed == 1 and not folders.scratch.joinpath("end").exists():
+        pass
+    return {"process": os.getpid()}
+
+
+def test_a_process_gets_runs_whose_programs_it_has(tmp_path):
+    runs = definition.get("smoke", Options(seeds=(0, 1, 2))).runs
+    by_key = {run.key: run for run in runs}
+    with Pool(answer, "smoke", Folders(tmp_path, tmp_path), jobs=2) as pool:
+        waiting = [by_key["relu2-seed1"], by_key["sparse-seed0"]]
+        assert pool.pick(waiting) == 0
+        for run in waiting:
+            pool.start(run)
+        ended = []
+        while not ended:
+            ended = pool.wait(0.2)
+        process = ended[0].record["process"]
+        # relu2 is compiled in the busy process, sparse in the idle one, swiglu in none.
+        relu2, sparse, swiglu = (by_key[f"{k}-seed2"] for k in ("relu2", "sparse", "swiglu"))
+        assert pool.pick([relu2, swiglu, sparse]) == 0  # beyond the two that would start soon
+        assert pool.pick([relu2, sparse]) == 1
+        assert pool.pick([swiglu, sparse]) == 0
+        pool.start(sparse)
+        (tmp_path / "end").touch()
+        while pool.running:
+            ended += pool.wait(0.2)
+        assert process in {e.record["process"] for e in ended if e.run is sparse}

@@ -13,6 +13,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from train.config import Config
+from train.programs import step_compiled_from
 from train.study.definition import Run
 from train.study.devices import VISIBLE
 from train.study.record import Folders, Record, failure, write
@@ -81,10 +83,29 @@ class Pool:
         """Whether every process has a run."""
         return len(self._busy) >= self._jobs
 
+    def pick(self, waiting: Sequence[Run]) -> int:
+        """Which of the runs to start next: the first one, unless a busy process has its programs
+        and an idle one has those of another run that would start soon."""
+        busy, idle = (
+            {config for worker in workers for config in worker.programs}
+            for workers in (self._busy, self._idle)
+        )
+        first = step_compiled_from(waiting[0].config)
+        if first in idle or first not in busy:
+            return 0
+        soon = enumerate(waiting[: self._jobs])
+        return next((i for i, run in soon if step_compiled_from(run.config) in idle), 0)
+
     def start(self, run: Run) -> None:
-        """Gives a run to an idle process, or to a new one."""
+        """Gives a run to an idle process, one that has its programs if there is one, or to a new
+        process."""
         self._folders.result(run).unlink(missing_ok=True)
-        worker = self._idle.pop() if self._idle else _Worker(*self._arguments, self._free_gpu())
+        if self._idle:
+            programs = step_compiled_from(run.config)
+            worker = next((w for w in self._idle if programs in w.programs), self._idle[-1])
+            self._idle.remove(worker)
+        else:
+            worker = _Worker(*self._arguments, self._free_gpu())
         self._busy.append(worker)
         worker.start(run)
 
@@ -175,9 +196,11 @@ class _Worker:
         theirs.close()  # else the end of the process would not close the pipe
         self.run: Run | None = None
         self.began = 0.0
+        self.programs: set[Config] = set()
 
     def start(self, run: Run) -> None:
         self.run, self.began = run, time.monotonic()
+        self.programs.add(step_compiled_from(run.config))
         # A process that died meanwhile is noticed by whoever waits for its answer.
         with contextlib.suppress(OSError):
             self.connection.send(run)

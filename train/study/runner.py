@@ -216,8 +216,9 @@ def _beside(
     with console.status("") as status, StopRequest() as stop:
         while True:
             while waiting and not (pool.full or outcome.stopped):
-                if budget.allows(waiting[0]):
-                    pool.start(waiting.pop(0))
+                next_ = pool.pick(waiting)
+                if budget.allows(waiting[next_]):
+                    pool.start(waiting.pop(next_))
             if not pool.running:
                 return
             status.update(", ".join(progress.title(run) for run in pool.running))
