@@ -403,16 +403,13 @@ def memory(config: Config, *, devices: int | None = None, sparse: bool = False) 
     size = 4 if m.compute_dtype == "float32" else 2  # "auto" is bfloat16 on a GPU
     tokens = device_tokens(config, devices)
 
-    # Without rematerialisation every layer's cast weights wait for the backward pass; with it one
-    # layer's do.
-    layers = m.num_layers if m.remat == "none" else 1
-    ffn = count.ffn // m.num_layers
+    # Weights are rounded once a step for all layers.
     copies = 0.0
     packed_projections = sparse and s.attention_projections
     if size == 2:
-        block = 0 if packed_projections else count.projections // m.num_layers
-        block += 0 if sparse else ffn
-        copies = size * (layers * block + count.head) / sharded
+        rounded = 0 if packed_projections else count.projections
+        rounded += 0 if sparse else count.ffn
+        copies = size * (rounded + count.head) / sharded
     if sparse:
         # All layers are packed once a step: a thresholded copy, and its packed form where weights
         # are 2:4.

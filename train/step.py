@@ -16,16 +16,44 @@ from sparsejax.routing import update_bias
 from sparsejax.schedule import Phase
 from sparsejax.sharding import permute_rows
 from train import scopes
+from train.backend import compute_dtype
 from train.config import Config
 from train.loss import cross_entropy
 from train.mesh import FFN_AXES
 from train.optimizer import learning_rate_schedule
 from train.state import TrainState
-from train.tree import map_block_leaves, map_ffn_leaves
+from train.tree import map_block_leaves, map_ffn_leaves, names
 
 Batch = dict[str, jax.Array]
 Metrics = dict[str, jax.Array]
 StepFunction = Callable[..., tuple[TrainState, Metrics]]
+
+
+def _rounded_once(config: Config, params: Any, phase: Phase) -> Any:
+    """Parameters with the matrices of dense products in the compute dtype.
+
+    They would be rounded wherever a product reads them: in each micro-batch, and again in a
+    rematerialised backward pass. Gradients are the same numbers: those of rounded matrices, which
+    dense products make in the compute dtype. Sparse products make theirs in float32 and do not read
+    these matrices at all.
+    """
+    parts = {"attention": ("q", "k", "v", "out"), "ffn": ("w1", "w2", "wg")}
+    scope = {"attention": scopes.PROJECTIONS, "ffn": scopes.FFN}
+    if config.model.experts or phase == "sparse":
+        del parts["ffn"]
+    if phase == "sparse" and config.sparsity.attention_projections:
+        del parts["attention"]
+    dtype = compute_dtype(config.model)
+
+    def visit(path: Any, leaf: jax.Array) -> jax.Array:
+        keys = names(path)
+        part = str(keys[-2]) if len(keys) > 1 else ""
+        if keys[-1] not in parts.get(part, ()):
+            return leaf
+        with jax.named_scope(scope[part]):
+            return leaf.astype(dtype)
+
+    return jax.tree_util.tree_map_with_path(visit, params)
 
 
 def _loss(graph: nnx.GraphDef, config: Config, params, routing, packed, batch: Batch):
@@ -46,7 +74,7 @@ def _loss(graph: nnx.GraphDef, config: Config, params, routing, packed, batch: B
 
 def _accumulate(gradient: Callable[[Batch], Any], batch: Batch, parts: int) -> Any:
     """((mean loss, summed statistics), mean gradient) over `parts` micro-batches, one after
-    another."""
+    another. Gradients are float32."""
     if parts == 1:
         return gradient(batch)
     # Every part takes one row of each run of `parts` rows, so that each device keeps its own rows.
@@ -81,9 +109,12 @@ def make_train_step(
         if phase == "sparse":
             packed = nnx.merge(graph, state.params, state.routing).pack()
 
+        rounded = _rounded_once(config, state.params, phase)
+
         def gradient(batch: Batch):
             loss = lambda params: _loss(graph, config, params, state.routing, packed, batch)
-            return jax.value_and_grad(loss, has_aux=True)(state.params)
+            value, grads = jax.value_and_grad(loss, has_aux=True)(rounded)
+            return value, jax.tree.map(lambda g, p: g.astype(p.dtype), grads, state.params)
 
         (loss, stats), grads = _accumulate(gradient, batch, config.micro_batches)
         with jax.named_scope(scopes.OPTIMIZER):

@@ -143,6 +143,32 @@ def test_an_ffn_in_8_bits_trains_like_one_of_exact_products(trained):
     chex.assert_trees_all_equal(one, two)
 
 
+@pytest.mark.parametrize("phase", ["dense", "sparse"])
+def test_matrices_rounded_once_give_the_gradients_of_those_rounded_where_they_are_read(
+    phase, monkeypatch
+):
+    model = dataclasses.replace(CONFIG.model, compute_dtype="bfloat16", remat="dots")
+    rig = Rig(model=model, micro_batches=2, optimizer=OptimizerConfig(warmup_steps=2))
+    # The CPU's compiler would leave out roundings that a float32 result follows.
+    options = {"xla_allow_excess_precision": False}
+
+    def run():
+        lowered = rig.step(phase).lower(rig.state, batch())
+        return lowered.compile(compiler_options=options)(rig.state, batch())
+
+    once, metrics = run()
+    seen = []
+    as_they_are = lambda _, params, phase: seen.append(phase) or params
+    monkeypatch.setattr("train.step._rounded_once", as_they_are)
+    each, expected = run()
+    assert seen == [phase]
+    np.testing.assert_allclose(metrics["grad_norm"], expected["grad_norm"], rtol=1e-6)
+    # Adam's first moment is a tenth of the gradient.
+    got, want = (s.opt_state[0].mu for s in (once, each))
+    chex.assert_trees_all_equal_shapes_and_dtypes(got, want)
+    chex.assert_trees_all_close(got, want, rtol=1e-6, atol=1e-7)
+
+
 def test_refresh_keeps_beta_and_bias(trained):
     state = trained.cluster(True)(trained.state)
     state, _ = trained.step("sparse")(state, batch(1))
