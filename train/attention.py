@@ -63,6 +63,34 @@ def rope(x: jax.Array, theta: float, position: jax.Array | None = None) -> jax.A
     return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x.dtype)
 
 
+@jax.custom_vjp
+def products_of_one(x: jax.Array, weights: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+    """x (..., D) times each of several matrices (D, n); reverse-mode derivatives only.
+
+    The gradient with respect to x is a sum of as many products. Its order is such that XLA lets
+    cuBLAS add each to the others: it tries the left operand alone, which must be a plain product.
+    """
+    return tuple(x @ w for w in weights)
+
+
+def _products_fwd(x, weights):
+    # Plain products, not the rule within itself, so that checkpoint policies can tell them.
+    return tuple(x @ w for w in weights), (x, weights)
+
+
+def _products_bwd(saved, gradients):
+    x, weights = saved
+    rows = tuple(range(x.ndim - 1))
+    dx = None
+    for w, g in zip(weights, gradients, strict=True):
+        own = jnp.tensordot(g, w, axes=(-1, 1))
+        dx = own if dx is None else own + dx
+    return dx, tuple(jnp.tensordot(x, g, axes=(rows, rows)) for g in gradients)
+
+
+products_of_one.defvjp(_products_fwd, _products_bwd)
+
+
 class Attention(nnx.Module):
     """Causal multi-head or grouped-query attention; (B, S, D) to (B, S, D).
 
@@ -181,11 +209,16 @@ class Attention(nnx.Module):
         """Rotated queries, rotated keys, and values: (B, S, heads, d)."""
         theta, head_dim = self.config.rope_theta, self.config.head_dim
 
-        def heads(name: str) -> jax.Array:
-            y = self._linear(x, name, packed)
+        def heads(y: jax.Array) -> jax.Array:
             return constrain(y.reshape(*x.shape[:2], -1, head_dim), ACT_BTNH)
 
-        q, k, v = (heads(name) for name in ("q", "k", "v"))
+        names = ("q", "k", "v")
+        if packed is None or self.sparsity is None:
+            with jax.named_scope(scopes.PROJECTIONS):
+                weights = tuple(gathered(getattr(self, n)[...], x.dtype, n) for n in names)
+                q, k, v = map(heads, products_of_one(x, weights))
+        else:
+            q, k, v = (heads(self._linear(x, name, packed)) for name in names)
         if self.config.qk_norm:
             q, k = self.q_norm(q), self.k_norm(k)
         with jax.named_scope(scopes.ROPE):

@@ -10,7 +10,7 @@ import pytest
 from flax import nnx
 
 from sparsejax.spec import Sparsity
-from train.attention import rope
+from train.attention import products_of_one, rope
 from train.config import ModelConfig
 from train.model import Llama
 
@@ -140,6 +140,25 @@ def test_attention_is_causal():
     before, after = model(ids)[0], model(changed)[0]
     chex.assert_trees_all_equal(before[:, :8], after[:, :8])
     assert not np.allclose(before[:, 8:], after[:, 8:])
+
+
+def test_products_of_one_matrix():
+    """Values and gradients are those of plain products; of a sum of gradients the left operand is
+    one of them, never a sum, or cuBLAS could not add it."""
+    rng = np.random.default_rng(0)
+    x, *weights = (jnp.asarray(rng.normal(size=s)) for s in ((2, 3, 8), (8, 8), (8, 4), (8, 6)))
+    gradients = tuple(jnp.asarray(rng.normal(size=(2, 3, n))) for n in (8, 4, 6))
+    plain = lambda x, weights: tuple(x @ w for w in weights)
+
+    def pull(function):
+        y, vjp = jax.vjp(function, x, tuple(weights))
+        return y, vjp(gradients)
+
+    chex.assert_trees_all_close(pull(products_of_one), pull(plain), rtol=1e-5)
+    equations = jax.make_jaxpr(lambda: pull(products_of_one)[1])().eqns
+    made_by = {v: e.primitive.name for e in equations for v in e.outvars}
+    sums = [e for e in equations if e.primitive.name in ("add", "add_any")]
+    assert [made_by[e.invars[0]] for e in sums] == ["dot_general"] * 2
 
 
 def test_rope_scores_depend_on_distance_only():
