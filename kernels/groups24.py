@@ -42,6 +42,25 @@ mov.b32 $1, 0x64324410;
 @back mov.b32 $1, 0x32104446;
 @front mov.b32 $1, 0x54443210; }"""
 
+# The same of $6 relu(x)^2, $6 positive: the scales of a product of 8-bit floats.
+_ROUND = "cvt.rn.relu.DTYPEx2.f32"
+_MULTIPLY = "mul.f32 low, low, $6;\nmul.f32 high, high, $6;\n"
+CHOOSE_SCALED = CHOOSE.replace(_ROUND, _MULTIPLY + _ROUND)
+
+# The two bfloat16 of a pair, $1, times $2, in the low half of $0 as 8-bit floats: DTYPE is e4m3 or
+# e5m2. Saturates; a NaN stays.
+NARROW = """{ .reg .b32 part;
+.reg .f32 low, high;
+.reg .b16 both;
+shl.b32 part, $1, 16;
+mov.b32 low, part;
+and.b32 part, $1, 0xffff0000;
+mov.b32 high, part;
+mul.f32 low, low, $2;
+mul.f32 high, high, $2;
+cvt.rn.satfinite.DTYPEx2.f32 both, high, low;
+cvt.u32.u16 $0, both; }"""
+
 # dY1 = 2 sqrt(Y2) dY2 of a group: $0 and $1 hold its four numbers, rounded, $2 the kept pair.
 # $3 and $4 hold the four Y2, $5 .. $8 are dY2, $9 the kept indices i0 | i1 << 2. Where Y2 is zero
 # so is dY1: the support needs no selection. The pair is bytes 2 i0, 2 i0 + 1, 2 i1 and 2 i1 + 1.
@@ -66,6 +85,13 @@ and.b32 lower, $9, 3;
 mad.lo.s32 selector, $9, 0x880, 0x1010;
 mad.lo.s32 selector, lower, -0x85e, selector;
 prmt.b32 $2, $0, $1, selector; }"""
+
+# The same with $10 for the 2: the scales of a product of 8-bit floats, doubled.
+SCALE_SCALED = SCALE
+for _name in "abcd":
+    SCALE_SCALED = SCALE_SCALED.replace(
+        f"add.f32 {_name}, {_name}, {_name};", f"mul.f32 {_name}, {_name}, $10;"
+    )
 
 # Y2 of a group, packed in $3 and $4, to float32.
 WIDENINGS = {

@@ -40,6 +40,35 @@ def largest(dtype: DTypeLike) -> float:
     return float(jnp.finfo(dtype).max)
 
 
+TOP_EXPONENTS = {"float8_e4m3fn": 8, "float8_e5m2": 15}
+"""Of the largest numbers, 1.75 times a power of two."""
+
+
+def scale_for(magnitude: ArrayLike, dtype: DTypeLike) -> Array:
+    """The least power of two that brings magnitudes up to `magnitude` into the range of `dtype`.
+
+    Args:
+      magnitude: non-negative, any shape.
+      dtype: float8_e4m3fn or float8_e5m2.
+
+    Returns:
+      float32, of the shape of `magnitude`: what the rounded values are to be multiplied by, at
+      least 2^-126. 1 for zero, NaN where `magnitude` is not finite.
+
+    Raises:
+      ValueError: another dtype.
+    """
+    require_fp8("dtype", dtype)
+    magnitude = jnp.asarray(magnitude, jnp.float32)
+    # In bits, because compilers replace divisions by products. What follows the point carries into
+    # the exponent if it is more than that of the type's largest number.
+    carried = lax.bitcast_convert_type(magnitude, jnp.int32) + (0x7FFFFF - 0x600000)
+    exponent = jnp.maximum((carried >> 23) - TOP_EXPONENTS[jnp.dtype(dtype).name], 1)
+    scale = lax.bitcast_convert_type(exponent << 23, jnp.float32)
+    scale = jnp.where(jnp.isfinite(magnitude), scale, jnp.nan)
+    return jnp.where(magnitude == 0.0, 1.0, scale)
+
+
 def _rounded(x: Array, dtype: DTypeLike) -> Array:
     """x on the grid of an 8-bit type that had no largest number; float32."""
     info = jnp.finfo(dtype)

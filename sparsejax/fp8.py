@@ -19,7 +19,6 @@ from typing import Any, Literal, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import Array, lax
 from jax.typing import ArrayLike, DTypeLike
 
@@ -54,30 +53,7 @@ def is_fp8(dtype: DTypeLike) -> bool:
     return jnp.dtype(dtype).name in reference_fp8.FP8_DTYPES
 
 
-def scale_for(largest: ArrayLike, dtype: DTypeLike) -> Array:
-    """The least power of two that brings magnitudes up to `largest` into the range of `dtype`.
-
-    Args:
-      largest: non-negative, any shape.
-      dtype: float8_e4m3fn or float8_e5m2.
-
-    Returns:
-      float32, of the shape of `largest`: what the rounded values are to be multiplied by, at least
-      2^-126. 1 for zero, NaN where `largest` is not finite.
-
-    Raises:
-      ValueError: another dtype.
-    """
-    reference_fp8.require_fp8("dtype", dtype)
-    largest = jnp.asarray(largest, jnp.float32)
-    # In bits, because compilers replace divisions by products. The largest numbers of both types
-    # are 1.75 times a power of two: what follows the point carries into the exponent if it is more.
-    top = int(np.log2(reference_fp8.largest(dtype)))
-    carried = lax.bitcast_convert_type(largest, jnp.int32) + (0x7FFFFF - 0x600000)
-    exponent = jnp.maximum((carried >> 23) - top, 1)
-    scale = lax.bitcast_convert_type(exponent << 23, jnp.float32)
-    scale = jnp.where(jnp.isfinite(largest), scale, jnp.nan)
-    return jnp.where(largest == 0.0, 1.0, scale)
+scale_for = reference_fp8.scale_for
 
 
 def quantize(

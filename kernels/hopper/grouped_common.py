@@ -26,8 +26,9 @@ from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, gpu, llvm, memref, vector
 
 from kernels.hopper import device, ptx
+from kernels.hopper.spmm24_problem import FP8_DTYPES
 
-TILE_K = 64  # contracted elements in a stage
+TILE_K = 64  # contracted elements of 16 bits in a stage; twice as many of 8 bits
 TOKENS = 128  # rows of a token tile
 PART = 128  # an expert's neurons come in multiples
 ACC = plgpu.Layout._WGMMA_ACC_32BIT
@@ -56,6 +57,7 @@ class SparseTile:
 
     b_layout: "nk" or "kn", the order of B in memory. wg_m: rows of 64 in a warpgroup's part.
     tile_n: columns, the same for every warpgroup. spare: barriers of one arrival behind the ring's.
+    b_dtype: B's type where it may be another one than A's; of 8 bits both, and B is "nk".
     """
 
     warpgroups: int
@@ -65,6 +67,37 @@ class SparseTile:
     stages: int
     dtype: str
     spare: int = 0
+    b_dtype: str | None = None
+
+    @property
+    def itemsize(self) -> int:
+        """Bytes of an element of A or B."""
+        return jnp.dtype(self.dtype).itemsize
+
+    @property
+    def tile_k(self) -> int:
+        """Contracted elements in a stage: 128 bytes of B, 64 of A."""
+        return 2 * TILE_K // self.itemsize
+
+    @property
+    def mma_k(self) -> int:
+        """Contracted elements of one instruction: 64 bytes of B, 32 of A."""
+        return 64 // self.itemsize
+
+    @property
+    def in_flight(self) -> int:
+        """Groups of MMAs left running at the end of a step: for 8 bits none (`Spmm24Config`)."""
+        return 0 if self.itemsize == 1 else 1
+
+    @property
+    def k_tiles(self) -> int:
+        """Words of metadata that a stage has for a thread and 64 rows."""
+        return self.tile_k // 64
+
+    @property
+    def words(self) -> int:
+        """Words of metadata that a stage has for a thread."""
+        return self.wg_m * self.k_tiles
 
     @property
     def block_m(self) -> int:
@@ -72,22 +105,24 @@ class SparseTile:
 
     @property
     def b_panels(self) -> tuple[int, int, int]:
-        """Shape of B in a stage: panels of 64 columns in memory (128 bytes, swizzled)."""
+        """Shape of B in a stage: panels of 128 bytes of columns in memory, swizzled."""
         if self.b_layout == "nk":
-            return (1, self.tile_n, TILE_K)
+            return (1, self.tile_n, self.tile_k)
         return (self.tile_n // 64, TILE_K, 64)
 
     @property
     def stage_bytes(self) -> int:
-        return self.block_m * TILE_K + self.tile_n * TILE_K * 2 + self.block_m // 64 * 512
+        metadata = self.block_m // 64 * self.k_tiles * 512
+        return self.block_m * TILE_K + self.tile_n * TILE_K * 2 + metadata
 
     def scratch(self) -> dict[str, Any]:
         """Allocations of the ring, for `pl.run_scoped`."""
-        dtype = jnp.dtype(self.dtype)
+        dtype, b_dtype = jnp.dtype(self.dtype), jnp.dtype(self.b_dtype or self.dtype)
+        metadata = (self.stages, self.block_m // 64, self.k_tiles, 128)
         return {
-            "a_s": plgpu.SMEM((self.stages, self.block_m, TILE_K // 2), dtype),
-            "b_s": plgpu.SMEM((self.stages, *self.b_panels), dtype),
-            "meta_s": plgpu.SMEM((self.stages, self.block_m // 64, 1, 128), jnp.int32),
+            "a_s": plgpu.SMEM((self.stages, self.block_m, self.tile_k // 2), dtype),
+            "b_s": plgpu.SMEM((self.stages, *self.b_panels), b_dtype),
+            "meta_s": plgpu.SMEM(metadata, jnp.int32),
             "bars": plgpu.SMEM((2 * self.stages + self.spare, 2), jnp.int32),
         }
 
@@ -118,8 +153,15 @@ def check_shapes(v: int, live: int, width: int, dtype: Any) -> None:
     device.require_hopper()
 
 
+def check_shapes_fp8(v: int, live: int, width: int) -> None:
+    """`check_shapes` for operands of 8 bits, which are rounded from bfloat16."""
+    check_shapes(v, live, width, jnp.bfloat16)
+    if width % (2 * TILE_K):
+        raise NotImplementedError(f"{width=} must be a multiple of {2 * TILE_K} in 8 bits")
+
+
 def ptx_name(dtype: Any) -> str:
-    return {"bfloat16": "bf16", "float16": "f16"}[jnp.dtype(dtype).name]
+    return {"bfloat16": "bf16", "float16": "f16", **FP8_DTYPES}[jnp.dtype(dtype).name]
 
 
 def index(value: ir.Value) -> ir.Value:
@@ -275,19 +317,21 @@ def _fill(t: SparseTile):
             copy(
                 src_ref=a_g,
                 dst_ref=a_s,
-                gmem_slice=(window(m0, t.block_m), window(half, TILE_K // 2)),
+                gmem_slice=(window(m0, t.block_m), window(half, t.tile_k // 2)),
                 swizzle=TILE_K,
             )
             m_tile, k_tile = (arith.shrui(v, ptx.const32(6)) for v in (m0, k0))
             copy(
                 src_ref=meta_g,
                 dst_ref=meta_s,
-                gmem_slice=(window(m_tile, t.block_m // 64), window(k_tile, 1), slice(None)),
+                gmem_slice=(
+                    window(m_tile, t.block_m // 64), window(k_tile, t.k_tiles), slice(None)
+                ),
             )
             for i in range(t.b_panels[0]):
                 panel = utils.memref_slice(b_s, i)
                 if t.b_layout == "nk":
-                    place = (window(n0, t.tile_n), window(k0, TILE_K))
+                    place = (window(n0, t.tile_n), window(k0, t.tile_k))
                 else:
                     place = (window(add(k0, b_k0), TILE_K), window(add(n0, 64 * i), 64))
                 copy(src_ref=b_g, dst_ref=panel, gmem_slice=place, swizzle=128)
@@ -300,10 +344,13 @@ def _acc_type(t: SparseTile):
 
 
 def _step(t: SparseTile, *, first: bool):
-    """Multiplies one stage, acc (+)= A_stage @ B_stage, then releases the stage before."""
+    """Multiplies one stage, acc (+)= A_stage @ B_stage, and releases what no MMA in flight reads."""
     shape = (64 * t.wg_m, t.tile_n)
     refs, scalars = (REF,) * 4, (SCALAR,) * 3
-    result = (_acc_type(t), strided_type(t.wg_m, jnp.int32))
+    result = (_acc_type(t), strided_type(t.words, jnp.int32))
+    # Instructions that a word of metadata, one for 64 x 64 elements and thread, serves. With two,
+    # half of the threads hold the first one's words: the selector says which.
+    sharers = 64 // t.mma_k
 
     def body(regs, old_metas, a_s, meta_s, b_s, bars, slot, parity, previous):
         slot, parity, previous = map(scalar, (slot, parity, previous))
@@ -319,29 +366,37 @@ def _step(t: SparseTile, *, first: bool):
             swizzle=128,
         )
         meta_row = mul(warpgroup, t.wg_m)
-        lane, zero = index(ptx.thread_in_warpgroup()), utils.c(0, ir.IndexType.get())
+        lane = index(ptx.thread_in_warpgroup())
         ptx.mbarrier_wait(barrier_address(bars, slot), parity)
-        metas = [memref.load(meta_s, [index(add(meta_row, i)), zero, lane]) for i in range(t.wg_m)]
+        metas = [
+            memref.load(meta_s, [index(add(meta_row, i)), utils.c(j, ir.IndexType.get()), lane])
+            for i in range(t.wg_m)
+            for j in range(t.k_tiles)
+        ]
         ptx.wgmma_fence()
         new: list[list[ir.Value]] = []
         for i in range(t.wg_m):
             acc = None if regs is None else list(regs[i])
-            for k32 in range(TILE_K // 32):
+            for step in range(t.tile_k // t.mma_k):
                 acc = ptx.wgmma_sparse(
                     acc,
-                    ptx.advance(a_desc, i * 64 * TILE_K + k32 * 32),
-                    ptx.advance(b_desc, k32 * (64 if t.b_layout == "nk" else 32 * 128)),
-                    metas[i],
+                    ptx.advance(a_desc, i * 64 * TILE_K + step * 32),
+                    ptx.advance(b_desc, step * (64 if t.b_layout == "nk" else 32 * 128)),
+                    metas[i * t.k_tiles + step // sharers],
                     n=t.tile_n,
-                    selector=k32,
+                    selector=step % sharers,
                     dtype=ptx_name(t.dtype),
+                    b_dtype=None if t.b_dtype is None else ptx_name(t.b_dtype),
                     b_transposed=t.b_layout == "kn",
                 )
             assert acc is not None
             new.append(acc)
         ptx.wgmma_commit()
-        ptx.wgmma_wait(1)
-        if not first:
+        ptx.wgmma_wait(t.in_flight)
+        if t.in_flight == 0:
+            release(t.stages, bars, slot)
+            ptx.keep(metas)
+        elif not first:
             release(t.stages, bars, previous)
             # An MMA in flight still reads its metadata registers, which the compiler does not know.
             # Using them after the wait keeps it from loading the next words into them.
@@ -357,7 +412,7 @@ def _step(t: SparseTile, *, first: bool):
 
         return start
 
-    arg_types = (ACC, strided(t.wg_m), *refs, *scalars)
+    arg_types = (ACC, strided(t.words), *refs, *scalars)
 
     @plgpu.inline_mgpu(arg_types=arg_types, return_type=result)
     def step(ctx, acc, metas, *args):
@@ -369,7 +424,7 @@ def _step(t: SparseTile, *, first: bool):
 
 def _finish(t: SparseTile):
     """Waits for the last MMA of a tile and releases its stage."""
-    arg_types = (ACC, strided(t.wg_m), REF, SCALAR)
+    arg_types = (ACC, strided(t.words), REF, SCALAR)
 
     @plgpu.inline_mgpu(arg_types=arg_types, return_type=_acc_type(t))
     def finish(ctx, acc, metas, bars, previous):
@@ -377,7 +432,8 @@ def _finish(t: SparseTile):
         ptx.wgmma_wait(0)
         ptx.keep(to_scalars(metas))
         regs = [ptx.pin(row) for row in accumulators(acc)]
-        release(t.stages, bars, scalar(previous))
+        if t.in_flight:
+            release(t.stages, bars, scalar(previous))
         return from_accumulators(regs, (64 * t.wg_m, t.tile_n))
 
     return finish
@@ -405,7 +461,8 @@ class Loop:
             def step(k, state):
                 slot, parity = state
                 stage = self._stage(slot)
-                fill(*self.operands, *stage, bars, slot, parity, m0, n0, k * TILE_K, b_k0)
+                k0 = k * self.tile.tile_k
+                fill(*self.operands, *stage, bars, slot, parity, m0, n0, k0, b_k0)
                 return next_stage(stages, slot, parity)
 
             return lax.fori_loop(0, self.k_steps, step, state)

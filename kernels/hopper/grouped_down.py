@@ -26,13 +26,34 @@ _SLOT_BYTES = 64 * 64 * 2
 _COLUMNS = 256  # of a tile
 
 
-def _stage(regs: list[ir.Value], chunk: int, slot: ir.Value, dtype: str) -> None:
-    """Writes 64 columns of a warpgroup's 64 rows to shared memory, swizzled."""
+SCALES = common.strided(2)
+
+
+@plgpu.inline_mgpu(
+    arg_types=(common.REF, common.SCALAR), return_type=common.strided_type(2, jnp.float32)
+)
+def load_scales(ctx, scale_g, row0):
+    """The scales (T_pad,) of the thread's two rows of 64."""
+    del ctx
+    warp, lane = common.warp_and_lane()
+    row = common.add(common.mul(warp, 16), arith.shrui(lane, ptx.const32(2)))
+    row = common.add(row, common.scalar(row0))
+    base = ptx.global_address(scale_g)
+    address = lambda b: ptx.offset_address(base, common.add(row, 8 * b), 4)
+    return common.to_array([ptx.load_global_f32(address(b), 1)[0] for b in range(2)], signed=None)
+
+
+def _stage(
+    regs: list[ir.Value], scales: list[ir.Value], chunk: int, slot: ir.Value, dtype: str
+) -> None:
+    """Writes 64 columns of a warpgroup's 64 rows, scaled if asked, to shared memory, swizzled."""
     warp, lane = common.warp_and_lane()
     matrix = arith.divui(lane, ptx.const32(8))
     row = common.add(common.mul(warp, 16), common.mul(arith.andi(matrix, ptx.const32(1)), 8))
     row = common.add(row, arith.remui(lane, ptx.const32(8)))
     values = [vector.extract(r, [], [0]) for r in regs[32 * chunk : 32 * chunk + 32]]
+    if scales:
+        values = [arith.mulf(value, scales[i // 2 % 2]) for i, value in enumerate(values)]
     words = _words(values, dtype)
     for j in range(0, 8, 2):
         col8 = common.add(arith.shrui(matrix, ptx.const32(1)), j)
@@ -40,18 +61,22 @@ def _stage(regs: list[ir.Value], chunk: int, slot: ir.Value, dtype: str) -> None
         ptx.stmatrix_x4(address, words[2 * j : 2 * j + 4], transpose=False)
 
 
-def _write(dtype: str):
+def _write(dtype: str, scaled: bool):
     """Stores a warpgroup's 64 rows, 64 columns at a time; columns beyond the edge are dropped."""
+    scale_types = (SCALES,) if scaled else ()
 
-    @plgpu.inline_mgpu(arg_types=(common.ACC, common.REF, common.REF, *(common.SCALAR,) * 2))
-    def write(ctx, acc, out_s, out_g, row0, col0):
+    @plgpu.inline_mgpu(
+        arg_types=(common.ACC, common.REF, common.REF, *(common.SCALAR,) * 2, *scale_types)
+    )
+    def write(ctx, acc, out_s, out_g, row0, col0, *scales):
         row0, col0 = map(common.scalar, (row0, col0))
+        scales = [s for of_rows in scales for s in common.to_scalars(of_rows)]
         (regs,) = common.accumulators(acc)
         for chunk in range(_COLUMNS // 64):
             slot = utils.memref_slice(out_s, chunk % _SLOTS)
             ptx.bulk_wait_read(_SLOTS - 1)
             utils.warpgroup_barrier()
-            _stage(regs, chunk, slot, dtype)
+            _stage(regs, scales, chunk, slot, dtype)
             ptx.fence_async_shared()
             utils.warpgroup_barrier()
             place = (common.window(row0, 64), common.window(common.add(col0, 64 * chunk), 64))
@@ -67,14 +92,16 @@ def _write(dtype: str):
     return write
 
 
-def _scatter(dtype: str, tokens: int, width: int):
+def _scatter(dtype: str, tokens: int, width: int, scaled: bool):
     """As `_write`, but each row goes to its token's; eight threads store 128 bytes of a row."""
     refs = (common.REF,) * 3
+    scale_types = (SCALES,) if scaled else ()
 
-    @plgpu.inline_mgpu(arg_types=(common.ACC, *refs, *(common.SCALAR,) * 2))
-    def scatter(ctx, acc, out_s, permutation_g, out_g, row0, col0):
+    @plgpu.inline_mgpu(arg_types=(common.ACC, *refs, *(common.SCALAR,) * 2, *scale_types))
+    def scatter(ctx, acc, out_s, permutation_g, out_g, row0, col0, *scales):
         del ctx
         row0, col0 = map(common.scalar, (row0, col0))
+        scales = [s for of_rows in scales for s in common.to_scalars(of_rows)]
         (regs,) = common.accumulators(acc)
         i32 = ptx.i32_type()
         four = llvm.StructType.get_literal([i32] * 4)
@@ -90,7 +117,7 @@ def _scatter(dtype: str, tokens: int, width: int):
         less = lambda a, b: arith.cmpi(arith.CmpIPredicate.ult, a, ptx.const32(b))
         for chunk in range(_COLUMNS // 64):
             slot = utils.memref_slice(out_s, chunk % _SLOTS)
-            _stage(regs, chunk, slot, dtype)
+            _stage(regs, scales, chunk, slot, dtype)
             # One barrier is enough: who arrives here has read the slot that is written next.
             utils.warpgroup_barrier()
             column = common.add(common.add(col0, 64 * chunk), common.mul(eighth, 8))
@@ -113,16 +140,108 @@ def _words(values: list[ir.Value], dtype: str) -> list[ir.Value]:
     return [ptx.pack_pair(low, high, dtype) for low, high in pairs]
 
 
-def _tile(dtype: Any, config: common.GroupedConfig) -> common.SparseTile:
+def tile(dtype: Any, config: common.GroupedConfig, w_dtype: Any = None) -> common.SparseTile:
+    """The tile for activations of a type, and, of 8 bits, weights of another one."""
     t = common.SparseTile(
         warpgroups=2,
         wg_m=1,
         tile_n=_COLUMNS,
-        b_layout="kn",
+        b_layout="kn" if w_dtype is None else "nk",
         stages=0,
         dtype=jnp.dtype(dtype).name,
+        b_dtype=None if w_dtype is None else jnp.dtype(w_dtype).name,
     )
     return common.with_stages(t, 2 * _SLOTS * _SLOT_BYTES, config)
+
+
+def launch(
+    t: common.SparseTile,
+    config: common.GroupedConfig,
+    operands: tuple[jax.Array, jax.Array, jax.Array],
+    scale: jax.Array | None,
+    layout: tuple[jax.Array, jax.Array],
+    *,
+    v: int,
+    width: int,
+    permutation: jax.Array | None,
+    tokens: int | None,
+    out_dtype: Any,
+    name: str,
+) -> jax.Array:
+    """scale (Y W_e) for a tile, in the rows' order or the tokens'.
+
+    operands: values and metadata of Y (T_pad, h), and W, (E h, D) or, "nk", (E D, h). scale:
+    (T_pad,) or None. layout: offsets and block_expert.
+    """
+    rows, live = operands[0].shape[0], 2 * operands[0].shape[1]
+    column_tiles = pl.cdiv(width, _COLUMNS)
+    blocks = min(device.num_cores(), rows // common.TOKENS * column_tiles)
+    scaled = scale is not None
+
+    def body(values_g, metadata_g, w_g, offsets_g, expert_g, *rest):
+        scale_g, *rest = rest if scaled else (None, *rest)
+        permutation_g, out_g = rest if tokens is not None else (None, *rest)
+
+        @functools.partial(
+            pl.run_scoped,
+            **t.scratch(),
+            out_s=plgpu.SMEM((2, _SLOTS, 64, 64), out_dtype),
+            collective_axes="wg",
+        )
+        def _scope(out_s, **ring):
+            wg = lax.axis_index("wg")
+            loop = common.Loop(t, live // t.tile_k, (values_g, metadata_g, w_g), ring)
+            common.init_barriers(t.stages, t.warpgroups)(ring["bars"])
+            used = common.used_tiles(offsets_g)
+            tiles = common.own_tiles(used * column_tiles, blocks)
+
+            def part(i):
+                tile = lax.axis_index("block") + i * blocks
+                return common.tile_order(tile, used, column_tiles, config.width)
+
+            def origin(i):
+                block, column = part(i)
+                expert = expert_g[lax.div(block, jnp.int32(v // common.TOKENS))]
+                token0, column0 = block * common.TOKENS, column * _COLUMNS
+                if t.b_layout == "kn":
+                    return token0, column0, expert * live
+                # A last tile may reach into the next expert's rows: what it makes of them has no
+                # place in the result.
+                return token0, expert * width + column0, jnp.int32(0)
+
+            def place(i):
+                block, column = part(i)
+                row0 = block * common.TOKENS + wg * 64
+                scales = (load_scales(scale_g, row0),) if scaled else ()
+                return row0, column * _COLUMNS, *scales
+
+            def write(i, acc, *place):
+                del i
+                dtype = common.ptx_name(out_dtype)
+                if tokens is None:
+                    _write(dtype, scaled)(acc, out_s.at[wg], out_g, *place)
+                else:
+                    scatter = _scatter(dtype, tokens, width, scaled)
+                    scatter(acc, out_s.at[wg], permutation_g, out_g, *place)
+
+            @pl.when(wg == t.warpgroups)
+            def _producer():
+                plgpu.set_max_registers(40, action="decrease")
+                loop.produce(tiles, origin)
+
+            @pl.when(wg < t.warpgroups)
+            def _consumer():
+                plgpu.set_max_registers(common.REGISTERS, action="increase")
+                loop.consume(tiles, place, write)
+                if tokens is None:
+                    outs = [(out_g, 0, 1)]
+                    common.fill_unused(outs, used * common.TOKENS, blocks, t.warpgroups)
+                plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+
+    out_rows = rows if tokens is None else tokens
+    out_type = jax.ShapeDtypeStruct((out_rows, width), out_dtype)
+    call = common.kernel(body, out_type, blocks, t.warpgroups, name)
+    return call(*operands, *layout, *(a for a in (scale, permutation) if a is not None))
 
 
 def down24(
@@ -144,71 +263,20 @@ def down24(
     check_down24(*arguments, permutation=permutation, tokens=tokens, config=config)
     config = config or common.GroupedConfig()
     _, v = reference_grouped.down_dims(*arguments, permutation, tokens)
-    rows = y_values.shape[0]
     experts, live, width = w.shape
-    t = _tile(w.dtype, config)
-    column_tiles = pl.cdiv(width, _COLUMNS)
-    blocks = min(device.num_cores(), rows // common.TOKENS * column_tiles)
-
-    def body(values_g, metadata_g, w_g, offsets_g, expert_g, *rest):
-        permutation_g, out_g = rest if tokens is not None else (None, *rest)
-
-        @functools.partial(
-            pl.run_scoped,
-            **t.scratch(),
-            out_s=plgpu.SMEM((2, _SLOTS, 64, 64), w.dtype),
-            collective_axes="wg",
-        )
-        def _scope(out_s, **ring):
-            wg = lax.axis_index("wg")
-            loop = common.Loop(t, live // common.TILE_K, (values_g, metadata_g, w_g), ring)
-            common.init_barriers(t.stages, t.warpgroups)(ring["bars"])
-            used = common.used_tiles(offsets_g)
-            tiles = common.own_tiles(used * column_tiles, blocks)
-
-            def part(i):
-                tile = lax.axis_index("block") + i * blocks
-                return common.tile_order(tile, used, column_tiles, config.width)
-
-            def origin(i):
-                block, column = part(i)
-                expert = expert_g[lax.div(block, jnp.int32(v // common.TOKENS))]
-                return block * common.TOKENS, column * _COLUMNS, expert * live
-
-            def place(i):
-                block, column = part(i)
-                return block * common.TOKENS + wg * 64, column * _COLUMNS
-
-            def write(i, acc, *place):
-                del i
-                dtype = common.ptx_name(w.dtype)
-                if tokens is None:
-                    _write(dtype)(acc, out_s.at[wg], out_g, *place)
-                else:
-                    scatter = _scatter(dtype, tokens, width)
-                    scatter(acc, out_s.at[wg], permutation_g, out_g, *place)
-
-            @pl.when(wg == t.warpgroups)
-            def _producer():
-                plgpu.set_max_registers(40, action="decrease")
-                loop.produce(tiles, origin)
-
-            @pl.when(wg < t.warpgroups)
-            def _consumer():
-                plgpu.set_max_registers(common.REGISTERS, action="increase")
-                loop.consume(tiles, place, write)
-                if tokens is None:
-                    outs = [(out_g, 0, 1)]
-                    common.fill_unused(outs, used * common.TOKENS, blocks, t.warpgroups)
-                plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-
-    out_rows = rows if tokens is None else tokens
-    out_type = jax.ShapeDtypeStruct((out_rows, width), w.dtype)
-    call = common.kernel(body, out_type, blocks, t.warpgroups, "down24_hopper")
-    operands = [y_values, y_metadata, w.reshape(experts * live, width), offsets, block_expert]
-    if permutation is not None:
-        operands.append(permutation)
-    return call(*operands)
+    return launch(
+        tile(w.dtype, config),
+        config,
+        (y_values, y_metadata, w.reshape(experts * live, width)),
+        None,
+        (offsets, block_expert),
+        v=v,
+        width=width,
+        permutation=permutation,
+        tokens=tokens,
+        out_dtype=w.dtype,
+        name="down24_hopper",
+    )
 
 
 def check_down24(
@@ -229,4 +297,4 @@ def check_down24(
     arguments = (y_values, y_metadata, w, offsets, block_expert)
     _, v = reference_grouped.down_dims(*arguments, permutation, tokens)
     common.check_shapes(v, w.shape[1], w.shape[2], w.dtype)
-    _tile(w.dtype, config or common.GroupedConfig())
+    tile(w.dtype, config or common.GroupedConfig())

@@ -210,10 +210,12 @@ def neuron_tile(
     config: common.GroupedConfig,
     *,
     barriers: bool = False,
+    b_dtype: Any = None,
 ) -> common.SparseTile:
     """The tile for h live neurons, with `other_bytes` of shared memory for each warpgroup.
 
-    barriers: whether each warpgroup also has a barrier of its own.
+    barriers: whether each warpgroup also has a barrier of its own. b_dtype: of the tokens, where it
+    may be another one than `dtype`.
     """
     warpgroups = 2 if live % (2 * PART) == 0 else 1
     t = common.SparseTile(
@@ -224,5 +226,6 @@ def neuron_tile(
         stages=0,
         dtype=jnp.dtype(dtype).name,
         spare=warpgroups if barriers else 0,
+        b_dtype=None if b_dtype is None else jnp.dtype(b_dtype).name,
     )
     return common.with_stages(t, warpgroups * other_bytes, config)

@@ -25,7 +25,7 @@ from kernels.hopper import grouped_common as common
 from kernels.hopper import grouped_neurons as neurons
 
 _SLOTS = 2  # staging buffers, of 32 tokens, of a warpgroup
-_EMPTY = 0x44444444  # metadata of zeros: elements 0 and 1 of every group
+EMPTY = 0x44444444  # metadata of zeros: elements 0 and 1 of every group
 
 
 def _choose(x: list[ir.Value], dtype: str) -> tuple[ir.Value, ir.Value]:
@@ -41,6 +41,11 @@ def _choose(x: list[ir.Value], dtype: str) -> tuple[ir.Value, ir.Value]:
 def _bits(value: ir.Value, mask: int, shift: int) -> ir.Value:
     moved = arith.shrui(value, ptx.const32(shift)) if shift else value
     return arith.andi(moved, ptx.const32(mask))
+
+
+def choice_nibble(code: ir.Value) -> ir.Value:
+    """The kept indices of `_choose`'s selectors, i0 | i1 << 2."""
+    return arith.ori(_bits(code, 3, 0), _bits(code, 12, 26))
 
 
 def _put(sixteen: int, dtype: str):
@@ -61,7 +66,7 @@ def _put(sixteen: int, dtype: str):
                 pair, code = _choose(groups[n][j], dtype)
                 words = neurons.spread(pair, code, zero)
                 neurons.store(place, n, j, words, pair, staged, packed, neurons.PANEL)
-                nibbles.append(arith.ori(_bits(code, 3, 0), _bits(code, 12, 26)))
+                nibbles.append(choice_nibble(code))
             word = arith.ori(nibbles[0], arith.shli(nibbles[1], ptx.const32(16)))
             word = neurons.join_lanes(arith.shli(word, place.nibble), (4, 8))
             # The four lanes that made the word all store it, to one address.
@@ -72,7 +77,8 @@ def _put(sixteen: int, dtype: str):
     return put
 
 
-def _store_metadata(ctx, meta_s, meta_g, token0, neuron0) -> None:
+def store_metadata(ctx, meta_s, meta_g, token0, neuron0) -> None:
+    """Starts the bulk store of a part's metadata."""
     rows, cols = (arith.shrui(v, ptx.const32(6)) for v in (token0, neuron0))
     ctx.async_copy(
         src_ref=meta_s,
@@ -95,7 +101,7 @@ def _send(chunk: int):
         panels = [utils.memref_slice(slot, i) for i in range(2)]
         packed = utils.memref_slice(slot, 2)
         if chunk == neurons.CHUNKS - 1:
-            _store_metadata(ctx, meta_s, meta_g, token0, neuron0)
+            store_metadata(ctx, meta_s, meta_g, token0, neuron0)
         token = common.add(token0, chunk * neurons.CHUNK)
         neurons.store_chunk(ctx, panels, packed, y_g, values_g, token, neuron0)
 
@@ -167,7 +173,7 @@ def up24(
                 plgpu.set_max_registers(common.REGISTERS, action="increase")
                 loop.consume(plan.own_tiles, place, write)
                 common.fill_unused(
-                    [(y_g, 0, 1), (y_values_g, 0, 1), (y_meta_g, _EMPTY, 64)],
+                    [(y_g, 0, 1), (y_values_g, 0, 1), (y_meta_g, EMPTY, 64)],
                     plan.used * common.TOKENS,
                     blocks,
                     t.warpgroups,

@@ -29,7 +29,7 @@ _PANEL = common.TOKENS * neurons.ROW  # of a part's dense staging: 64 neurons
 _BYTES = 2 * _PANEL + neurons.META_BYTES  # of a part's Y2 and metadata
 
 
-def _prefetch(t: common.SparseTile):
+def prefetch_part(t: common.SparseTile):
     """Starts loading the part's Y2 and metadata, once all it last staged has left."""
 
     @plgpu.inline_mgpu(arg_types=(*(common.REF,) * 5, *(common.SCALAR,) * 2))
@@ -67,8 +67,8 @@ def _warpgroup() -> ir.Value:
     return arith.divui(utils.thread_idx(), ptx.const32(ptx.WARPGROUP))
 
 
-def _await(t: common.SparseTile):
-    """Waits for what `_prefetch` started."""
+def await_part(t: common.SparseTile):
+    """Waits for what `prefetch_part` started."""
 
     @plgpu.inline_mgpu(arg_types=(common.REF, common.SCALAR))
     def wait(ctx, bars, parity):
@@ -193,10 +193,10 @@ def up24_backward(
                 return token0, neuron0 + wg * common.PART
 
             def prefetch(*place):
-                _prefetch(t)(y2_g, y2_meta_g, dense_s.at[wg], y2_meta_s.at[wg], bars, *place)
+                prefetch_part(t)(y2_g, y2_meta_g, dense_s.at[wg], y2_meta_s.at[wg], bars, *place)
 
             def write(i, acc, *place):
-                _await(t)(bars, i & 1)
+                await_part(t)(bars, i & 1)
                 for chunk in range(neurons.CHUNKS):
                     if chunk >= _SLOTS:
                         neurons.await_slot(_SLOTS - 1)()

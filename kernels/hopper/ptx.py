@@ -261,6 +261,18 @@ def pack_four(values: Sequence[ir.Value], dtype: str) -> ir.Value:
     )
 
 
+def pack_two(low: ir.Value, high: ir.Value, dtype: str) -> ir.Value:
+    """Rounds two float32 values to an 8-bit type, saturating: 16 bits, `low` lowest, then zeros."""
+    ptx = (
+        "{ .reg .b16 both;\n"
+        f"cvt.rn.satfinite.{dtype}x2.f32 both, $2, $1;\n"
+        "cvt.u32.u16 $0, both; }"
+    )
+    return llvm.inline_asm(
+        i32_type(), [low, high], ptx, "=r,f,f", asm_dialect=0, has_side_effects=False
+    )
+
+
 def warp_sum(value: ir.Value) -> ir.Value:
     """The sum of a 32-bit integer over the warp."""
     return asm(i32_type(), [value], "redux.sync.add.s32 $0, $1, 0xffffffff;", "=r,r")
