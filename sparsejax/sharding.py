@@ -40,7 +40,7 @@ from jax.sharding import PartitionSpec as P
 from jax.typing import DTypeLike
 
 from kernels import registry
-from sparsejax.ops import routed_ffn_grouped
+from sparsejax.ops import routed_ffn_fp8, routed_ffn_grouped
 from sparsejax.ops.packed_ffn import PackedFFN, PackedMatrix
 from sparsejax.ops.routed_ffn import _check_weights, _pack, _path
 from sparsejax.remat import keep
@@ -297,7 +297,7 @@ def pack_ffn(
         refusal = f"{kernels}: the {columns} columns of a device must be a multiple of 64"
         if sparsity.backend is not None:
             raise NotImplementedError(refusal)
-        routed_ffn_grouped._report([refusal], sparsity, sizes, wg is not None)
+        routed_ffn_grouped.report([refusal], sparsity, sizes, wg is not None)
         kernels = None
 
     def local(w1: Array, w2: Array, wg: Array | None, betas: Array | None) -> PackedFFN:
@@ -312,6 +312,18 @@ def pack_ffn(
     spec = layout.weight_spec
     out = layout.packed_specs(kernels, wg is not None)
     return layout.spmd(local, (spec, spec, spec, P()), out)(w1, w2, wg, betas)
+
+
+def refuse_fp8(sparsity: Sparsity) -> None:
+    """Says that the sparse network of a mesh, or of several shards, is not in 8 bits.
+
+    Raises:
+      NotImplementedError: a named backend is strict.
+    """
+    refusal = "8-bit products serve one device and one shard"
+    if sparsity.backend is not None:
+        raise NotImplementedError(f"backend={sparsity.backend!r}: {refusal}")
+    routed_ffn_fp8.report([refusal], sparsity)
 
 
 def _rows_alone(packed: PackedFFN) -> PackedFFN:

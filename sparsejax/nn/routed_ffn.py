@@ -101,8 +101,10 @@ class RoutedFFN(nnx.Module):
           gated: adds Wg.
           sparsity: what is sparse in the sparse phase; None for a network that stays dense.
           dtype: of the products' operands. param_dtype: of the master weights.
-          precision: "fp8" rounds the operands of the dense network's products to 8 bits
-            (`sparsejax.ops.dense`); the sparse network stays in `dtype`.
+          precision: "fp8" rounds the operands of products to 8 bits: all of the dense network
+            (`sparsejax.ops.dense`), and of the sparse one those with a 2:4 operand, where kernels
+            serve it (`sparsejax.ops.routed_ffn_fp8`). On a mesh the sparse network stays in
+            `dtype`, which a warning says.
           kernel_init: of W1 and Wg (D, H); out_init: of W2 (H, D); LeCun normal where None. Called
             with (fan-in, fan-out) shapes.
           axes: what the axes of the mesh mean; None where tokens and weights are not sharded by us.
@@ -160,10 +162,14 @@ class RoutedFFN(nnx.Module):
         sparsity = self._sparsity()
         weights = jax.lax.stop_gradient(self._weights())
         if not self._local():
+            if self.precision == "fp8":
+                sharding.refuse_fp8(sparsity)
             return sharding.pack_ffn(
                 *weights, self.beta[...], sparsity, dtype=self.dtype, axes=self.axes
             )
-        return pack_ffn(*weights, self.beta[...], sparsity, dtype=self.dtype)
+        return pack_ffn(
+            *weights, self.beta[...], sparsity, dtype=self.dtype, precision=self.precision
+        )
 
     def route(self, x: Array) -> Array:
         """(..., D) to the expert of each token, T the product of the leading axes: (T,) int32, or

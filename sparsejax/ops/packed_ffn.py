@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 from jax import Array
 
 from kernels import registry
+from sparsejax.spec import Precision
 
 
 class PackedMatrix(NamedTuple):
@@ -22,6 +23,21 @@ class PackedMatrix(NamedTuple):
     """(H / 64, D / 64, 128) int32."""
 
 
+class PackedMatrix8(NamedTuple):
+    """One matrix of a feed-forward network in 8-bit floats, e4m3: these numbers times `scale`."""
+
+    columns: Array
+    """(E, D, h): thresholded and rounded, split by expert, an expert's neurons contiguous."""
+    values: Array
+    """(H, D / 2): the same, packed 2:4 along D; rows by expert, within one as the kernels want."""
+    metadata: Array
+    """(H / 64, D / 64, 128) int32, as 8-bit instructions want them."""
+    scale: Array
+    """Scalar float32, a power of two."""
+    norm: Array
+    """Scalar float32: what the neurons' norms are reckoned to be below (`routed_ffn_fp8`)."""
+
+
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class PackedFFN:
@@ -30,8 +46,10 @@ class PackedFFN:
     A pytree: stacked along a leading axis it is the weights of several layers.
     """
 
-    w1: PackedMatrix
-    w2: PackedMatrix
+    w1: Any
+    """`PackedMatrix`, or `PackedMatrix8` where `precision` is "fp8"; w2 likewise."""
+    w2: Any
     wg: PackedMatrix | None = None
     kernels: registry.Backend | None = dataclasses.field(default=None, metadata={"static": True})
     """Backend that packed `values`; None where there are none and no kernel is called."""
+    precision: Precision = dataclasses.field(default="compute", metadata={"static": True})

@@ -5,14 +5,15 @@
 Each token meets only its expert's neurons; of four live neurons in a row it keeps two; the weights
 are soft-thresholded 2:4. Gradients go straight through to the dense master weights.
 
-Three paths compute it. `routed_ffn_grouped` calls kernels on sparse tensor cores, five for each
-backend; `routed_ffn_blocks` is a scan in jax.numpy that serves every option on every device;
+Four paths compute it. `routed_ffn_grouped` calls kernels on sparse tensor cores, five for each
+backend, and `routed_ffn_fp8` those of 8-bit floats; `routed_ffn_blocks` is a scan in jax.numpy that serves every option on every device;
 `routed_ffn_masked` does the same where a scan of small products would be slow, on GPUs.
 """
 
 from __future__ import annotations
 
 from functools import partial
+from typing import get_args
 
 import jax
 import jax.numpy as jnp
@@ -20,13 +21,18 @@ from jax import Array
 from jax.typing import DTypeLike
 
 from kernels import registry
-from sparsejax.ops import routed_ffn_blocks, routed_ffn_grouped, routed_ffn_masked
+from sparsejax.ops import (
+    routed_ffn_blocks,
+    routed_ffn_fp8,
+    routed_ffn_grouped,
+    routed_ffn_masked,
+)
 from sparsejax.ops.packed_ffn import PackedFFN, PackedMatrix
 from sparsejax.prune import soft_threshold
 from sparsejax.remat import keep
 from sparsejax.routing.neurons import to_expert_major
 from sparsejax.routing.tokens import TokenPlan, padded_tokens
-from sparsejax.spec import Sparsity
+from sparsejax.spec import Precision, Sparsity
 
 
 def _check_weights(w1: Array, w2: Array, wg: Array | None, sparsity: Sparsity) -> tuple[int, int]:
@@ -47,6 +53,7 @@ def pack_ffn(
     sparsity: Sparsity,
     *,
     dtype: DTypeLike = jnp.bfloat16,
+    precision: Precision = "compute",
 ) -> PackedFFN:
     """Thresholds, scales and lays out the weights: once for each optimiser step.
 
@@ -61,6 +68,9 @@ def pack_ffn(
       sparsity: what is sparse, and the backend: a name is strict; None takes the fastest that
         serves this device, and says so once where it has to pass one over.
       dtype: of the packed weights: the compute dtype.
+      precision: "fp8" rounds the operands of the four products with a 2:4 operand to 8 bits
+        (`sparsejax.ops.routed_ffn_fp8`), where a backend serves that. A named backend is strict;
+        otherwise a `registry.FallbackWarning` says why the network stays in `dtype`.
 
     Returns:
       `PackedFFN`.
@@ -73,7 +83,15 @@ def pack_ffn(
     if sparsity.weights and (betas is None or betas.shape != (3,)):
         shape = None if betas is None else betas.shape
         raise ValueError(f"betas of shape {shape} must be (3,): one for each of w1, w2, wg")
+    if precision not in get_args(Precision):
+        raise ValueError(f"{precision=} must be one of {get_args(Precision)}")
     sizes = routed_ffn_grouped.Sizes(width=width, hidden=hidden, dtype=jnp.dtype(dtype))
+    if precision == "fp8":
+        kernels = routed_ffn_fp8.choose(sparsity, sizes, gated=wg is not None)
+        if kernels is not None:
+            assert betas is not None
+            pack = partial(routed_ffn_fp8.pack_weight, sparsity=sparsity, kernels=kernels)
+            return PackedFFN(pack(w1, betas[0]), pack(w2, betas[1]), None, kernels, precision)
     kernels = routed_ffn_grouped.choose(sparsity, sizes, gated=wg is not None)
     return _pack(w1, w2, wg, betas, sparsity, dtype=dtype, kernels=kernels)
 
@@ -94,21 +112,21 @@ def _pack(w1, w2, wg, betas, sparsity, *, dtype, kernels) -> PackedFFN:
     return PackedFFN(pack(w1, 0), pack(w2, 1), pack(wg, 2), kernels)  # type: ignore[arg-type]
 
 
-def _path(kernels: registry.Backend | None):
+def _path(kernels: registry.Backend | None, packed: PackedFFN):
     if kernels is not None:
-        return routed_ffn_grouped
+        return routed_ffn_fp8 if packed.precision == "fp8" else routed_ffn_grouped
     return routed_ffn_blocks if registry.target_capability() is None else routed_ffn_masked
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(6, 7))
 def _routed_ffn(x, w1, w2, wg, packed, plan, sparsity, kernels):
     del w1, w2, wg
-    return _path(kernels).forward(x, packed, plan, sparsity, kernels)[0]
+    return _path(kernels, packed).forward(x, packed, plan, sparsity, kernels)[0]
 
 
 def _routed_ffn_fwd(x, w1, w2, wg, packed, plan, sparsity, kernels):
     plan = keep(plan)
-    y, saved = _path(kernels).forward(x, packed, plan, sparsity, kernels)
+    y, saved = _path(kernels, packed).forward(x, packed, plan, sparsity, kernels)
     saved = keep(saved)
     # Of the master weights only the dtypes matter; arrays of no elements carry them.
     dtypes = tuple(None if w is None else jnp.zeros((0,), w.dtype) for w in (w1, w2, wg))
@@ -117,7 +135,7 @@ def _routed_ffn_fwd(x, w1, w2, wg, packed, plan, sparsity, kernels):
 
 def _routed_ffn_bwd(sparsity, kernels, residuals, dy):
     saved, packed, plan, dtypes = residuals
-    dx, dw = _path(kernels).backward(dy, saved, packed, plan, sparsity, kernels)
+    dx, dw = _path(kernels, packed).backward(dy, saved, packed, plan, sparsity, kernels)
     dw1, dw2, dwg = (
         None if d is None else d.astype(like.dtype) for d, like in zip(dw, dtypes, strict=True)
     )
@@ -143,14 +161,14 @@ def routed_ffn(
     through beta S(w), in their own dtype (equation 7 of arXiv 2409.09099). The choice of two of
     four is made on float32 accumulators, by magnitude, ties to the lower index, and the gradient
     has the same support. Products accumulate in float32; Y2, its gradient and the results are
-    rounded to x's dtype.
+    rounded to x's dtype. Weights packed in 8 bits choose the network of `routed_ffn_fp8`.
 
     Saved for the backward pass: x once (by kernels in the order of the plan), T_pad h numbers in
     x's dtype (twice that for the gated form without 2:4), 2:4 metadata where kernels made any, the
     plan and the packed weights.
 
     Args:
-      x: (T, D), the dtype of `packed`.
+      x: (T, D), the dtype of `packed`, bfloat16 where that is in 8 bits.
       w1, w2: (H, D). wg: (H, D) or None. Row n is neuron n, in `interleave`'s order: w1 and wg are
         the transposes of W1 and Wg.
       packed: `pack_ffn` of these weights, on this device.
@@ -170,12 +188,15 @@ def routed_ffn(
     if x.ndim != 2 or x.shape[1] != width:
         raise ValueError(f"{x.shape=} must be (tokens, {width})")
     experts, live = sparsity.num_experts, sparsity.live_neurons(hidden)
-    shapes = packed.w1.dense.shape, packed.w2.dense.shape
-    if shapes != ((experts, live, width),) * 2:
+    in_8_bits = packed.precision == "fp8"
+    arrays = [w.columns if in_8_bits else w.dense for w in (packed.w1, packed.w2)]
+    expected = (experts, width, live) if in_8_bits else (experts, live, width)
+    shapes = arrays[0].shape, arrays[1].shape
+    if shapes != (expected,) * 2:
         raise ValueError(f"packed w1 and w2 of {shapes=} must hold {experts} experts of {live=}")
     if (wg is None) != (packed.wg is None):
         raise ValueError("packed weights and wg must both have a gate, or neither")
-    dtype = packed.w1.dense.dtype
+    dtype = jnp.dtype(jnp.bfloat16) if in_8_bits else arrays[0].dtype
     if dtype != x.dtype:
         raise ValueError(f"packed {dtype=} must be {x.dtype=}")
     if experts == 1:
@@ -191,5 +212,10 @@ def routed_ffn(
                 f"{experts} experts and v={sparsity.v}"
             )
     sizes = routed_ffn_grouped.Sizes(width=width, hidden=hidden, dtype=x.dtype, tokens=x.shape[0])
-    kernels = routed_ffn_grouped.recheck(packed.kernels, sparsity, sizes, gated=wg is not None)
+    if in_8_bits:
+        assert packed.kernels is not None
+        routed_ffn_fp8.check(packed.kernels, sparsity, sizes, gated=wg is not None)
+        kernels: registry.Backend | None = packed.kernels
+    else:
+        kernels = routed_ffn_grouped.recheck(packed.kernels, sparsity, sizes, gated=wg is not None)
     return _routed_ffn(x, w1, w2, wg, packed, plan, sparsity, kernels)

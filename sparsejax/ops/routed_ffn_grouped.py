@@ -58,34 +58,36 @@ class Saved(NamedTuple):
     """(T_pad / 64, h / 64, 128) int32: which two of four of Y2 are kept."""
 
 
-class _Layout(NamedTuple):
+class Layout(NamedTuple):
     """Rows of the grouped products: `TokenPlan` without the counts, and for one expert as well."""
 
     offsets: Array
     block_expert: Array
 
 
-def module(kernels: registry.Backend) -> Any:
-    """The backend's five functions.
+def module(kernels: registry.Backend, suffix: str = "") -> Any:
+    """The backend's five functions; suffix: "_fp8" for those of `routed_ffn_fp8`.
 
     Raises:
       NotImplementedError: it has none, or cannot be imported here.
     """
     name = "reference_grouped" if kernels == "reference" else f"{kernels}.grouped24"
+    name += suffix
     try:
         return importlib.import_module(f"kernels.{name}")
     except ImportError as error:
-        raise NotImplementedError(f"backend={kernels!r} has no grouped24 here: {error}") from error
+        missing = f"backend={kernels!r} has no grouped24{suffix} here: {error}"
+        raise NotImplementedError(missing) from error
 
 
 _OPTIONS = ("num_experts", "m", "dtype", "tokens")
 
 
-class _Functions:
-    """The backend's functions, each traced once for its shapes (`registry.traced_once`)."""
+class Functions:
+    """The functions of a `module`, each traced once for its shapes (`registry.traced_once`)."""
 
-    def __init__(self, kernels: registry.Backend) -> None:
-        self._module = module(kernels)
+    def __init__(self, source: Any) -> None:
+        self._module = source
 
     def __getattr__(self, name: str) -> Callable[..., Any]:
         function = getattr(self._module, name)
@@ -93,14 +95,16 @@ class _Functions:
         return registry.traced_once(function, tuple(o for o in _OPTIONS if o in names))
 
 
-def _batchable(function: Callable[..., Any], kernels: registry.Backend) -> Callable[..., Any]:
+def batchable(function: Callable[..., Any], kernels: registry.Backend) -> Callable[..., Any]:
+    """`function`, which calls the backend's kernels, so that `jax.vmap` takes it."""
     if kernels != "hopper":
         return function
     # Mosaic GPU kernels have no batching rule that lowers: `jax.vmap` runs one after the other.
     return jax.custom_batching.sequential_vmap(function)
 
 
-def _rows(tokens: int, sparsity: Sparsity) -> int:
+def padded_rows(tokens: int, sparsity: Sparsity) -> int:
+    """T_pad."""
     return padded_tokens(tokens, sparsity.num_experts, sparsity.v)
 
 
@@ -132,7 +136,7 @@ def check(kernels: registry.Backend, sparsity: Sparsity, sizes: Sizes, *, gated:
         return array(m // 64, k // 64, 128, dtype=jnp.int32)
 
     # Any number of blocks stands for all while the tokens are not known.
-    rows = 4 * sparsity.v * experts if sizes.tokens is None else _rows(sizes.tokens, sparsity)
+    rows = 4 * sparsity.v * experts if sizes.tokens is None else padded_rows(sizes.tokens, sparsity)
     layout = array(experts + 1, dtype=jnp.int32), array(rows // sparsity.v, dtype=jnp.int32)
     weight = array(sizes.hidden, width // 2), metadata(sizes.hidden, width)
     x, y2 = array(rows, width), array(rows, live)
@@ -165,12 +169,15 @@ def _m(sparsity: Sparsity) -> int:
 _reported: set[tuple] = set()
 
 
-def _report(refusals: list[str], *key: Any) -> None:
+_MISSED = "routed_ffn runs without sparse tensor cores, on jax.numpy: "
+
+
+def report(refusals: list[str], *key: Any, what: str = _MISSED) -> None:
     """A visible fallback, once for each kind."""
     if refusals and (*key, *refusals) not in _reported:
         _reported.add((*key, *refusals))
         warnings.warn(
-            "routed_ffn runs without sparse tensor cores, on jax.numpy: " + "; ".join(refusals),
+            what + "; ".join(refusals),
             registry.FallbackWarning,
             stacklevel=4,
         )
@@ -198,7 +205,7 @@ def choose(sparsity: Sparsity, sizes: Sizes, *, gated: bool) -> registry.Backend
             refusals.append(f"{candidate}: {error}")
             continue
         return candidate
-    _report(refusals, sparsity, sizes, gated)
+    report(refusals, sparsity, sizes, gated)
     return None
 
 
@@ -213,7 +220,7 @@ def recheck(
     except NotImplementedError as error:
         if sparsity.backend is not None:
             raise
-        _report([f"{packed}: {error}"], sparsity, sizes, gated)
+        report([f"{packed}: {error}"], sparsity, sizes, gated)
         return None
     return packed
 
@@ -229,14 +236,14 @@ def pack_weight(
     """values (H, D / 2), metadata (H / 64, D / 64, 128) and dense (E, h, D) of a matrix (H, D)."""
 
     def pack(w: Array, scale: Array) -> tuple[Array, Array, Array]:
-        return _Functions(kernels).pack_weight24(
+        return Functions(module(kernels)).pack_weight24(
             w, num_experts=sparsity.num_experts, m=_m(sparsity), scale=scale, dtype=dtype
         )
 
-    return _batchable(pack, kernels)(w.astype(jnp.float32), beta)
+    return batchable(pack, kernels)(w.astype(jnp.float32), beta)
 
 
-def pack_rows(rows: Array, *, kernels: registry.Backend) -> tuple[Array, Array]:
+def packpadded_rows(rows: Array, *, kernels: registry.Backend) -> tuple[Array, Array]:
     """values and metadata that `pack_weight` made along with `rows` (E, h, D).
 
     Rows of which two of four are zero already stay what they are: the third largest of a group, by
@@ -244,37 +251,38 @@ def pack_rows(rows: Array, *, kernels: registry.Backend) -> tuple[Array, Array]:
     """
 
     def pack(w: Array) -> tuple[Array, Array, Array]:
-        return _Functions(kernels).pack_weight24(
+        return Functions(module(kernels)).pack_weight24(
             w, num_experts=1, m=4, scale=None, dtype=rows.dtype
         )
 
     flat = rows.reshape(-1, rows.shape[-1]).astype(jnp.float32)
-    return _batchable(pack, kernels)(flat)[:2]
+    return batchable(pack, kernels)(flat)[:2]
 
 
-def _layout(tokens: int, plan: TokenPlan | None, sparsity: Sparsity) -> _Layout:
+def layout_of(tokens: int, plan: TokenPlan | None, sparsity: Sparsity) -> Layout:
+    """Where each expert's rows lie."""
     if plan is not None:
-        return _Layout(plan.offsets, plan.block_expert)
-    rows = _rows(tokens, sparsity)
+        return Layout(plan.offsets, plan.block_expert)
+    rows = padded_rows(tokens, sparsity)
     offsets = jnp.array([0, rows], jnp.int32)
-    return _Layout(offsets, jnp.zeros((rows // sparsity.v,), jnp.int32))
+    return Layout(offsets, jnp.zeros((rows // sparsity.v,), jnp.int32))
 
 
 def stack(x: Array, plan: TokenPlan | None, sparsity: Sparsity) -> Array:
     """Tokens (T, D) in the order of their rows, padding as zeros: (T_pad, D)."""
-    rows = _order(x.shape[0], plan, sparsity)
+    rows = order(x.shape[0], plan, sparsity)
     if rows is None:
-        padding = _rows(x.shape[0], sparsity) - x.shape[0]
+        padding = padded_rows(x.shape[0], sparsity) - x.shape[0]
         return jnp.pad(x, ((0, padding), (0, 0)))
     # Indices are never negative; padding lies one past the end and is filled.
     return x.at[rows].get(mode="fill", fill_value=0, wrap_negative_indices=False)
 
 
-def _order(tokens: int, plan: TokenPlan | None, sparsity: Sparsity) -> Array | None:
+def order(tokens: int, plan: TokenPlan | None, sparsity: Sparsity) -> Array | None:
     """(T_pad,) the token of each row, T for padding; None: as they came, and padding behind."""
     if plan is not None:
         return plan.permutation
-    return apart(tokens, _rows(tokens, sparsity)) if sparsity.spread_tokens else None
+    return apart(tokens, padded_rows(tokens, sparsity)) if sparsity.spread_tokens else None
 
 
 def densest(y2: Array, offsets: Array, sparsity: Sparsity) -> Array:
@@ -284,7 +292,7 @@ def densest(y2: Array, offsets: Array, sparsity: Sparsity) -> Array:
     return reference_grouped.densest_neurons(counts, number)
 
 
-def _down(functions, values, metadata, w, layout: _Layout, tokens: int, order: Array | None):
+def _down(functions, values, metadata, w, layout: Layout, tokens: int, order: Array | None):
     """Y W (T, D) in the order of the tokens."""
     if order is None:
         return functions.down24(values, metadata, w, *layout)[:tokens]
@@ -299,17 +307,29 @@ def forward(
     kernels: registry.Backend,
 ) -> tuple[Array, Saved]:
     """Y3 (T, D), and what `backward` needs."""
-    functions = _Functions(kernels)
+    functions = Functions(module(kernels))
 
     def network(x: Array, packed: PackedFFN, plan: TokenPlan | None) -> tuple[Array, Saved]:
         tokens = x.shape[0]
-        layout, order = _layout(tokens, plan, sparsity), _order(tokens, plan, sparsity)
+        layout, by_row = layout_of(tokens, plan, sparsity), order(tokens, plan, sparsity)
         x = stack(x, plan, sparsity)
         y2, values, metadata = functions.up24(packed.w1.values, packed.w1.metadata, x, *layout)
-        y3 = _down(functions, values, metadata, packed.w2.dense, layout, tokens, order)
+        y3 = _down(functions, values, metadata, packed.w2.dense, layout, tokens, by_row)
         return y3, Saved(x, y2, metadata)
 
-    return _batchable(network, kernels)(x, packed, plan)
+    return batchable(network, kernels)(x, packed, plan)
+
+
+def weight_gradients(
+    functions: Functions, y2: Array, layout: Layout, sparsity: Sparsity
+) -> Callable[[Array, Array], Array]:
+    """The product Y^T G of each expert, (H, D) float32, for Y (T_pad, h) and G (T_pad, D)."""
+    experts = {"num_experts": sparsity.num_experts}
+    if sparsity.weight_gradient == "dense":
+        return lambda y, g: functions.weight_gradient(y, g, layout.offsets, **experts)
+    # Both products leave the same neurons dense.
+    dense = densest(y2, layout.offsets, sparsity)
+    return lambda y, g: functions.weight_gradient24(y, g, layout.offsets, dense, **experts)
 
 
 def backward(
@@ -321,30 +341,18 @@ def backward(
     kernels: registry.Backend,
 ) -> tuple[Array, tuple[Array, Array, None]]:
     """dX (T, D) in x's dtype; dw1 and dw2 (H, D) in float32, and None for dwg."""
-    functions = _Functions(kernels)
+    functions = Functions(module(kernels))
 
     def network(dy, saved, packed, plan):
         tokens = dy.shape[0]
-        layout, order = _layout(tokens, plan, sparsity), _order(tokens, plan, sparsity)
-
-        experts = {"num_experts": sparsity.num_experts}
-        if sparsity.weight_gradient == "dense":
-
-            def weight_gradient(y: Array, g: Array) -> Array:
-                return functions.weight_gradient(y, g, layout.offsets, **experts)
-        else:
-            # Both products leave the same neurons dense.
-            dense = densest(saved.y2, layout.offsets, sparsity)
-
-            def weight_gradient(y: Array, g: Array) -> Array:
-                return functions.weight_gradient24(y, g, layout.offsets, dense, **experts)
-
+        layout, by_row = layout_of(tokens, plan, sparsity), order(tokens, plan, sparsity)
+        weight_gradient = weight_gradients(functions, saved.y2, layout, sparsity)
         dy = stack(dy, plan, sparsity)
         dy1, values = functions.up24_backward(
             packed.w2.values, packed.w2.metadata, dy, saved.y2, saved.metadata, *layout
         )
-        dx = _down(functions, values, saved.metadata, packed.w1.dense, layout, tokens, order)
+        dx = _down(functions, values, saved.metadata, packed.w1.dense, layout, tokens, by_row)
         return dx, weight_gradient(dy1, saved.x), weight_gradient(saved.y2, dy)
 
-    dx, dw1, dw2 = _batchable(network, kernels)(dy, saved, packed, plan)
+    dx, dw1, dw2 = batchable(network, kernels)(dy, saved, packed, plan)
     return dx, (dw1, dw2, None)

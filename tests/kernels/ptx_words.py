@@ -36,6 +36,18 @@ def clamp(x: np.ndarray) -> np.ndarray:
     return np.where(x <= 0, np.float32(0), x)
 
 
+def narrow(high: np.ndarray, low: np.ndarray, dtype: type) -> np.ndarray:
+    """Two float32 to 8 bits, saturating, as one 16-bit word."""
+    largest = np.float32(ml_dtypes.finfo(dtype).max)
+
+    def one(bits: np.ndarray) -> np.ndarray:
+        x = floats(bits)
+        x = np.where(np.isnan(x), x, np.clip(x, -largest, largest))
+        return x.astype(dtype).view(np.uint8).astype(np.uint32)
+
+    return one(low) | one(high) << np.uint32(8)
+
+
 def shuffle(a: np.ndarray, mask: np.ndarray, clamp: np.ndarray, members: np.ndarray) -> np.ndarray:
     assert (clamp == 31).all()
     assert (members == 0xFFFFFFFF).all()
@@ -56,6 +68,9 @@ OPERATIONS: dict[str, Callable[..., np.ndarray]] = {
     "sqrt.approx.ftz.f32": lambda a: words(np.sqrt(floats(a))),
     "cvt.rn.bf16x2.f32": lambda high, low: pack(floats(low), floats(high)),
     "cvt.rn.relu.bf16x2.f32": lambda high, low: pack(clamp(floats(low)), clamp(floats(high))),
+    "cvt.rn.satfinite.e4m3x2.f32": lambda h, l: narrow(h, l, ml_dtypes.float8_e4m3fn),
+    "cvt.rn.satfinite.e5m2x2.f32": lambda h, l: narrow(h, l, ml_dtypes.float8_e5m2),
+    "cvt.u32.u16": lambda a: a & np.uint32(0xFFFF),
     "mov.b32": lambda a: a,
     "mov.u32": lambda a: a,
     "add.s32": lambda a, b: a + b,
