@@ -2,6 +2,7 @@
 backward, from routing to the summed output.
 
     python -m benchmarks.ffn --out ffn.json            # on a GPU: json, png and a table
+    python -m benchmarks.ffn --out ffn.json --fp8      # and dense and routed 8-bit networks
     python -m benchmarks.ffn --out ffn.json --smoke    # anywhere: tiny shapes, no claim of speed
 
 Everything that a step adds is in the sparse times: choosing experts, the plan, permuting tokens,
@@ -34,10 +35,17 @@ from benchmarks.failures import Failures
 from benchmarks.ffn_problem import errors, gated, operand_shapes, preparation, tensor_shapes
 from benchmarks.timing import Sampling, interleaved, jax_timed
 from kernels import registry
-from sparsejax.spec import RoutedWeightGradient, Sparsity
+from sparsejax.ops import routed_ffn_fp8
+from sparsejax.spec import Precision, RoutedWeightGradient, Sparsity
 
 TOLERANCE = {True: 5e-3, False: 2e-2}
 """Relative Frobenius error of 2:4 contenders, and of those that XLA rounds where it likes."""
+
+TOLERANCE_8_BITS = 0.25
+"""Of those in 8 bits, against operands in 16: it finds what is wrong, not what is inexact."""
+
+IN_8_BITS = " fp8"
+"""Behind the name of a contender."""
 
 PASSES = {"forward": False, "forward+backward": True}
 
@@ -65,7 +73,23 @@ class Settings:
     weight_gradient: RoutedWeightGradient = "dense"
     """Of the 2:4 networks: activations in the weight-gradient products."""
     dense_neurons: float = 0.05
+    fp8: bool = False
+    """Whether networks with 8-bit products are timed too."""
     smoke: bool = False
+
+    @property
+    def sparse(self) -> dict[str, tuple[registry.Backend, Precision]]:
+        """Backend and precision of each 2:4 contender."""
+        found: dict[str, tuple[registry.Backend, Precision]] = {
+            name: (name, "compute") for name in self.backends
+        }
+        for name in self.backends if self.fp8 else ():
+            try:
+                routed_ffn_fp8.module(name)
+            except NotImplementedError:
+                continue
+            found[name + IN_8_BITS] = name, "fp8"
+        return found
 
 
 def full_models(steps: int) -> tuple[Model, ...]:
@@ -136,26 +160,25 @@ class _Kernels:
                     self._jobs[model.name, m, "errors", is_sparse] = pool.submit(
                         self._compile, errors, shapes, outputs, **options
                     )
-                for backend in settings.backends:
+                for contender, (backend, precision) in settings.sparse.items():
                     sparsity = _sparsity(settings, m, backend)
+                    key = (model.name, m, contender)
                     for name, backward in PASSES.items():
-                        job = pool.submit(self._network, sparsity, backward, shapes)
-                        self._jobs[model.name, m, backend, name] = job
-                    key = (model.name, m, backend)
-                    self._jobs[*key, "stages"] = pool.submit(self._stages, key, sparsity, shapes)
+                        network = networks.sparse(sparsity, backward, precision)
+                        self._jobs[*key, name] = pool.submit(_compile, network, shapes)
+                    self._jobs[*key, "stages"] = pool.submit(
+                        self._stages, key, sparsity, precision, shapes
+                    )
         pool.shutdown(wait=False)
 
     @staticmethod
     def _compile(jitted: Any, *shapes: Any, **options: Any) -> Any:
         return jitted.lower(*shapes, **options).compile()
 
-    @staticmethod
-    def _network(sparsity: Sparsity, backward: bool, shapes: Any) -> Any:
-        return _compile(networks.sparse(sparsity, backward), shapes)
-
-    def _stages(self, key: tuple, sparsity: Sparsity, shapes: Any) -> Any:
+    def _stages(self, key: tuple, sparsity: Sparsity, precision: Precision, shapes: Any) -> Any:
         assert sparsity.backend is not None
-        self.stages[key] = ffn_stages.Stages(sparsity, sparsity.backend)
+        kind = ffn_stages.Stages8 if precision == "fp8" else ffn_stages.Stages
+        self.stages[key] = kind(sparsity, sparsity.backend)
         return self.stages[key].compile(shapes)
 
     def get(self, *key: Any) -> Any:
@@ -183,14 +206,14 @@ def _compile(network: Callable[..., Any], operands: Any) -> Any:
 
 
 def _check(
-    contender: _Contender, errors_of: Any, is_sparse: bool, failures: Failures, what: str
+    contender: _Contender, errors_of: Any, limit: float, failures: Failures, what: str
 ) -> dict[str, float]:
     numbers = errors_of(contender.operands, contender.call(contender.operands))
     found = dict(zip(("y", "dx", "dw1", "dw2"), map(float, numbers), strict=True))
     # Written so that a NaN fails.
-    wrong = {k: v for k, v in found.items() if not v < TOLERANCE[is_sparse]}
+    wrong = {k: v for k, v in found.items() if not v < limit}
     if wrong:
-        failures.append(f"{what}: relative errors {wrong} exceed {TOLERANCE[is_sparse]}")
+        failures.append(f"{what}: relative errors {wrong} exceed {limit}")
     return found
 
 
@@ -215,13 +238,14 @@ def _model(
                          "note": note})  # fmt: skip
             return
         contender = _Contender(name, m, passes, call, operands)
-        is_sparse = name in settings.backends
+        is_sparse = name in settings.sparse
+        limit = TOLERANCE_8_BITS if name.endswith(IN_8_BITS) else TOLERANCE[is_sparse]
         # Rivals are checked where nothing is timed.
         if m is not None and PASSES[passes] and (is_sparse or settings.smoke):
 
             def check() -> dict[str, float]:
                 own = kernels.get(model.name, m, "errors", is_sparse)
-                return _check(contender, own, is_sparse, failures, what)
+                return _check(contender, own, limit, failures, what)
 
             found, note = failures.attempt(what, check)
             if note is not None:
@@ -247,14 +271,17 @@ def _model(
     for passes, backward in PASSES.items():
         make = functools.partial(_compile, networks.relu2(backward), first)
         add("dense relu2", None, passes, make, first)
+        if settings.fp8:
+            make = functools.partial(_compile, networks.relu2_fp8(backward), first)
+            add("dense relu2 fp8", None, passes, make, first)
         make = functools.partial(_compile, networks.swiglu(backward), gated_operands)
         add("dense swiglu", None, passes, make, gated_operands)
     clock.lap("compile dense", model.name)
-    for m, backend in ((m, b) for m in settings.blocks for b in settings.backends):
+    for m, name in ((m, b) for m in settings.blocks for b in settings.sparse):
         for passes in PASSES:
-            make = functools.partial(kernels.get, model.name, m, backend, passes)
-            add(backend, m, passes, make, prepared[m])
-        clock.lap("check", f"{model.name}, M={m}, {backend}")
+            make = functools.partial(kernels.get, model.name, m, name, passes)
+            add(name, m, passes, make, prepared[m])
+        clock.lap("check", f"{model.name}, M={m}, {name}")
     for m in settings.blocks:
         sparsity = _sparsity(settings, m)
         capacity = -(-max(loads_of[m]) // 128) * 128
@@ -296,7 +323,7 @@ def _model(
     result["networks"] += rows
 
     short = dataclasses.replace(settings.sampling, rounds=min(3, settings.sampling.rounds))
-    for m, backend in ((m, b) for m in settings.blocks for b in settings.backends):
+    for m, backend in ((m, b) for m in settings.blocks for b in settings.sparse):
         if clock.total > settings.seconds:
             result["notes"].append(f"no breakdown of {model.name}, M={m}, {backend}: out of time")
             continue
@@ -373,6 +400,9 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument(
         "--dense-neurons", type=float, default=0.05, help="share that tokens24 leaves dense"
     )
+    parser.add_argument(
+        "--fp8", action="store_true", help="time dense and routed networks of 8-bit products too"
+    )
     options = parser.parse_args(arguments)
     backends, sampling = contenders(parser, options)
     if not 0 <= options.dense_neurons <= 1:
@@ -391,6 +421,7 @@ def main(arguments: list[str] | None = None) -> None:
         seconds=options.seconds,
         weight_gradient=options.weight_gradient,
         dense_neurons=options.dense_neurons,
+        fp8=options.fp8,
         smoke=options.smoke,
     )
     options.out.parent.mkdir(parents=True, exist_ok=True)

@@ -12,8 +12,10 @@ from jax import Array
 
 from benchmarks.ffn_problem import GatedOperands, Operands
 from sparsejax.ops import pack_ffn, routed_ffn
+from sparsejax.ops.dense import product
+from sparsejax.ops.relu2 import relu2_of_kept
 from sparsejax.routing import assign_tokens, plan_tokens, to_expert_major
-from sparsejax.spec import Sparsity
+from sparsejax.spec import Precision, Sparsity
 
 Network = Callable[..., Any]
 """Operands to the output (T, D) in bfloat16, or to output and gradients."""
@@ -38,6 +40,20 @@ def relu2(backward: bool) -> Network:
     return dense_relu2
 
 
+def relu2_fp8(backward: bool) -> Network:
+    """The dense network with all six products in 8 bits, by XLA (`sparsejax.ops.dot_fp8`)."""
+    dot = product("fp8")
+
+    def network(x: Array, w1: Array, w2: Array) -> Array:
+        w1, w2 = w1.astype(x.dtype), w2.astype(x.dtype)
+        return dot(relu2_of_kept(dot(x, w1, axis=1)), w2, axis=0)
+
+    def dense_relu2_fp8(o: Operands) -> Any:
+        return _both(network, o.dy, o.x, o.w1, o.w2) if backward else network(o.x, o.w1, o.w2)
+
+    return dense_relu2_fp8
+
+
 def swiglu(backward: bool) -> Network:
     """XLA's dense silu(X Wg) * (X W1) W2, from float32 masters."""
 
@@ -53,11 +69,11 @@ def swiglu(backward: bool) -> Network:
     return dense_swiglu
 
 
-def sparse(sparsity: Sparsity, backward: bool) -> Network:
+def sparse(sparsity: Sparsity, backward: bool, precision: Precision = "compute") -> Network:
     """Routing, packing and the routed network on one backend's kernels."""
 
     def routed_24(o: Operands) -> Any:
-        packed = pack_ffn(o.w1, o.w2, None, o.betas, sparsity)
+        packed = pack_ffn(o.w1, o.w2, None, o.betas, sparsity, precision=precision)
 
         def network(x: Array, w1: Array, w2: Array) -> Array:
             expert = assign_tokens(x, o.centers, o.bias, sparsity.metric)

@@ -13,17 +13,21 @@ from rich.table import Table
 
 Row = dict[str, Any]
 
-_DENSE = ("dense relu2", "dense swiglu")
+_DENSE = ("dense relu2", "dense relu2 fp8", "dense swiglu")
 _COLOURS = {
+    "dense relu2 fp8": "#8e9aa6",
     "dense swiglu": "#c5cdd4",
     "ragged_dot": "#e8a33d",
     "batched": "#f2cf8f",
     "triton": "#5b8def",
     "hopper": "#1b9e77",
+    "hopper fp8": "#0b5d45",
     "reference": "#b07aa1",
+    "reference fp8": "#7a4e6e",
 }
 _LABELS = {
     "dense relu2": "dense relu²",
+    "dense relu2 fp8": "dense relu², fp8",
     "dense swiglu": "dense SwiGLU",
     "ragged_dot": "routed, ragged_dot",
     "batched": "routed, batched",
@@ -44,14 +48,16 @@ def _models(result: Row) -> list[str]:
 
 
 def summary(result: Row) -> list[Row]:
-    """Speed-ups of each 2:4 contender over every rival that was timed in the same run."""
+    """Speed-ups of each 2:4 contender over every rival that was timed in the same run, and of one
+    in 8 bits over its twin in 16."""
     rows = _timed(result)
     found = []
     for (model, contender, m, passes), row in rows.items():
-        if contender not in result["settings"]["backends"]:
+        twin, _, bits = contender.partition(" ")
+        if twin not in result["settings"]["backends"]:
             continue
         over = {}
-        for rival in (*_DENSE, "ragged_dot", "batched"):
+        for rival in (*_DENSE, "ragged_dot", "batched", *([twin] if bits else [])):
             other = rows.get((model, rival, None if rival in _DENSE else m, passes))
             if other is not None:
                 over[rival] = other["ms"] / row["ms"]
@@ -147,15 +153,18 @@ def _notes(result: Row) -> list[str]:
             f"{model} captured after {facts['steps']} steps, loss {facts['first_loss']:.2f} to "
             f"{facts['last_loss']:.2f}, {facts['active_share']:.0%} of neurons active"
         )
-    worst = [
-        max(r["relative_errors"].values())
-        for r in result["networks"]
-        if r["contender"] in result["settings"]["backends"] and "relative_errors" in r
-    ]
-    if worst:
-        lines.append(
-            f"largest relative error of a 2:4 network's output or gradient {max(worst):.1e}"
-        )
+    backends = result["settings"]["backends"]
+    for what, suffix in (("", ""), (" in 8 bits", " fp8")):
+        worst = [
+            max(r["relative_errors"].values())
+            for r in result["networks"]
+            if r["contender"] in [b + suffix for b in backends] and "relative_errors" in r
+        ]
+        if worst:
+            lines.append(
+                f"largest relative error of a 2:4 network's output or gradient{what} "
+                f"{max(worst):.1e}"
+            )
     for row in result["networks"]:
         if "note" in row:
             lines.append(f"{row['model']} {row['contender']} M={row['m']} {row['passes']}: "

@@ -12,6 +12,8 @@ import jax.numpy as jnp
 from benchmarks.ffn_problem import Operands
 from benchmarks.timing import Sampling, interleaved, jax_timed
 from kernels import registry
+from sparsejax.fp8 import FORWARD
+from sparsejax.ops import routed_ffn_fp8 as fp8
 from sparsejax.ops import routed_ffn_grouped as grouped
 from sparsejax.routing import assign_tokens, plan_tokens
 from sparsejax.spec import Sparsity
@@ -133,6 +135,79 @@ class Stages:
         return {
             name: f.lower(*arguments[name]).compile() for name, f in self.functions.items()
         }  # fmt: skip
+
+
+class Stages8(Stages):
+    """The same with 8-bit products."""
+
+    def __init__(self, sparsity: Sparsity, backend: registry.Backend) -> None:
+        super().__init__(sparsity, backend)
+        module = fp8.module(backend)
+
+        def pack(w, beta):
+            return fp8.pack_weight(w, beta, sparsity, kernels=backend)
+
+        def stack(x, plan):
+            order, _ = fp8.row_tokens(x.shape[0], plan, sparsity)
+            return module.stack_fp8(x, order, dtype=FORWARD)
+
+        def down(values, metadata, columns, scale, plan):
+            return module.down24_fp8(
+                values,
+                metadata,
+                columns,
+                scale,
+                plan.offsets,
+                plan.block_expert,
+                permutation=plan.permutation,
+                tokens=plan.inverse.shape[0],
+            )
+
+        functions = {
+            "pack": pack,
+            "stack": stack,
+            "up": module.up24_fp8,
+            "down": down,
+            "up_backward": module.up24_backward_fp8,
+        }
+        self.functions |= {name: jax.jit(f) for name, f in functions.items()}
+
+    def arguments(self, o: Operands) -> dict[str, tuple]:
+        abstract = isinstance(o.x, jax.ShapeDtypeStruct)
+
+        def call(f: Callable[..., Any], *args: Any) -> Any:
+            return jax.eval_shape(f, *args) if abstract else f(*args)
+
+        beta1, beta2 = (
+            (jax.ShapeDtypeStruct((), jnp.float32),) * 2 if abstract else (o.betas[0], o.betas[1])
+        )
+        functions = self.functions
+        pack, route = (o.w1, beta1), (o.x, o.centers, o.bias)
+        w1, w2 = call(functions["pack"], *pack), call(functions["pack"], o.w2, beta2)
+        plan = call(functions["route"], *route)
+        layout = plan.offsets, plan.block_expert
+        _, x8, x_scale, squares = call(functions["stack"], o.x, plan)
+        # Gradients are of another 8-bit type, which takes as long.
+        dy, dy8, dy_scale, dy_squares = call(functions["stack"], o.dy, plan)
+        factors, scale = call(fp8.up_factors, x_scale, squares, w1)
+        up = (w1.values, w1.metadata, x8, factors, *layout)
+        y2, values, metadata = call(functions["up"], *up)
+        factors, _ = call(fp8.back_factors, dy_scale, dy_squares, scale, w2)
+        gradient = (y2, dy, plan.offsets)
+        arguments = {
+            "pack": pack,
+            "route": route,
+            "stack": (o.x, plan),
+            "up": up,
+            "down": (values, metadata, w2.columns, scale, plan),
+            "up_backward": (w2.values, w2.metadata, dy8, factors, y2, metadata, *layout),
+            "weight_gradient": gradient,
+        }
+        if "densest" in functions:
+            arguments["densest"] = y2, plan.offsets
+            densest = call(functions["densest"], *arguments["densest"])
+            arguments["weight_gradient"] = *gradient, densest
+        return arguments
 
 
 def measure(

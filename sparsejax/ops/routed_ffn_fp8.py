@@ -179,7 +179,7 @@ def pack_weight(
     return grouped.batchable(pack, kernels)(w.astype(jnp.float32), beta)
 
 
-def _rows(tokens: int, plan: TokenPlan | None, sparsity: Sparsity) -> tuple[Array, Array | None]:
+def row_tokens(tokens: int, plan: TokenPlan | None, sparsity: Sparsity) -> tuple[Array, Array | None]:
     """(T_pad,) the token of each row, T for padding; and the same, None if rows are in order."""
     order = grouped.order(tokens, plan, sparsity)
     if order is not None:
@@ -200,21 +200,35 @@ class _Up(NamedTuple):
     """The first product, and what it was made of."""
 
     x: Array
-    x_scale: Array
     y2: Array
     values: Array
     metadata: Array
     scale: Array
 
 
-def _up(functions, x: Array, rows: Array, w: PackedMatrix8, layout) -> _Up:
-    stacked, x8, x_scale, squares = functions.stack_fp8(x, rows, dtype=FORWARD)
+def up_factors(x_scale: Array, squares: Array, w: PackedMatrix8) -> tuple[Array, Array]:
+    """Of `up24_fp8`, and the scale of Y2 in 8 bits; from what `stack_fp8` says of X."""
     bound = jnp.sqrt(squares) * w.norm
     scale = scale_for(bound * bound, reference.ACTIVATION)
     factor = x_scale * w.scale
-    factors = jnp.stack([factor * factor, 1.0 / scale], axis=1)
+    return jnp.stack([factor * factor, 1.0 / scale], axis=1), scale
+
+
+def back_factors(
+    dy_scale: Array, squares: Array, y2_scale: Array, w: PackedMatrix8
+) -> tuple[Array, Array]:
+    """Of `up24_backward_fp8`, and the scale of dY1 in 8 bits; from what `stack_fp8` says of dY3."""
+    root = jnp.sqrt(reference_fp8.largest(FORWARD) * y2_scale)
+    bound = 2.0 * root * jnp.sqrt(squares) * _OUTLYING * w.norm
+    scale = scale_for(bound, reference.GRADIENT)
+    return jnp.stack([2.0 * dy_scale * w.scale, 1.0 / scale], axis=1), scale
+
+
+def _up(functions, x: Array, rows: Array, w: PackedMatrix8, layout) -> _Up:
+    stacked, x8, x_scale, squares = functions.stack_fp8(x, rows, dtype=FORWARD)
+    factors, scale = up_factors(x_scale, squares, w)
     y2, values, metadata = functions.up24_fp8(w.values, w.metadata, x8, factors, *layout)
-    return _Up(stacked, x_scale, y2, values, metadata, scale)
+    return _Up(stacked, y2, values, metadata, scale)
 
 
 def forward(
@@ -230,7 +244,7 @@ def forward(
     def network(x: Array, packed: PackedFFN, plan: TokenPlan | None) -> tuple[Array, Saved8]:
         tokens = x.shape[0]
         layout = grouped.layout_of(tokens, plan, sparsity)
-        rows, order = _rows(tokens, plan, sparsity)
+        rows, order = row_tokens(tokens, plan, sparsity)
         up = _up(functions, x, rows, packed.w1, layout)
         scale = up.scale * packed.w2.scale
         columns = packed.w2.columns
@@ -241,8 +255,9 @@ def forward(
 
 
 class _Back(NamedTuple):
+    """The product that leads back, and what it was made of."""
+
     dy: Array
-    dy_scale: Array
     dy1: Array
     values: Array
     scale: Array
@@ -250,13 +265,11 @@ class _Back(NamedTuple):
 
 def _back(functions, dy: Array, rows: Array, saved: Saved8, w: PackedMatrix8, layout) -> _Back:
     stacked, dy8, dy_scale, squares = functions.stack_fp8(dy, rows, dtype=GRADIENT)
-    root = jnp.sqrt(reference_fp8.largest(FORWARD) * saved.scale)
-    scale = scale_for(2.0 * root * jnp.sqrt(squares) * _OUTLYING * w.norm, reference.GRADIENT)
-    factors = jnp.stack([2.0 * dy_scale * w.scale, 1.0 / scale], axis=1)
+    factors, scale = back_factors(dy_scale, squares, saved.scale, w)
     dy1, values = functions.up24_backward_fp8(
         w.values, w.metadata, dy8, factors, saved.y2, saved.metadata, *layout
     )
-    return _Back(stacked, dy_scale, dy1, values, scale)
+    return _Back(stacked, dy1, values, scale)
 
 
 def backward(
@@ -274,7 +287,7 @@ def backward(
     def network(dy, saved, packed, plan):
         tokens = dy.shape[0]
         layout = grouped.layout_of(tokens, plan, sparsity)
-        rows, order = _rows(tokens, plan, sparsity)
+        rows, order = row_tokens(tokens, plan, sparsity)
         gradient: Callable[[Array, Array], Array] = grouped.weight_gradients(
             in_16_bits, saved.y2, layout, sparsity
         )
@@ -316,7 +329,7 @@ def saturated(
     functions = grouped.Functions(module(packed.kernels))
     tokens = x.shape[0]
     layout = grouped.layout_of(tokens, plan, sparsity)
-    rows, _ = _rows(tokens, plan, sparsity)
+    rows, _ = row_tokens(tokens, plan, sparsity)
     up = _up(functions, x, rows, packed.w1, layout)
     saved = Saved8(up.x, up.y2, up.metadata, up.scale)
     back = _back(functions, dy, rows, saved, packed.w2, layout)

@@ -21,7 +21,7 @@ SPARSITY = Sparsity(m=16, v=64, backend="reference")
 @pytest.mark.skipif(jax.default_backend() == "gpu", reason="the reference is no contender there")
 def test_smoke_run(tmp_path, capsys):
     out = tmp_path / "results" / "ffn.json"
-    ffn.main(["--out", str(out), "--smoke", "--blocks", "16"])
+    ffn.main(["--out", str(out), "--smoke", "--blocks", "16", "--fp8"])
     result = json.loads(out.read_text())
     assert out.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
 
@@ -34,7 +34,8 @@ def test_smoke_run(tmp_path, capsys):
 
     rows = result["networks"]
     found = {(r["contender"], r["m"], r["passes"]) for r in rows if "ms" in r}
-    routed, dense = ("reference", "ragged_dot", "batched"), ("dense relu2", "dense swiglu")
+    routed = ("reference", "reference fp8", "ragged_dot", "batched")
+    dense = ("dense relu2", "dense relu2 fp8", "dense swiglu")
     assert found == {
         (name, m, passes)
         for names, m in ((routed, 16), (dense, None))
@@ -47,10 +48,14 @@ def test_smoke_run(tmp_path, capsys):
         assert row["speedup_over_dense"] == pytest.approx(base[row["passes"]] / row["ms"])
         if row["m"] and row["passes"] == "forward+backward":
             limit = ffn.TOLERANCE[row["contender"] == "reference"]
+            if row["contender"] == "reference fp8":
+                limit = ffn.TOLERANCE_8_BITS
+                assert min(row["relative_errors"].values()) > 1e-2
             assert set(row["relative_errors"]) == {"y", "dx", "dw1", "dw2"}
             assert all(0 <= e < limit for e in row["relative_errors"].values())
-    stages = [r["stage"] for r in result["stages"]]
-    assert stages == [s.name for s in ffn_stages.STEP if s.function != "densest"]
+    stages = [(r["contender"], r["stage"]) for r in result["stages"]]
+    names = [s.name for s in ffn_stages.STEP if s.function != "densest"]
+    assert stages == [(c, name) for c in ("reference", "reference fp8") for name in names]
     assert sum(s.product for s in ffn_stages.STEP) == 6
     assert sum(result["loads"][0]["loads"]) == 256
     assert {s["passes"] for s in result["summary"]} == {"forward", "forward+backward"}
@@ -132,10 +137,16 @@ def test_the_gated_rival_has_as_many_parameters():
     importlib.util.find_spec("kernels.hopper.grouped24") is None, reason="no kernels yet"
 )
 @pytest.mark.parametrize(
-    ("width", "hidden", "m", "option"),
-    [(2048, 8192, 32, "dense"), (4096, 16_384, 8, "dense"), (2048, 8192, 16, "tokens24")],
+    ("width", "hidden", "m", "option", "precision"),
+    [
+        (2048, 8192, 32, "dense", "compute"),
+        (4096, 16_384, 8, "dense", "compute"),
+        (2048, 8192, 16, "tokens24", "compute"),
+        (2048, 8192, 16, "dense", "fp8"),
+        (4096, 16_384, 8, "tokens24", "fp8"),
+    ],
 )
-def test_full_width_lowers_for_hopper(width, hidden, m, option):
+def test_full_width_lowers_for_hopper(width, hidden, m, option, precision):
     """What a GPU run compiles first, where no device time is at stake."""
     shapes = operand_shapes(width, hidden, 16_384, m // 4)
     sparsity = Sparsity(m=m, v=128, backend="hopper", weight_gradient=option)
@@ -143,13 +154,15 @@ def test_full_width_lowers_for_hopper(width, hidden, m, option):
     mesh = jax.sharding.AbstractMesh((), (), abstract_device=gpu)
     with registry.assume_capability((9, 0)), jax.sharding.use_abstract_mesh(mesh):
         lower = lambda f, *a: jax.jit(f).trace(*a).lower(lowering_platforms=("cuda",)).as_text()
-        assert "mosaic_gpu" in lower(networks.sparse(sparsity, backward=True), shapes)
-        stages = ffn_stages.Stages(sparsity, "hopper")
+        assert "mosaic_gpu" in lower(networks.sparse(sparsity, True, precision), shapes)
+        in_8_bits = precision == "fp8"
+        stages = (ffn_stages.Stages8 if in_8_bits else ffn_stages.Stages)(sparsity, "hopper")
         arguments = stages.arguments(shapes)
         kernels = {
             n for n, f in stages.functions.items() if "mosaic_gpu" in lower(f, *arguments[n])
         }
-        assert kernels == {"pack", "up", "down", "up_backward", "weight_gradient"}
+        expected = {"pack", "up", "down", "up_backward", "weight_gradient"}
+        assert kernels == expected | ({"stack"} if in_8_bits else set())
         for rival in (networks.ragged(sparsity, True), networks.batched(sparsity, 4096, True)):
             assert "mosaic_gpu" not in lower(rival, shapes)
 
@@ -164,16 +177,23 @@ def test_speedups_are_of_the_same_pass_and_block():
             row("dense relu2", None, 8.0), row("dense relu2", None, 24.0, "forward+backward"),
             row("ragged_dot", 8, 6.0), row("ragged_dot", 16, 3.0),
             row("hopper", 8, 4.0), row("hopper", 16, 2.0),
-            row("hopper", 16, 6.0, "forward+backward"),
+            row("hopper", 16, 6.0, "forward+backward"), row("hopper fp8", 16, 1.5),
+            row("dense relu2 fp8", None, 5.0),
             {**row("hopper", 32, 0.0), "note": "failed"},
         ],
     }  # fmt: skip
     del result["networks"][-1]["ms"]
-    found = {(s["m"], s["passes"]): s["speedup_over"] for s in ffn_report.summary(result)}
+    found = {
+        (s["m"], s["passes"], s["contender"]): {
+            rival: ratio for rival, ratio in s["speedup_over"].items() if rival != "dense relu2 fp8"
+        }
+        for s in ffn_report.summary(result)
+    }
     assert found == {
-        (8, "forward"): {"dense relu2": 2.0, "ragged_dot": 1.5},
-        (16, "forward"): {"dense relu2": 4.0, "ragged_dot": 1.5},
-        (16, "forward+backward"): {"dense relu2": 4.0},
+        (8, "forward", "hopper"): {"dense relu2": 2.0, "ragged_dot": 1.5},
+        (16, "forward", "hopper"): {"dense relu2": 4.0, "ragged_dot": 1.5},
+        (16, "forward+backward", "hopper"): {"dense relu2": 4.0},
+        (16, "forward", "hopper fp8"): {"dense relu2": 16 / 3, "ragged_dot": 2.0, "hopper": 4 / 3},
     }
 
 
