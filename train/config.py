@@ -82,9 +82,11 @@ class ModelConfig:
     """Type of activations and matrix products; auto is bfloat16 on a GPU and float32 elsewhere.
     Master weights are always float32."""
     ffn_precision: Precision = "compute"
-    """Operands of the dense steps' FFN products: of the compute dtype, or fp8, 8-bit floats with a
-    scale for each tensor and step (e4m3, gradients e5m2), which sm_89 and later multiply faster.
-    Sparse steps, and what reads a finished run, use the compute dtype."""
+    """Operands of the FFN's products: of the compute dtype, or fp8, 8-bit floats (e4m3, gradients
+    e5m2), which sm_89 and later multiply faster. Of dense steps all six, with a scale for each
+    tensor; of sparse ones the four with a 2:4 operand, on one device, where kernels serve them (on
+    Hopper, ffn=relu2), and a warning otherwise. What reads a finished run uses the compute
+    dtype."""
     loss_chunk: int = 2048
     """Tokens whose logits exist at the same time in the cross-entropy; bounds the memory of
     large vocabularies."""

@@ -135,7 +135,7 @@ def _run(config: Config, vocabulary: str) -> Table:
     run = accounting.run_summary(config)
     auto = "bfloat16 (float32 on a CPU)"
     products = auto if m.compute_dtype == "auto" else m.compute_dtype
-    in_8_bits = "; dense steps' FFN in fp8" if m.ffn_precision == "fp8" else ""
+    in_8_bits = "; FFN in fp8" if m.ffn_precision == "fp8" else ""
     rows = [
         ("model", f"D {m.width:,}, {m.num_layers} layers, {heads}"),
         ("FFN", f"{_FORMS[m.ffn]}, H {m.ffn_hidden:,}{_mixture(m)}"),

@@ -325,7 +325,9 @@ def _fill(t: SparseTile):
                 src_ref=meta_g,
                 dst_ref=meta_s,
                 gmem_slice=(
-                    window(m_tile, t.block_m // 64), window(k_tile, t.k_tiles), slice(None)
+                    window(m_tile, t.block_m // 64),
+                    window(k_tile, t.k_tiles),
+                    slice(None),
                 ),
             )
             for i in range(t.b_panels[0]):

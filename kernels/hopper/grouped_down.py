@@ -68,9 +68,9 @@ def _write(dtype: str, scaled: bool):
     @plgpu.inline_mgpu(
         arg_types=(common.ACC, common.REF, common.REF, *(common.SCALAR,) * 2, *scale_types)
     )
-    def write(ctx, acc, out_s, out_g, row0, col0, *scales):
+    def write(ctx, acc, out_s, out_g, row0, col0, *of_rows):
         row0, col0 = map(common.scalar, (row0, col0))
-        scales = [s for of_rows in scales for s in common.to_scalars(of_rows)]
+        scales = [scale for array in of_rows for scale in common.to_scalars(array)]
         (regs,) = common.accumulators(acc)
         for chunk in range(_COLUMNS // 64):
             slot = utils.memref_slice(out_s, chunk % _SLOTS)
@@ -98,10 +98,10 @@ def _scatter(dtype: str, tokens: int, width: int, scaled: bool):
     scale_types = (SCALES,) if scaled else ()
 
     @plgpu.inline_mgpu(arg_types=(common.ACC, *refs, *(common.SCALAR,) * 2, *scale_types))
-    def scatter(ctx, acc, out_s, permutation_g, out_g, row0, col0, *scales):
+    def scatter(ctx, acc, out_s, permutation_g, out_g, row0, col0, *of_rows):
         del ctx
         row0, col0 = map(common.scalar, (row0, col0))
-        scales = [s for of_rows in scales for s in common.to_scalars(of_rows)]
+        scales = [scale for array in of_rows for scale in common.to_scalars(array)]
         (regs,) = common.accumulators(acc)
         i32 = ptx.i32_type()
         four = llvm.StructType.get_literal([i32] * 4)
@@ -179,8 +179,9 @@ def launch(
     scaled = scale is not None
 
     def body(values_g, metadata_g, w_g, offsets_g, expert_g, *rest):
-        scale_g, *rest = rest if scaled else (None, *rest)
-        permutation_g, out_g = rest if tokens is not None else (None, *rest)
+        *given, out_g = rest
+        scale_g = given.pop(0) if scaled else None
+        permutation_g = given.pop(0) if tokens is not None else None
 
         @functools.partial(
             pl.run_scoped,

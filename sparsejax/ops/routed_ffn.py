@@ -6,8 +6,9 @@ Each token meets only its expert's neurons; of four live neurons in a row it kee
 are soft-thresholded 2:4. Gradients go straight through to the dense master weights.
 
 Four paths compute it. `routed_ffn_grouped` calls kernels on sparse tensor cores, five for each
-backend, and `routed_ffn_fp8` those of 8-bit floats; `routed_ffn_blocks` is a scan in jax.numpy that serves every option on every device;
-`routed_ffn_masked` does the same where a scan of small products would be slow, on GPUs.
+backend, and `routed_ffn_fp8` those of 8-bit floats; `routed_ffn_blocks` is a scan in jax.numpy
+that serves every option on every device; `routed_ffn_masked` does the same where a scan of small
+products would be slow, on GPUs.
 """
 
 from __future__ import annotations
@@ -112,21 +113,21 @@ def _pack(w1, w2, wg, betas, sparsity, *, dtype, kernels) -> PackedFFN:
     return PackedFFN(pack(w1, 0), pack(w2, 1), pack(wg, 2), kernels)  # type: ignore[arg-type]
 
 
-def _path(kernels: registry.Backend | None, packed: PackedFFN):
+def _path(kernels: registry.Backend | None, precision: Precision = "compute"):
     if kernels is not None:
-        return routed_ffn_fp8 if packed.precision == "fp8" else routed_ffn_grouped
+        return routed_ffn_fp8 if precision == "fp8" else routed_ffn_grouped
     return routed_ffn_blocks if registry.target_capability() is None else routed_ffn_masked
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(6, 7))
 def _routed_ffn(x, w1, w2, wg, packed, plan, sparsity, kernels):
     del w1, w2, wg
-    return _path(kernels, packed).forward(x, packed, plan, sparsity, kernels)[0]
+    return _path(kernels, packed.precision).forward(x, packed, plan, sparsity, kernels)[0]
 
 
 def _routed_ffn_fwd(x, w1, w2, wg, packed, plan, sparsity, kernels):
     plan = keep(plan)
-    y, saved = _path(kernels, packed).forward(x, packed, plan, sparsity, kernels)
+    y, saved = _path(kernels, packed.precision).forward(x, packed, plan, sparsity, kernels)
     saved = keep(saved)
     # Of the master weights only the dtypes matter; arrays of no elements carry them.
     dtypes = tuple(None if w is None else jnp.zeros((0,), w.dtype) for w in (w1, w2, wg))
@@ -135,7 +136,7 @@ def _routed_ffn_fwd(x, w1, w2, wg, packed, plan, sparsity, kernels):
 
 def _routed_ffn_bwd(sparsity, kernels, residuals, dy):
     saved, packed, plan, dtypes = residuals
-    dx, dw = _path(kernels, packed).backward(dy, saved, packed, plan, sparsity, kernels)
+    dx, dw = _path(kernels, packed.precision).backward(dy, saved, packed, plan, sparsity, kernels)
     dw1, dw2, dwg = (
         None if d is None else d.astype(like.dtype) for d, like in zip(dw, dtypes, strict=True)
     )

@@ -179,7 +179,9 @@ def pack_weight(
     return grouped.batchable(pack, kernels)(w.astype(jnp.float32), beta)
 
 
-def row_tokens(tokens: int, plan: TokenPlan | None, sparsity: Sparsity) -> tuple[Array, Array | None]:
+def row_tokens(
+    tokens: int, plan: TokenPlan | None, sparsity: Sparsity
+) -> tuple[Array, Array | None]:
     """(T_pad,) the token of each row, T for padding; and the same, None if rows are in order."""
     order = grouped.order(tokens, plan, sparsity)
     if order is not None:

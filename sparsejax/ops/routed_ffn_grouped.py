@@ -243,7 +243,7 @@ def pack_weight(
     return batchable(pack, kernels)(w.astype(jnp.float32), beta)
 
 
-def packpadded_rows(rows: Array, *, kernels: registry.Backend) -> tuple[Array, Array]:
+def pack_rows(rows: Array, *, kernels: registry.Backend) -> tuple[Array, Array]:
     """values and metadata that `pack_weight` made along with `rows` (E, h, D).
 
     Rows of which two of four are zero already stay what they are: the third largest of a group, by

@@ -133,9 +133,7 @@ def test_gradient_takes_its_factor():
     out = interpret(text, inputs)
     rounded = y2.astype(ml_dtypes.bfloat16).astype(np.float32)
     expected = (np.sqrt(rounded) * factor * dy2).astype(ml_dtypes.bfloat16).astype(np.float32)
-    np.testing.assert_array_equal(
-        np.concatenate([halves(out["$0"]), halves(out["$1"])]), expected
-    )
+    np.testing.assert_array_equal(np.concatenate([halves(out["$0"]), halves(out["$1"])]), expected)
     columns = np.arange(300)
     kept = [expected[nibble & 3, columns], expected[nibble >> 2, columns]]
     np.testing.assert_array_equal(halves(out["$2"]), kept)

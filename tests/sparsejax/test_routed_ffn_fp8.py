@@ -62,7 +62,7 @@ def test_like_the_network_of_16_bits(data):
 
 
 def test_forward_against_its_rounded_operands(data):
-    """What remains is the choice of two of four, made of the same numbers, and the rounding of Y2."""
+    """What remains is the rounding of Y2: the choice of two of four is made of the same numbers."""
     x, _, w1, w2, betas, plan = data
     packed = pack_ffn(w1, w2, None, betas, SPARSITY, precision="fp8")
     x8 = np.asarray(fp8.dequantize(fp8.quantize(x, fp8.FORWARD)), np.float64)
@@ -95,8 +95,8 @@ def test_what_saturates_is_counted(data):
     assert (int(found.w1), int(found.w2)) == (1, 0)
     # The first token is all of that feature, and the neuron's norm was not reckoned with.
     assert int(found.y2) == 1
+    exact = pack_ffn(w1, w2, None, betas, SPARSITY)
     with pytest.raises(ValueError, match="precision='compute'"):
-        exact = pack_ffn(w1, w2, None, betas, SPARSITY)
         routed_ffn_fp8.saturated(x, dy, exact, plan, SPARSITY)
 
 
