@@ -346,7 +346,7 @@ def _acc_type(t: SparseTile):
 
 
 def _step(t: SparseTile, *, first: bool):
-    """Multiplies one stage, acc (+)= A_stage @ B_stage, and releases what no MMA in flight reads."""
+    """Multiplies one stage, acc (+)= A_stage @ B_stage, and releases what is read no longer."""
     shape = (64 * t.wg_m, t.tile_n)
     refs, scalars = (REF,) * 4, (SCALAR,) * 3
     result = (_acc_type(t), strided_type(t.words, jnp.int32))
