@@ -14,7 +14,7 @@ WeightGradient = Literal["dense", "mvue24"]
 RoutedWeightGradient = Literal["dense", "tokens24"]
 Gather = Literal["packed", "rows"]
 Precision = Literal["compute", "fp8"]
-"""Operands of dense products: of the compute dtype, or rounded to 8 bits."""
+"""Operands of products: of the compute dtype, or rounded to 8 bits."""
 
 GROUP = 4
 """Elements of a 2:4 group, and live columns in a block of M."""
