@@ -191,6 +191,9 @@ class MeshConfig:
     """Devices over which parameters and optimiser state are sharded."""
     tensor: int = 1
     """Devices over which heads and FFN neurons are sharded."""
+    collective_cores: int = 0
+    """Multiprocessors of a GPU that the sparse kernels leave to collectives running beside them,
+    where there are several devices."""
 
 
 @dataclass(frozen=True)
@@ -421,6 +424,7 @@ def validate(config: Config, *, tokenizer_vocab_size: int | None = None) -> None
         ("checkpoint.every", config.checkpoint.every),
         ("log.eval_every", config.log.eval_every),
         ("log.eval_windows", config.log.eval_windows),
+        ("mesh.collective_cores", config.mesh.collective_cores),
     ):
         if value < 0:
             raise ValueError(f"{name}={value} must not be negative")
