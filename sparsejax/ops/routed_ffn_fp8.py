@@ -26,8 +26,9 @@ neurons with outlying norms it would not: L1 is at most four times the root mean
 norms, and what exceeds the bound then saturates.
 
 Weights: one scale for each, with room for eight times the largest magnitude of a sample, every
-eighth block of 64 features of all neurons. The norms come from that sample as well. A weight above
-saturates.
+eighth block of 64 features of all neurons. A weight above saturates. The norms come from that
+sample as well, before thresholding: beta S(w) with the best beta is a projection of w, and all in
+all no longer.
 
 `saturated` counts what did.
 """
@@ -39,7 +40,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax import Array
+from jax import Array, lax
 from jax.typing import DTypeLike
 
 from kernels import reference_fp8, registry
@@ -47,7 +48,6 @@ from kernels import reference_grouped_fp8 as reference
 from sparsejax.fp8 import FORWARD, GRADIENT, scale_for
 from sparsejax.ops import routed_ffn_grouped as grouped
 from sparsejax.ops.packed_ffn import PackedFFN, PackedMatrix8
-from sparsejax.prune import soft_threshold
 from sparsejax.routing.tokens import TokenPlan
 from sparsejax.spec import Sparsity
 
@@ -144,8 +144,8 @@ def report(refusals: list[str], *key: Any) -> None:
     grouped.report(refusals, "fp8", *key, what=what)
 
 
-def _sample(w: Array, beta: Array) -> tuple[Array, Array]:
-    """Largest magnitude of a part of beta S(w), and a bound of its neurons' norms.
+def _sample(w: Array) -> tuple[Array, Array]:
+    """Largest magnitude of a part of w (H, D), and a bound of its neurons' norms.
 
     The bound is the largest norm that the sample suggests, but at most `_OUTLYING` times the root
     of the mean square.
@@ -155,11 +155,12 @@ def _sample(w: Array, beta: Array) -> tuple[Array, Array]:
     every = max(1, min(_EVERY, blocks // _FEWEST))
     # Whole blocks, so that a sample reads whole lines of memory.
     sample = w.reshape(hidden, blocks, _BLOCK)[:, ::every]
-    sample = beta * soft_threshold(sample.astype(jnp.float32))
-    share = sample.shape[1] / blocks
-    squares = jnp.sum(sample * sample, axis=(1, 2)) / share
+    of_rows = jnp.max(jnp.abs(sample), axis=(1, 2)), jnp.sum(sample * sample, axis=(1, 2))
+    # Otherwise XLA makes the first one over all rows at once, in two passes of its own.
+    largest, squares = lax.optimization_barrier(of_rows)
+    squares = squares * (blocks / sample.shape[1])
     bound = jnp.minimum(jnp.max(squares), _OUTLYING**2 * jnp.mean(squares))
-    return jnp.max(jnp.abs(sample)), jnp.sqrt(bound)
+    return jnp.max(largest), jnp.sqrt(bound)
 
 
 def pack_weight(
@@ -168,8 +169,8 @@ def pack_weight(
     """beta S(w) of a matrix (H, D) in 8 bits."""
 
     def pack(w: Array, beta: Array) -> PackedMatrix8:
-        largest, norm = _sample(w, beta)
-        scale = scale_for(_HEADROOM * largest, FORWARD)
+        largest, norm = _sample(w)
+        scale = scale_for(_HEADROOM * beta * largest, FORWARD)
         functions, experts = grouped.Functions(module(kernels)), sparsity.num_experts
         values, metadata, columns = functions.pack_weight24_fp8(
             w, num_experts=experts, m=4 * experts, scale=beta / scale

@@ -103,12 +103,16 @@ def test_what_saturates_is_counted(data):
 def test_scale_and_norm_of_a_weight(data):
     _, _, w1, _, betas, _ = data
     packed = pack_ffn(w1, w1, None, betas, SPARSITY, precision="fp8")
-    w = np.asarray(betas[0] * soft_threshold(w1))
+    w = np.asarray(w1)
     scale = float(packed.w1.scale)
     assert np.log2(scale) == round(np.log2(scale))
     # Room for eight times the largest, at most 16 times; two blocks of features are all sampled.
-    assert 448 * scale / 16 < np.abs(w).max() <= 448 * scale / 8
+    assert 448 * scale / 16 < float(betas[0]) * np.abs(w).max() <= 448 * scale / 8
     norms = np.linalg.norm(w, axis=1)
+    kept = np.linalg.norm(betas[0] * soft_threshold(w1), axis=1)
+    # Of all neurons together surely, and of the longest one nearly, with as few features as here.
+    assert np.linalg.norm(kept) < np.linalg.norm(norms)
+    assert kept.max() < 1.3 * norms.max()
     assert float(packed.w1.norm) == pytest.approx(norms.max(), rel=1e-5)
     outlier = pack_ffn(w1.at[7].multiply(1000), w1, None, betas, SPARSITY, precision="fp8")
     squares = np.sort(norms**2)
