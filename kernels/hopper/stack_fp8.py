@@ -70,13 +70,9 @@ def _scale(bits: ir.Value, dtype: str) -> tuple[ir.Value, ir.Value]:
     return scale, inverse
 
 
-def _sum_of_squares(words: list[ir.Value]) -> ir.Value:
-    """Over the warp, float32."""
+def _warp_sum(total: ir.Value) -> ir.Value:
+    """The sum of a float32 over the warp."""
     f32, i32 = ir.F32Type.get(), ptx.i32_type()
-    total = arith.bitcast(f32, ptx.const32(0))
-    for word in words:
-        for x in _floats(word):
-            total = arith.addf(total, arith.mulf(x, x))
     for mask in (16, 8, 4, 2, 1):
         other = ptx.shuffle_xor(arith.bitcast(i32, total), mask)
         total = arith.addf(total, arith.bitcast(f32, other))
@@ -112,17 +108,21 @@ def _row(width: int, tokens: int, dtype: str):
         words = [word for chunk in chunks for word in chunk]
         scale, inverse = _scale(_largest(words), dtype)
         factor = arith.bitcast(ir.F32Type.get(), inverse)
+        squares = arith.bitcast(ir.F32Type.get(), ptx.const32(0))
         target, narrow = address_of(rows_g, row, 2), address_of(rounded_g, row, 1)
         for i, chunk in enumerate(chunks):
             at = arith.addi(target, ptx.const64(2 * _CHUNK * i))
             ptx.asm(None, [at, *chunk], "st.global.v4.b32 [$0], {$1, $2, $3, $4};", "l,r,r,r,r")
-            values = [arith.mulf(x, factor) for word in chunk for x in _floats(word)]
+            floats = [x for word in chunk for x in _floats(word)]
+            for x in floats:
+                squares = arith.addf(squares, arith.mulf(x, x))
+            values = [arith.mulf(x, factor) for x in floats]
             rounded = [ptx.pack_four(values[j : j + 4], name) for j in (0, 4)]
             at = arith.addi(narrow, ptx.const64(_CHUNK * i))
             ptx.asm(None, [at, *rounded], "st.global.v2.b32 [$0], {$1, $2};", "l,r,r")
-        squares = arith.bitcast(i32, _sum_of_squares(words))
+        total = arith.bitcast(i32, _warp_sum(squares))
         with utils.when(ptx.is_leader(ptx.WARP)):
-            for ref, value in ((scale_g, scale), (squares_g, squares)):
+            for ref, value in ((scale_g, scale), (squares_g, total)):
                 at = ptx.offset_address(ptx.global_address(ref), row, 4)
                 ptx.asm(None, [at, value], "st.global.b32 [$0], $1;", "l,r")
 
