@@ -8,14 +8,19 @@ import numpy as np
 import pytest
 
 from kernels import reference_fp8, reference_grouped_fp8, registry
+from sparsejax.ops import pack_ffn, routed_ffn
+from sparsejax.prune import soft_threshold_beta
+from sparsejax.routing import plan_tokens
+from sparsejax.spec import Sparsity
 from tests.kernels.test_grouped_gpu import distance, draw, layout, same
 
 pytestmark = pytest.mark.gpu
 
 E4M3, E5M2 = jnp.float8_e4m3fn, jnp.float8_e5m2
-# Sums of 8-bit products have about 14 bits: squares may be ranked either way within this.
-TIE = 2e-3
-FROBENIUS = 5e-3
+# Tensor cores add 8-bit products with about 14 bits: squares that differ by less may be ranked
+# either way.
+TIE = 1e-2
+FROBENIUS = 1e-2
 CASES = [
     # tokens of each expert, D, h
     ([300, 0, 129, 700], 256, 256),
@@ -124,7 +129,8 @@ def test_up(problem):
     largest = np.where(kept, -np.inf, groups).max(-1)
     slack = TIE * np.sqrt(np.mean(full**2, axis=1, keepdims=True))
     assert (largest <= smallest * (1 + TIE) + slack).all()
-    assert distance(dense, np.where(kept, groups, 0).reshape(full.shape)) < FROBENIUS
+    # Squares: twice the error of what is squared.
+    assert distance(dense, np.where(kept, groups, 0).reshape(full.shape)) < 2 * FROBENIUS
 
 
 @pytest.mark.parametrize("by_token", [False, True])
@@ -186,3 +192,35 @@ def test_repeatable(problem):
         del poison
         for a, b in zip(first, run(problem.x, problem.dy), strict=True):
             np.testing.assert_array_equal(np.asarray(a, np.float32), np.asarray(b, np.float32))
+
+
+@pytest.mark.parametrize("option", ["dense", "tokens24"])
+def test_network(option):
+    """All of it against the definition's, on the same device."""
+    Problem([128], 256, 128)  # skips where there is no such device
+    d, hidden, tokens, experts = 512, 2048, 1500, 4
+    x, dy = (draw(seed, tokens, d).astype(jnp.bfloat16) for seed in (1, 2))
+    w1, w2 = draw(3, hidden, d) * d**-0.5, draw(4, hidden, d) * hidden**-0.5
+    betas = jnp.stack([soft_threshold_beta(w1), soft_threshold_beta(w2), jnp.float32(1)])
+    expert = jax.random.randint(jax.random.key(5), (tokens,), 0, experts)
+    plan = plan_tokens(expert, experts, 128, spread=option == "tokens24")
+
+    def run(backend, precision):
+        sparsity = Sparsity(m=16, v=128, backend=backend, weight_gradient=option)
+
+        @jax.jit
+        def step(x, dy, w1, w2):
+            packed = pack_ffn(w1, w2, None, betas, sparsity, precision=precision)
+            assert packed.kernels == backend
+            y, vjp = jax.vjp(lambda *a: routed_ffn(*a, None, packed, plan, sparsity), x, w1, w2)
+            return y, *vjp(dy)
+
+        return step(x, dy, w1, w2)
+
+    ours, expected = run("hopper", "fp8"), run("reference", "fp8")
+    exact = run("hopper", "compute")
+    for a, b, c in zip(ours, expected, exact, strict=True):
+        assert np.isfinite(np.asarray(a, np.float32)).all()
+        # Sums of fewer bits turn some choices of two of four: much less than 8 bits themselves do.
+        assert distance(a, b) < 0.05
+        assert 0.01 < distance(a, c) < 0.2

@@ -11,7 +11,7 @@ import pytest
 from flax import nnx
 
 from kernels import registry
-from sparsejax import fp8
+from sparsejax import fp8, sharding
 from sparsejax.nn import RoutedFFN
 from sparsejax.ops import pack_ffn, routed_ffn, routed_ffn_fp8, routed_ffn_grouped
 from sparsejax.prune import select24, soft_threshold, soft_threshold_beta
@@ -218,6 +218,21 @@ def test_module_takes_its_precision():
     assert y.shape == (2, V, D)
     assert stats is not None
     assert module("compute").pack().precision == "compute"
+
+
+def test_a_mesh_is_refused_visibly(monkeypatch):
+    monkeypatch.setattr(routed_ffn_grouped, "_reported", set())
+    with pytest.warns(registry.FallbackWarning, match="not in 8 bits: 8-bit products serve one"):
+        sharding.refuse_fp8(SPARSITY)
+    with pytest.raises(NotImplementedError, match="backend='hopper'"):
+        sharding.refuse_fp8(replace(SPARSITY, backend="hopper"))
+    # Where several shards are routed, each on its own, as well.
+    module = RoutedFFN(
+        D, H, sparsity=replace(SPARSITY, shards=2), precision="fp8", rngs=nnx.Rngs(0)
+    )
+    monkeypatch.setattr(routed_ffn_grouped, "_reported", set())
+    with pytest.warns(registry.FallbackWarning, match="not in 8 bits"):
+        assert module.pack().precision == "compute"
 
 
 def test_refuses_a_precision(data):
