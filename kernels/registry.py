@@ -56,14 +56,6 @@ assume_capability = jax.make_user_context(None)
 Part of the key of `jax.jit`'s cache, so a function traced under it is traced again outside.
 """
 
-reserve_cores = jax.make_user_context(0)
-"""Context manager: persistent kernels leave so many of the GPU's multiprocessors to others.
-
-Collectives that run beside a kernel hold some of them for as long as they last. A persistent kernel
-that wanted all would find no room for its last blocks, whose work would then start when the
-collective, or the rest of the kernel, has ended. Part of the key of `jax.jit`'s cache.
-"""
-
 
 class FallbackWarning(UserWarning):
     """A faster backend refused a call, and a slower one serves it."""

@@ -74,7 +74,7 @@ class ModelConfig:
     attention: Literal["auto", "cudnn", "xla"] = "auto"
     """Attention kernel: cuDNN flash attention, XLA's own, or cuDNN where it runs and XLA
     elsewhere."""
-    norm: Literal["auto", "kernel", "xla"] = "xla"
+    norm: Literal["auto", "kernel", "xla"] = "auto"
     """RMSNorm over the width: kernels that read and write everything once and keep the result, not
     the input, for the backward pass (a gain of exactly zero then has no gradient); XLA's; or the
     kernels where they run and XLA's elsewhere."""
@@ -191,9 +191,6 @@ class MeshConfig:
     """Devices over which parameters and optimiser state are sharded."""
     tensor: int = 1
     """Devices over which heads and FFN neurons are sharded."""
-    collective_cores: int = 0
-    """Multiprocessors of a GPU that the sparse kernels leave to collectives running beside them,
-    where there are several devices."""
 
 
 @dataclass(frozen=True)
@@ -424,7 +421,6 @@ def validate(config: Config, *, tokenizer_vocab_size: int | None = None) -> None
         ("checkpoint.every", config.checkpoint.every),
         ("log.eval_every", config.log.eval_every),
         ("log.eval_windows", config.log.eval_windows),
-        ("mesh.collective_cores", config.mesh.collective_cores),
     ):
         if value < 0:
             raise ValueError(f"{name}={value} must not be negative")

@@ -11,11 +11,10 @@ import jax.numpy as jnp
 import optax
 from flax import nnx
 
-from kernels.registry import reserve_cores
 from sparsejax.nn.routed_ffn import RoutingUpdate
 from sparsejax.routing import update_bias
 from sparsejax.schedule import Phase
-from sparsejax.sharding import current_mesh, permute_rows
+from sparsejax.sharding import permute_rows
 from train import scopes
 from train.backend import compute_dtype
 from train.config import Config
@@ -111,15 +110,13 @@ def make_train_step(
             packed = nnx.merge(graph, state.params, state.routing).pack()
 
         rounded = _rounded_once(config, state.params, phase)
-        reserved = config.mesh.collective_cores if current_mesh(FFN_AXES) is not None else 0
 
         def gradient(batch: Batch):
             loss = lambda params: _loss(graph, config, params, state.routing, packed, batch)
             value, grads = jax.value_and_grad(loss, has_aux=True)(rounded)
             return value, jax.tree.map(lambda g, p: g.astype(p.dtype), grads, state.params)
 
-        with reserve_cores(reserved):
-            (loss, stats), grads = _accumulate(gradient, batch, config.micro_batches)
+        (loss, stats), grads = _accumulate(gradient, batch, config.micro_batches)
         with jax.named_scope(scopes.OPTIMIZER):
             norm = optax.tree.norm(grads)
             if config.optimizer.clip_norm:

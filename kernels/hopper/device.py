@@ -30,14 +30,11 @@ def kind() -> str:
 
 
 def num_cores() -> int:
-    """Streaming multiprocessors that a kernel may fill: the device's, less
-    `kernels.registry.reserve_cores`."""
+    """Streaming multiprocessors of the device."""
     abstract = _abstract_device()
     if abstract is not None and abstract.num_cores:
-        cores = abstract.num_cores
-    else:
-        cores = getattr(_default_device(), "core_count", None) or _DEFAULT_CORES
-    return max(cores - registry.reserve_cores.value, 1)
+        return abstract.num_cores
+    return getattr(_default_device(), "core_count", None) or _DEFAULT_CORES
 
 
 def require_hopper() -> None:

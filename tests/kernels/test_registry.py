@@ -1,11 +1,9 @@
 """Which backend serves a call: by device, strictly when named, visibly when it falls back."""
 
-import re
 import subprocess
 import sys
 import types
 import warnings
-from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +11,6 @@ import numpy as np
 import pytest
 
 from kernels import reference, registry
-from kernels.hopper.device import num_cores
 
 pytestmark = pytest.mark.core
 
@@ -225,19 +222,3 @@ def test_a_scale_is_data(scale):
     assert registry.traced_once(reference.pack24, ("axis", "mode"))._cache_size() == traces
     expected, _ = reference.pack24(x, axis=1, mode="value", scale=0.5)
     np.testing.assert_array_equal(np.asarray(values, np.float32), np.asarray(expected, np.float32))
-
-
-def test_reserved_cores_shrink_the_grid_of_persistent_kernels():
-    """And a function traced with all of them is traced again."""
-    values = jax.ShapeDtypeStruct((8192, 1024), jnp.bfloat16)
-    metadata = jax.ShapeDtypeStruct((128, 32, 128), jnp.int32)
-    b = jax.ShapeDtypeStruct((16384, 2048), jnp.bfloat16)
-    product = jax.jit(partial(registry.spmm24, b_layout="nk", backend="hopper"))
-    grids = []
-    for reserved in (0, 16):
-        with registry.assume_capability((9, 0)), registry.reserve_cores(reserved):
-            assert num_cores() == 132 - reserved
-            jaxpr = str(jax.make_jaxpr(product)(values, metadata, b))
-            grids.append(re.findall(r"\b(?:132|116)\b", jaxpr))
-    assert set(grids[0]) == {"132"}
-    assert set(grids[1]) == {"116"}
