@@ -26,8 +26,9 @@ from sparsejax.formats import Sparse24, pack
 
 DENSE = "xla dense fp8"
 
-# Tensor cores add products of 8-bit floats in accumulators of fewer bits than float32 has.
-TOLERANCE = 1e-2
+# Tensor cores add products of 8-bit floats in accumulators of fewer bits than float32 has: sums of
+# thousands of activations, all positive, lose some 2%.
+TOLERANCE = 3e-2
 
 
 @dataclasses.dataclass(frozen=True)
