@@ -42,8 +42,8 @@ TOLERANCE = {True: 5e-3, False: 2e-2}
 """Relative Frobenius error of 2:4 contenders, and of those that XLA rounds where it likes."""
 
 TOLERANCE_ALONG_TOKENS = 2e-2
-"""Of those that keep two of four along tokens: they choose among rounded values, and a near-tie that
-falls the other way moves a whole element."""
+"""Of those that keep two of four along tokens: they choose among rounded values, and a near-tie
+that falls the other way moves a whole element."""
 
 TOLERANCE_8_BITS = 0.25
 """Of those in 8 bits, against operands in 16: it finds what is wrong, not what is inexact."""
