@@ -215,10 +215,12 @@ def plot(result: Row, file: pathlib.Path) -> None:
         axis.set_ylabel("speed-up over dense relu²")
     figure.suptitle(_title(result), x=0.01, ha="left", fontsize=11)
     handles, labels = axes[0, 0].get_legend_handles_labels()
+    columns = 3 * len(models)
+    lines = -(-len(names) // columns)
     figure.legend(
-        handles, labels, frameon=False, ncols=len(names), fontsize=8, loc="upper left",
-        bbox_to_anchor=(0.005, 0.965),
+        handles, labels, frameon=False, ncols=min(columns, len(names)), fontsize=8,
+        loc="upper left", bbox_to_anchor=(0.005, 0.965),
     )  # fmt: skip
-    figure.tight_layout(rect=(0, 0, 1, 0.945))
+    figure.tight_layout(rect=(0, 0, 1, 0.975 - 0.03 * lines))
     file.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(file, dpi=150)

@@ -255,6 +255,17 @@ def table(result: Row, console: Console | None = None) -> None:
     console.print(view)
 
 
+def _label(result: Row, group: str, row: Row) -> str:
+    """Of a bar: its group, its phase, and what its settings have beyond the first of its group."""
+    rows = next(g["rows"] for g in result["groups"] if g["name"] == group)
+    first = next(r["settings"] for r in rows if r["phase"] == row["phase"])
+    own = row["settings"].removeprefix(first)
+    # An option's name is too long for a line: break it where its parts meet.
+    what = own if group == row["phase"] else f"{group} {own}"
+    words = what.replace("--", "").replace(".", ".\n").replace("-", "-\n")
+    return f"{row['phase']}\n" + "\n".join(words.split())
+
+
 def plot(result: Row, file: pathlib.Path) -> None:
     """Time of 1,000 tokens in each contender by part. Nothing is drawn without a profile."""
     bars = [
@@ -282,9 +293,8 @@ def plot(result: Row, file: pathlib.Path) -> None:
         rate = row["tokens_per_second"] / result.get("devices", 1)
         text = f"{rate:,.0f} tokens/s\n{row['speedup']:.2f}x"
         axis.annotate(text, (i, start[i]), ha="center", va="bottom", fontsize=7)
-    axis.set_xticks(
-        range(len(bars)), [f"{group}\n{row['phase']}" for group, row, _ in bars], fontsize=8
-    )
+    labels = [_label(result, group, row) for group, row, _ in bars]
+    axis.set_xticks(range(len(bars)), labels, fontsize=7)
     axis.set_ylabel("ms for 1,000 tokens of a device")
     axis.set_ylim(0, 1.18 * max(start))
     axis.spines[["top", "right"]].set_visible(False)
