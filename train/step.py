@@ -12,6 +12,8 @@ import optax
 from flax import nnx
 
 from sparsejax.nn.routed_ffn import RoutingUpdate
+from sparsejax.ops.packed_ffn import PackedFFN
+from sparsejax.ops.routed_ffn_fp8 import saturated_weights
 from sparsejax.routing import update_bias
 from sparsejax.schedule import Phase
 from sparsejax.sharding import permute_rows
@@ -131,6 +133,13 @@ def make_train_step(
             "grad_norm": norm,
             "learning_rate": rate,
         }
+        packed8 = [
+            leaf
+            for leaf in jax.tree.leaves(packed, is_leaf=lambda node: isinstance(node, PackedFFN))
+            if isinstance(leaf, PackedFFN) and leaf.precision == "fp8"
+        ]
+        if packed8:
+            metrics["saturated_weights"] = sum(map(saturated_weights, packed8))
         routing = state.routing
         # The experts of a mixture are chosen, and their loads evened, in dense phases too.
         if config.model.experts or (phase == "sparse" and config.sparsity.routing):

@@ -316,6 +316,17 @@ class Saturated(NamedTuple):
     dy1: Array
 
 
+def saturated_weights(packed: PackedFFN) -> Array:
+    """Weights at the largest magnitude of their type, in all layers of `packed`: int32.
+
+    Raises:
+      ValueError: the weights are not in 8 bits.
+    """
+    if packed.precision != "fp8":
+        raise ValueError(f"packed.precision={packed.precision!r} must be 'fp8'")
+    return reference.count_largest(packed.w1.values) + reference.count_largest(packed.w2.values)
+
+
 def saturated(
     x: Array, dy: Array, packed: PackedFFN, plan: TokenPlan | None, sparsity: Sparsity
 ) -> Saturated:

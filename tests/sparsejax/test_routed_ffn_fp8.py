@@ -93,11 +93,14 @@ def test_what_saturates_is_counted(data):
     x = jnp.concatenate([x] * 4, axis=1).at[0].set(0).at[0, 70].set(1)
     found = routed_ffn_fp8.saturated(x, x, packed, plan, SPARSITY)
     assert (int(found.w1), int(found.w2)) == (1, 0)
+    assert int(routed_ffn_fp8.saturated_weights(packed)) == 1
     # The first token is all of that feature, and the neuron's norm was not reckoned with.
     assert int(found.y2) == 1
     exact = pack_ffn(w1, w2, None, betas, SPARSITY)
     with pytest.raises(ValueError, match="precision='compute'"):
         routed_ffn_fp8.saturated(x, dy, exact, plan, SPARSITY)
+    with pytest.raises(ValueError, match="precision='compute'"):
+        routed_ffn_fp8.saturated_weights(exact)
 
 
 def test_scale_and_norm_of_a_weight(data):
