@@ -4,7 +4,8 @@ The trainer names its parts (`train.scopes`), and XLA keeps the names in the met
 compiled program's instructions. A profile holds, for each kernel that ran, the instruction it came
 from: kernels of Pallas, cuDNN and cuBLAS too. A fusion counts where its own metadata says, which is
 that of its root. Communication between devices runs beside the rest and is in no part: it is summed
-apart (`train_step_overlap`). Seconds are means over devices.
+apart (`train_step_overlap`), and so is how long it ran beside each part, whose kernels it slows.
+Seconds are means over devices.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from typing import Any
 
 import jax
 
-from benchmarks.train_step_overlap import Event, kind_of_kernel, kind_of_opcode, overlap
+from benchmarks.train_step_overlap import Event, beside, kind_of_kernel, kind_of_opcode, overlap
 from train import scopes
 
 REST = "rest"
@@ -34,6 +35,7 @@ _INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%?([\w.\-]+) = .*?\s([\w\-]+)\(")
 _OP_NAME = re.compile(r'op_name="((?:[^"\\]|\\.)*)"')
 _CALLS = re.compile(r"calls=%?([\w.\-]+)")
 _WORDS = re.compile(r"[/()]+")
+_NUMBER = re.compile(r"(?:[._ ]\d+)+$")
 
 
 @dataclass(frozen=True)
@@ -95,6 +97,12 @@ def instructions(hlo: str) -> dict[str, Instruction]:
     return found
 
 
+def family(kernel: str) -> str:
+    """A kernel's name without its arguments and the numbers by which XLA tells equal ones apart:
+    loop_add_fusion of loop_add_fusion_12."""
+    return _NUMBER.sub("", kernel.split("(")[0])
+
+
 @dataclass(frozen=True)
 class _Run:
     """One run of a kernel on a device: `start` and `end` in seconds."""
@@ -137,17 +145,21 @@ def summarise(profile: Any, hlo: str, steps: int, *, kernels: int = 40) -> dict[
       profile: `jax.profiler.ProfileData` of `steps` steps.
       hlo: text of the compiled step.
       steps: how many were profiled.
-      kernels: how many instructions to list, the longest first.
+      kernels: how many instructions, and how many kinds of kernel, to list, the longest first.
 
     Returns:
-      parts: seconds of a step by part; those of no part are in "rest".
+      parts: seconds of a step by part; those of no part are in "rest". No collective is in them.
       busy: their sum. unknown: seconds of kernels that no instruction was found for.
       collectives: what `train_step_overlap.overlap` says.
+      beside: seconds of a step by part in which a collective ran beside it; they are in parts.
       kernels: rows of instruction, part, op_name, kernel, calls and seconds of a step.
+      by_kernel: rows of part, kernel (its `family`), collective, calls and seconds of a step: what
+        every layer runs once is one row.
     """
     known = instructions(hlo)
     parts: dict[str, float] = {}
     rows: dict[str, dict[str, Any]] = {}
+    families: dict[tuple[str, str, str | None], dict[str, Any]] = {}
     ran: list[Event] = []
     unknown = 0.0
     runs = _device_events(profile)
@@ -163,8 +175,8 @@ def summarise(profile: Any, hlo: str, steps: int, *, kernels: int = 40) -> dict[
         if instruction.control:
             continue
         talk = instruction.collective or kind_of_kernel(run.kernel)
-        ran.append(Event(run.device, run.start, run.end, talk))
         part = instruction.scope or REST
+        ran.append(Event(run.device, run.start, run.end, talk, part))
         if talk is None:
             parts[part] = parts.get(part, 0.0) + seconds
         row = rows.setdefault(
@@ -172,15 +184,23 @@ def summarise(profile: Any, hlo: str, steps: int, *, kernels: int = 40) -> dict[
             {"instruction": name, "part": part, "op_name": instruction.op_name[-160:],
              "kernel": run.kernel[:120], "collective": talk, "calls": 0, "seconds": 0.0},
         )  # fmt: skip
-        row["calls"] += 1 / each
-        row["seconds"] += seconds
-    longest = sorted(rows.values(), key=lambda row: -row["seconds"])[:kernels]
+        kind = family(run.kernel)[:120]
+        alike = families.setdefault(
+            (part, kind, talk),
+            {"part": part, "kernel": kind, "collective": talk, "calls": 0, "seconds": 0.0},
+        )
+        for sums in (row, alike):
+            sums["calls"] += 1 / each
+            sums["seconds"] += seconds
+    longest = lambda rows: sorted(rows.values(), key=lambda row: -row["seconds"])[:kernels]
     return {
         "parts": {part: parts.get(part, 0.0) for part in (*scopes.ALL, REST)},
         "busy": sum(parts.values()),
         "unknown": unknown,
         "collectives": overlap(ran, steps),
-        "kernels": longest,
+        "beside": beside(ran, steps),
+        "kernels": longest(rows),
+        "by_kernel": longest(families),
     }
 
 

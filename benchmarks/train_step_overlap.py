@@ -45,12 +45,14 @@ class Event:
       device: which.
       start, end: seconds, of one clock for a device.
       collective: its kind, one of KINDS or OTHER; None for computation.
+      part: of the model.
     """
 
     device: str
     start: float
     end: float
     collective: str | None
+    part: str = ""
 
 
 def kind_of_opcode(opcode: str) -> str | None:
@@ -141,3 +143,27 @@ def overlap(events: Sequence[Event], steps: int) -> dict[str, Any]:
         "idle": mean("idle"),
         "kinds": kinds,
     }
+
+
+def beside(events: Sequence[Event], steps: int) -> dict[str, float]:
+    """Seconds of a step in which a device computes a part of the model and talks, by part.
+
+    That is not time lost, but time in which a part shares bandwidth and multiprocessors.
+
+    Args:
+      events: of all devices, of `steps` steps.
+      steps: how many were profiled.
+
+    Returns:
+      Means over devices; parts that never run beside a collective are left out.
+    """
+    devices = sorted({event.device for event in events})
+    found: dict[str, float] = {}
+    for device in devices:
+        mine = [event for event in events if event.device == device]
+        talk = union((e.start, e.end) for e in mine if e.collective is not None)
+        for part in sorted({e.part for e in mine if e.collective is None}):
+            own = union((e.start, e.end) for e in mine if e.collective is None and e.part == part)
+            if shared := common(own, talk):
+                found[part] = found.get(part, 0.0) + shared / (steps * len(devices))
+    return found

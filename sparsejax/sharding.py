@@ -35,6 +35,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import Array
+from jax.experimental.layout import Layout, with_layout_constraint
 from jax.sharding import AbstractMesh
 from jax.sharding import PartitionSpec as P
 from jax.typing import DTypeLike
@@ -96,6 +97,17 @@ def constrain(x: Array, spec: P, axes: MeshAxes | None = MeshAxes()) -> Array:
     return x if current_mesh(axes) is None else jax.lax.with_sharding_constraint(x, spec)
 
 
+def row_major(x: Array) -> Array:
+    """`x`, in memory with its last axis contiguous; inside of `shard_map`.
+
+    XLA runs a collective along an axis on arrays in which that axis is the slowest, and gives
+    that order to whatever elementwise work stands before and behind it: residual streams with
+    tokens contiguous, so that a row is gathered number by number, and optimiser updates that read
+    gradients across. This ends it, at the price of one copy where the collective is.
+    """
+    return with_layout_constraint(x, Layout(major_to_minor=tuple(range(x.ndim))))
+
+
 def weight_spec(axes: MeshAxes | None) -> P:
     """How an FFN matrix (H, D) is stored."""
     return P() if axes is None else P(axes.tensor, axes.shard)
@@ -134,7 +146,13 @@ def _gathered_fwd(w, dtype, stored, axes):
 
 
 def _gathered_bwd(dtype, stored, axes, like, g):
-    return (jax.lax.with_sharding_constraint(g, stored).astype(like.dtype),)
+    mesh = current_mesh(axes)
+    part = jax.lax.with_sharding_constraint(g, stored)
+    # As the parameter and its moments lie, whatever axis it was scattered along.
+    part = jax.shard_map(row_major, mesh=mesh, in_specs=stored, out_specs=stored, check_vma=False)(
+        part
+    )
+    return (part.astype(like.dtype),)
 
 
 _gathered.defvjp(_gathered_fwd, _gathered_bwd)
@@ -218,8 +236,11 @@ class _Layout:
         if self.size(*self.axes.batch) == 1:
             return dw
         dw = dw.astype(dtype)
-        if self.size(self.axes.shard) > 1:
-            dw = jax.lax.psum_scatter(dw, self.axes.shard, scatter_dimension=dimension, tiled=True)
+        if (size := self.size(self.axes.shard)) > 1:
+            # Split by device along a new leading axis, which XLA's scatter would make of any other.
+            shape = (*dw.shape[:dimension], size, -1, *dw.shape[dimension + 1 :])
+            parts = row_major(jnp.moveaxis(dw.reshape(shape), dimension, 0))
+            dw = row_major(jax.lax.psum_scatter(parts, self.axes.shard))
         return self.psum(dw, *(name for name in self.axes.batch if name != self.axes.shard))
 
     def from_first(self, tree: Any, *names: str) -> Any:

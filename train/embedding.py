@@ -10,7 +10,7 @@ from jax.sharding import AbstractMesh
 from jax.sharding import PartitionSpec as P
 from jax.typing import DTypeLike
 
-from sparsejax.sharding import current_mesh
+from sparsejax.sharding import current_mesh, row_major
 from train.mesh import FFN_AXES, SPECS
 
 
@@ -55,7 +55,7 @@ def _embed(
     def local(table, tokens):
         rows, here = _own_rows(table.shape[0], tokens)
         found = jnp.where(here, table[rows].astype(dtype), 0)
-        return jax.lax.psum(_swap(found, 0, 2), FFN_AXES.tensor)
+        return row_major(jax.lax.psum(_swap(found, 0, 2), FFN_AXES.tensor))
 
     batch = P(FFN_AXES.batch)
     return jax.shard_map(
@@ -74,7 +74,7 @@ def _embed_bwd(dtype, mesh, like, tokens, g):
 
     def local(tokens, g):
         rows, here = _own_rows(part[0], tokens)
-        g = jnp.where(here, _swap(g, 2, 0).astype(table_dtype), 0)
+        g = jnp.where(here, _swap(row_major(g), 2, 0).astype(table_dtype), 0)
         total = jnp.zeros(part, table_dtype).at[rows].add(g)
         return jax.lax.psum(total, tuple(a for a in FFN_AXES.batch if a != FFN_AXES.shard))
 

@@ -2,11 +2,12 @@
 
 import json
 import shlex
+from types import SimpleNamespace
 
 import jax
 import pytest
 
-from benchmarks import train_step_overlap, train_step_scaling
+from benchmarks import train_step_breakdown, train_step_overlap, train_step_scaling
 from benchmarks.train_step_overlap import Event, overlap, union
 from benchmarks.train_step_programs import Spec, mesh_of, split
 from tests.train.simulated import run_script
@@ -77,6 +78,74 @@ def test_exposed_and_overlapped():
     gather = found["kinds"]["all-gather"]
     assert gather == pytest.approx({"calls": 0.5, "seconds": 6 / 4, "exposed": 3 / 4})
     assert union([(3, 4), (0, 1), (1, 2), (5, 5)]) == [(0, 2), (3, 4)]
+
+
+COMPILED = """
+ENTRY %main (x: f32[4]) -> f32[4] {
+  %x = f32[4]{0} parameter(0)
+  %up.1 = f32[4]{0} custom-call(%x), metadata={op_name="jit(step)/jvp(ffn)/up"}
+  %loop_add_fusion.8 = f32[4]{0} add(%up.1, %x), metadata={op_name="jit(step)/jvp(norm)/add"}
+  %loop_add_fusion.9 = f32[4]{0} add(%up.1, %x), metadata={op_name="jit(step)/jvp(ffn)/add"}
+  %all-gather.2 = f32[4]{0} all-gather(%x), metadata={op_name="jit(step)/jvp(ffn)/all_gather"}
+  ROOT %sum = f32[4]{0} add(%up.1, %x)
+}
+"""
+
+
+def _profile(*events):
+    """A profile of one GPU: (stream, kernel, instruction, start and end in seconds)."""
+    lines = {}
+    for stream, kernel, instruction, start, end in events:
+        event = SimpleNamespace(
+            name=kernel,
+            stats=[("hlo_op", instruction)],
+            start_ns=start * 1e9,
+            duration_ns=(end - start) * 1e9,
+        )
+        lines.setdefault(stream, []).append(event)
+    lines = [SimpleNamespace(name=name, events=found) for name, found in lines.items()]
+    return SimpleNamespace(planes=[SimpleNamespace(name="/device:GPU:0", lines=lines)])
+
+
+def test_collectives_are_in_no_part_and_layers_alike_in_one_row():
+    gather = "ncclDevKernel_AllGather_RING_LL(ncclDevKernelArgsStorage<4096ul>)"
+    profile = _profile(
+        ("Stream #1", "up24_kernel", "up.1", 0.0, 4.0),
+        ("Stream #2", gather, "all-gather.2", 1.0, 3.0),
+        # Of no known instruction, and beside a norm for half of its time.
+        ("Stream #2", "ncclDevKernel_ReduceScatter_Sum_bf16_RING_LL", "gone.1", 4.5, 5.5),
+        ("Stream #1", "loop_add_fusion_7", "sum", 4.0, 5.0),
+        ("Stream #1", "loop_add_fusion_8", "loop_add_fusion.8", 6.0, 8.0),
+        ("Stream #1", "loop_add_fusion_9", "loop_add_fusion.9", 8.0, 8.5),
+    )
+    found = train_step_breakdown.summarise(profile, COMPILED, steps=2)
+    parts = {part: seconds for part, seconds in found["parts"].items() if seconds}
+    assert parts == pytest.approx({"ffn": 4.5 / 2, "norm": 2 / 2, "rest": 1 / 2})
+    assert found["beside"] == pytest.approx({"ffn": 2 / 2, "rest": 0.5 / 2})
+    talk = found["collectives"]
+    assert (talk["seconds"], talk["exposed"]) == pytest.approx((3 / 2, 0.5 / 2))
+    rows = {(row["part"], row["kernel"]): row for row in found["by_kernel"]}
+    assert len(found["kernels"]) == 6
+    assert len(rows) == len(found["by_kernel"]) == 6
+    assert rows["norm", "loop_add_fusion"]["seconds"] == pytest.approx(2 / 2)
+    assert rows["ffn", "ncclDevKernel_AllGather_RING_LL"]["collective"] == "all-gather"
+    assert [row["seconds"] for row in found["by_kernel"]] == sorted(
+        (row["seconds"] for row in found["by_kernel"]), reverse=True
+    )
+
+
+@pytest.mark.parametrize(
+    ("kernel", "name"),
+    [
+        ("loop_add_fusion_12", "loop_add_fusion"),
+        ("input_reduce_fusion_3_1", "input_reduce_fusion"),
+        ("loop_transpose_fusion", "loop_transpose_fusion"),
+        ("nvjet_sm90_tst_256x128_64x4_1x2_h_bz_coopA_TNT", None),
+        ("void at::kernel<float>(int, float)", "void at::kernel<float>"),
+    ],
+)
+def test_families_of_kernels(kernel, name):
+    assert train_step_breakdown.family(kernel) == (name or kernel)
 
 
 @pytest.mark.parametrize(

@@ -292,3 +292,83 @@ def test_what_a_step_moves():
     assert dense["all-to-all"] == sparse["all-to-all"] == 3 / 4 * 2 * 2 * tokens * d
     # What is left is small: norms, counts, sums.
     assert sparse["all-reduce"] < 0.01 * sparse["all-gather"] + 50_000
+
+
+# Every collective of the two phases' steps with the operations right before and behind it, traced
+# for a mesh of 2 x 2 x 2.
+ORDERS = """
+    import json
+    import jax, jax.numpy as jnp, numpy as np
+    from jax.sharding import AxisType, Mesh
+    from sparsejax.spec import Sparsity
+    from train.config import Config, ModelConfig, ScheduleConfig, resolve
+    from train.mesh import AXES
+    from train.optimizer import make_optimizer
+    from train.state import abstract_state, model_graph
+    from train.step import make_train_step
+
+    def jaxprs(value):
+        for leaf in jax.tree.leaves(value, is_leaf=lambda v: hasattr(v, "eqns")):
+            leaf = getattr(leaf, "jaxpr", leaf)
+            if hasattr(leaf, "eqns"):
+                yield leaf
+
+    def pinned(eqn):
+        return eqn.primitive.name == "layout_constraint" and list(
+            eqn.params["layout"].major_to_minor) == list(range(eqn.invars[0].aval.ndim))
+
+    def visit(jaxpr, found):
+        made = {id(v): eqn for eqn in jaxpr.eqns for v in eqn.outvars}
+        used = {id(v): eqn for eqn in jaxpr.eqns for v in eqn.invars}
+        for eqn in jaxpr.eqns:
+            name = eqn.primitive.name
+            if name == "reduce_scatter":
+                found["scattered"].append(eqn.params["scatter_dimension"])
+            if name == "all_to_all":
+                behind = used.get(id(eqn.outvars[0]))
+                while behind is not None and behind.primitive.name.startswith(("psum", "reshape")):
+                    behind = used.get(id(behind.outvars[0]))
+                before = made.get(id(eqn.invars[0]))
+                found["swapped"].append([
+                    eqn.params["split_axis"] == 0 or (before is not None and pinned(before)),
+                    eqn.params["concat_axis"] == 0 or (behind is not None and pinned(behind)),
+                ])
+            found["pinned"] += pinned(eqn)
+            for inner in jaxprs(list(eqn.params.values())):
+                visit(inner, found)
+        return found
+
+    config = resolve(
+        Config(
+            steps=80, batch_size=8, sequence_length=16,
+            model=ModelConfig(width=32, num_layers=1, num_heads=4, loss_chunk=16),
+            sparsity=Sparsity(m=8, v=8), schedule=ScheduleConfig(sparse_fraction=0.5),
+        ),
+        tokenizer_vocab_size=50,
+    )
+    mesh = Mesh(np.array(jax.devices()).reshape(2, 2, 2), AXES, axis_types=(AxisType.Auto,) * 3)
+    ids = jax.ShapeDtypeStruct((8, 16), jnp.int32)
+    results = {}
+    with jax.set_mesh(mesh):
+        optimizer = make_optimizer(config)
+        state = abstract_state(config, optimizer, mesh)
+        for phase in ("dense", "sparse"):
+            step = make_train_step(config, model_graph(config), optimizer, phase)
+            traced = jax.jit(step).trace(state, {"inputs": ids, "targets": ids})
+            results[phase] = visit(
+                traced.jaxpr.jaxpr, {"scattered": [], "swapped": [], "pinned": 0})
+    print(json.dumps(results))
+"""
+
+
+def test_collectives_do_not_turn_what_stands_beside_them():
+    """Activations and gradients lie row by row, whatever axis a collective works along."""
+    found = json.loads(run_script(ORDERS, devices=8))
+    for phase, step in found.items():
+        # Rows of the embedding there, their gradients back.
+        assert step["swapped"] == [[True, True]] * 2, phase
+        assert set(step["scattered"]) == {0}, phase
+    # The two of the embedding, and each matrix that is gathered: six of a dense layer.
+    assert found["dense"]["pinned"] == 2 + 6
+    # Four projections; before and behind the scatters of two matrices.
+    assert found["sparse"]["pinned"] == 2 + 4 + 2 * 2
