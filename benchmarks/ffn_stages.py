@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -52,6 +53,25 @@ STEP = (
 )
 
 
+def by_token(down: Callable[..., Any], *operands: Any, **options: Any) -> jax.Array:
+    """(T, D) results of a grouped product in the order of the tokens.
+
+    Args:
+      down: `down24` of a backend, or its 8-bit kind.
+      operands: what `down` multiplies, then the plan of the tokens.
+      options: of `down`.
+    """
+    *factors, plan = operands
+    return down(
+        *factors,
+        plan.offsets,
+        plan.block_expert,
+        permutation=plan.permutation,
+        tokens=plan.inverse.shape[0],
+        **options,
+    )
+
+
 class Stages:
     """The functions of one backend and sparsity, jitted one by one."""
 
@@ -71,15 +91,7 @@ class Stages:
             "route": route,
             "stack": lambda x, plan: grouped.stack(x, plan, sparsity),
             "up": module.up24,
-            "down": lambda values, metadata, w, plan: module.down24(
-                values,
-                metadata,
-                w,
-                plan.offsets,
-                plan.block_expert,
-                permutation=plan.permutation,
-                tokens=plan.inverse.shape[0],
-            ),
+            "down": functools.partial(by_token, module.down24),
             "up_backward": module.up24_backward,
         }
         if sparsity.weight_gradient == "dense":
@@ -151,23 +163,11 @@ class Stages8(Stages):
             order, _ = fp8.row_tokens(x.shape[0], plan, sparsity)
             return module.stack_fp8(x, order, dtype=FORWARD)
 
-        def down(values, metadata, columns, scale, plan):
-            return module.down24_fp8(
-                values,
-                metadata,
-                columns,
-                scale,
-                plan.offsets,
-                plan.block_expert,
-                permutation=plan.permutation,
-                tokens=plan.inverse.shape[0],
-            )
-
         functions = {
             "pack": pack,
             "stack": stack,
             "up": module.up24_fp8,
-            "down": down,
+            "down": functools.partial(by_token, module.down24_fp8),
             "up_backward": module.up24_backward_fp8,
         }
         self.functions |= {name: jax.jit(f) for name, f in functions.items()}

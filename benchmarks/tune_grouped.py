@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from benchmarks.ffn_problem import Operands
-from benchmarks.ffn_stages import Stages
+from benchmarks.ffn_stages import Stages, by_token
 from benchmarks.timing import Sampling, interleaved, jax_timed
 from kernels.triton import grouped24, grouped_common
 from kernels.triton.grouped24 import GradientConfig
@@ -78,24 +78,15 @@ def operands(width: int, hidden: int, num_experts: int) -> Operands:
 def calls(num_experts: int, arguments: dict[str, tuple]) -> dict[str, tuple[Callable, tuple]]:
     """Each kernel as a function of a configuration and its arguments, which come with it."""
 
-    def down(config, values, metadata, w, plan):
-        return grouped24.down24(
-            values,
-            metadata,
-            w,
-            plan.offsets,
-            plan.block_expert,
-            permutation=plan.permutation,
-            tokens=plan.inverse.shape[0],
-            config=config,
-        )
-
     def gradient(config, *args):
         return grouped24.weight_gradient(*args, num_experts=num_experts, config=config)
 
     return {
         "up24": (lambda config, *a: grouped24.up24(*a, config=config), arguments["up"]),
-        "down24": (down, arguments["down"]),
+        "down24": (
+            lambda config, *a: by_token(grouped24.down24, *a, config=config),
+            arguments["down"],
+        ),
         "up24_backward": (
             lambda config, *a: grouped24.up24_backward(*a, config=config),
             arguments["up_backward"],

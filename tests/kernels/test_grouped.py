@@ -55,6 +55,21 @@ def arguments(
     }
 
 
+def result_shapes(name: str, d: int, hidden: int, tokens: int, m: int, v: int) -> tuple:
+    """Shapes of a function's results for `arguments` of these sizes."""
+    experts = m // 4
+    live, rows = hidden // experts, -(-(tokens + experts * (v - 1)) // v) * v
+    y, packed = (rows, live), (rows, live // 2)
+    return {
+        "up24": (y, packed, (rows // 64, live // 64, 128)),
+        "down24": ((rows, d),),
+        "up24_backward": (y, packed),
+        "weight_gradient": ((hidden, d),),
+        "weight_gradient24": ((hidden, d),),
+        "pack_weight24": ((hidden, d // 2), (hidden // 64, d // 64, 128), (experts, live, d)),
+    }[name]
+
+
 def lower(name: str, args: tuple, options: dict) -> tuple[str, tuple]:
     """The lowered text of a function, and the shapes of its results."""
     function = getattr(grouped24, name)
@@ -66,22 +81,10 @@ def lower(name: str, args: tuple, options: dict) -> tuple[str, tuple]:
 
 @pytest.mark.parametrize("sizes", LLAMA1B + SMALL, ids=str)
 def test_lowers_for_cuda(sizes):
-    d, hidden, _, m, _ = sizes
-    calls = arguments(*sizes)
-    rows, live = calls["up24_backward"][0][3].shape
-    y, packed = (rows, live), (rows, live // 2)
-    expected = {
-        "up24": (y, packed, (rows // 64, live // 64, 128)),
-        "down24": ((rows, d),),
-        "up24_backward": (y, packed),
-        "weight_gradient": ((hidden, d),),
-        "weight_gradient24": ((hidden, d),),
-        "pack_weight24": ((hidden, d // 2), (hidden // 64, d // 64, 128), (m // 4, live, d)),
-    }
-    for name, call in calls.items():
+    for name, call in arguments(*sizes).items():
         text, shapes = lower(name, *call)
         assert "mosaic_gpu" in text
-        assert shapes == expected[name]
+        assert shapes == result_shapes(name, *sizes)
 
 
 def test_lowers_with_results_by_token():

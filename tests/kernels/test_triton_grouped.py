@@ -13,7 +13,7 @@ from kernels import reference, reference_grouped
 from kernels.triton import grouped24, grouped_common, grouped_neurons, ptx
 from kernels.triton.spmm24 import Spmm24Config
 from tests.kernels.ptx_words import floats, interpret
-from tests.kernels.test_grouped import LLAMA1B, SMALL
+from tests.kernels.test_grouped import LLAMA1B, SMALL, result_shapes
 from tests.kernels.test_grouped import arguments as all_arguments
 from tests.kernels.test_grouped_reference import layout
 from tests.kernels.test_triton import an_h100
@@ -42,21 +42,10 @@ def lower(name: str, args: tuple, options: dict) -> tuple[str, tuple]:
 @pytest.mark.core
 @pytest.mark.parametrize("sizes", [LLAMA1B[1], *SMALL, (64, 512, 300, 32, 64)], ids=str)
 def test_lowers_for_cuda(sizes):
-    d, hidden, _, m, _ = sizes
-    calls = arguments(*sizes)
-    rows, live = calls["up24_backward"][0][3].shape
-    y, packed = (rows, live), (rows, live // 2)
-    expected = {
-        "up24": (y, packed, (rows // 64, live // 64, 128)),
-        "down24": ((rows, d),),
-        "up24_backward": (y, packed),
-        "weight_gradient": ((hidden, d),),
-        "pack_weight24": ((hidden, d // 2), (hidden // 64, d // 64, 128), (m // 4, live, d)),
-    }
-    for name, call in calls.items():
+    for name, call in arguments(*sizes).items():
         text, shapes = lower(name, *call)
         assert "__gpu$xla.gpu.triton" in text
-        assert shapes == expected[name]
+        assert shapes == result_shapes(name, *sizes)
 
 
 @pytest.mark.core
