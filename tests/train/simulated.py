@@ -3,14 +3,12 @@
 import os
 import subprocess
 import sys
-import tempfile
 import textwrap
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
 
-# One cache for all processes of a test run; code that runs for milliseconds needs no optimiser.
-_CACHE = tempfile.gettempdir() + "/sparsejax-test-cache"
+# Code that runs for milliseconds needs no optimiser.
 _FLAGS = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
 
 
@@ -18,9 +16,13 @@ def environment(devices: int, **extra: str) -> dict[str, str]:
     return {
         **os.environ,
         "JAX_PLATFORMS": "cpu",
-        "JAX_COMPILATION_CACHE_DIR": _CACHE,
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices} {_FLAGS}",
+        "XLA_FLAGS": " ".join(
+            (
+                os.environ.get("XLA_FLAGS", ""),
+                f"--xla_force_host_platform_device_count={devices}",
+                _FLAGS,
+            )
+        ),
         "PYTHONPATH": str(ROOT),
         **extra,
     }

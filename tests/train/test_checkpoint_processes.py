@@ -21,7 +21,8 @@ ROOT = Path(__file__).parents[2]
 
 
 def spawn(script, *args, devices=1):
-    flags = f"--xla_force_host_platform_device_count={devices}"
+    flags = os.environ.get("XLA_FLAGS", "")
+    flags += f" --xla_force_host_platform_device_count={devices}"
     return subprocess.Popen(
         [sys.executable, "-c", textwrap.dedent(script), *map(str, args)],
         cwd=ROOT,
