@@ -1,5 +1,6 @@
 """Shared test settings: GPU tests are skipped without a GPU, hypothesis is deterministic."""
 
+import collections
 import os
 import shutil
 import tempfile
@@ -9,20 +10,11 @@ os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 
 # Most of the suite's time is compilation for the CPU of programs that run once. XLA's older code
 # generation takes half of the newer one's time; versions that no longer have it ignore the option.
-QUICK = (
-    "--xla_backend_extra_options=xla_cpu_disable_new_fusion_emitters "
-    "--xla_cpu_parallel_codegen_split_count=1"
+os.environ["XLA_FLAGS"] = (
+    os.environ.get("XLA_FLAGS", "")
+    + " --xla_backend_extra_options=xla_cpu_disable_new_fusion_emitters"
+    + " --xla_cpu_parallel_codegen_split_count=1"
 )
-if QUICK not in os.environ.get("XLA_FLAGS", ""):
-    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {QUICK}"
-
-# Compiled programs of one session, for all of its processes. Set before JAX is imported.
-CACHE = "JAX_COMPILATION_CACHE_DIR"
-OWNED = CACHE not in os.environ
-if OWNED:
-    os.environ[CACHE] = tempfile.mkdtemp(prefix="sparsejax-tests-")
-    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
-    os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
 
 import jax
 import pytest
@@ -32,19 +24,29 @@ settings.register_profile("sparsejax", deadline=None, derandomize=True, max_exam
 settings.load_profile("sparsejax")
 
 
-def pytest_configure() -> None:
-    if jax.default_backend() == "cpu":
-        # Runs of the trainer in processes of their own are optimised as a user's are.
-        jax.config.update("jax_disable_most_optimizations", True)
-
-
-def pytest_unconfigure() -> None:
-    # The workers' variables come from the process that starts them.
-    if OWNED:
-        shutil.rmtree(os.environ[CACHE], ignore_errors=True)
+def pytest_configure(config: pytest.Config) -> None:
+    if jax.default_backend() != "cpu":
+        return
+    # Runs of the trainer in processes of their own are optimised as a user's are.
+    jax.config.update("jax_disable_most_optimizations", True)
+    if "JAX_COMPILATION_CACHE_DIR" in os.environ:
+        return
+    # What is compiled in a session is there for all of its processes: workers and their children.
+    folder = tempfile.mkdtemp(prefix="sparsejax-tests-")
+    config.add_cleanup(lambda: shutil.rmtree(folder, ignore_errors=True))
+    options = {
+        "jax_compilation_cache_dir": folder,
+        "jax_persistent_cache_min_compile_time_secs": 0.0,
+        "jax_persistent_cache_min_entry_size_bytes": -1,
+    }
+    for name, value in options.items():
+        os.environ[name.upper()] = str(value)
+        jax.config.update(name, value)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    slow = collections.Counter(item.path for item in items if "slow" in item.keywords)
+    items.sort(key=lambda item: -slow[item.path])
     if jax.default_backend() == "gpu":
         return
     skip = pytest.mark.skip(reason="needs an NVIDIA GPU")

@@ -126,7 +126,7 @@ class ModelConfig:
         if self.hidden is not None:
             return self.hidden
         if not self.gated:
-            return 4 * self.width * max(self.experts, 1) // self.active_experts
+            return 4 * self.width * max(self.experts, 1) // max(self.active_experts, 1)
         return -(-8 * self.width // 3 // 128) * 128
 
 

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from jax.sharding import AbstractDevice, AbstractMesh
 
 from kernels.triton import mainloop
-from kernels.triton.pack24 import MODES, Pack24Config, check_pack24, pack24
+from kernels.triton.pack24 import Pack24Config, check_pack24, pack24
 from kernels.triton.spmm24 import Spmm24Config, check_spmm24, spmm24
 from tests.kernels import oracle
 
@@ -186,10 +186,12 @@ def assert_packed(packed, x, axis, mode, scale, dtype=ml_dtypes.bfloat16):
 @pytest.mark.parametrize(
     ("axis", "dtype", "mode"),
     [
-        *((0, np.float32, mode) for mode in MODES),
-        *((1, ml_dtypes.bfloat16, mode) for mode in MODES),
+        (0, np.float32, "magnitude"),
+        (0, np.float32, "value"),
         (0, np.float16, "soft_threshold"),
         (1, np.float32, "value"),
+        (1, ml_dtypes.bfloat16, "magnitude"),
+        (1, ml_dtypes.bfloat16, "soft_threshold"),
     ],
 )
 def test_pack24_interpreted_is_exact(axis, dtype, mode):

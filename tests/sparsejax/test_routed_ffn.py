@@ -205,7 +205,7 @@ def test_masked_dense_products_are_the_same_function(
     sparsity = Sparsity(m=16, v=V, activations=gated, weight_gradient=weight_gradient)
     data = problem(gated, seed=6)
     expert = EXPERTS[distribution](4)
-    monkeypatch.setattr(ops, "_path", lambda kernels: routed_ffn_masked)
+    monkeypatch.setattr(ops, "_path", lambda *_: routed_ffn_masked)
     # Traced anew, not taken from the cache of the other path.
     monkeypatch.setitem(globals(), "value_and_gradients", value_and_gradients.__wrapped__)
     got = run(data, expert, sparsity, BETAS)
