@@ -4,6 +4,7 @@ import collections
 import os
 import shutil
 import tempfile
+from typing import Any
 
 # Several test processes share a GPU; none may take all of its memory.
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
@@ -27,18 +28,16 @@ settings.load_profile("sparsejax")
 def pytest_configure(config: pytest.Config) -> None:
     if jax.default_backend() != "cpu":
         return
-    # Runs of the trainer in processes of their own are optimised as a user's are.
-    jax.config.update("jax_disable_most_optimizations", True)
-    if "JAX_COMPILATION_CACHE_DIR" in os.environ:
-        return
-    # What is compiled in a session is there for all of its processes: workers and their children.
-    folder = tempfile.mkdtemp(prefix="sparsejax-tests-")
-    config.add_cleanup(lambda: shutil.rmtree(folder, ignore_errors=True))
-    options = {
-        "jax_compilation_cache_dir": folder,
-        "jax_persistent_cache_min_compile_time_secs": 0.0,
-        "jax_persistent_cache_min_entry_size_bytes": -1,
-    }
+    options: dict[str, Any] = {"jax_disable_most_optimizations": True}
+    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+        folder = tempfile.mkdtemp(prefix="sparsejax-tests-")
+        config.add_cleanup(lambda: shutil.rmtree(folder, ignore_errors=True))
+        options |= {
+            "jax_compilation_cache_dir": folder,
+            "jax_persistent_cache_min_compile_time_secs": 0.0,
+            "jax_persistent_cache_min_entry_size_bytes": -1,
+        }
+    # For all processes of the session: workers, and the trainers that tests start.
     for name, value in options.items():
         os.environ[name.upper()] = str(value)
         jax.config.update(name, value)

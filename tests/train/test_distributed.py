@@ -111,8 +111,7 @@ class Job:
             *(sys.executable, "-m", "train.main", "--config", "tiny"),
             *("--output", str(folder / "runs"), "--steps", str(steps)),
             *("--batch-size", "8", "--sequence-length", "32", "--model.width", "32"),
-            *("--model.num-layers", "1", "--model.num-heads", "2"),
-            *("--sparsity.m", "8", "--sparsity.v", "16"),
+            *("--model.num-heads", "2", "--sparsity.m", "8", "--sparsity.v", "16"),
             *("--sparsity.refresh-every", "0", "--schedule.warmup-steps", "3"),
             *("--schedule.sparse-fraction", "0.5", "--optimizer.warmup-steps", "2"),
             *("--log.every", "1", "--log.eval-every", "0", "--log.eval-windows", "8"),
@@ -137,8 +136,11 @@ class Job:
             self.processes.append(process)
 
     def wait_for_step(self, step):
+        self.wait_until(lambda: self.step() >= step)
+
+    def wait_until(self, done):
         end = time.monotonic() + 200
-        while self.step() < step:
+        while not done():
             assert time.monotonic() < end, self.outputs()
             assert all(p.poll() is None for p in self.processes), self.outputs()
             time.sleep(0.02)
@@ -173,12 +175,15 @@ def test_two_processes_killed_stopped_and_resumed_on_other_meshes(tmp_path):
     # Two processes of two devices; one dies without a word.
     job = Job(tmp_path, 2, devices=2, mesh=(2, 2), steps=12)
     job.wait_for_step(5)
+    # Saved while later steps are under way.
+    first = tmp_path / "runs" / "tiny" / "checkpoints" / "00000003"
+    job.wait_until(first.is_dir)
     job.processes[1].send_signal(signal.SIGKILL)
     job.processes[1].wait()
     # The other cannot go on alone. A scheduler would end it; it may also have ended by itself.
     job.processes[0].kill()
     job.processes[0].wait()
-    assert (tmp_path / "runs" / "tiny" / "checkpoints" / "00000003").is_dir()
+    assert first.is_dir()
 
     # Resumed with fsdp over the processes; SIGTERM to the second one stops both at one step.
     job = Job(tmp_path, 2, "--resume", devices=1, mesh=(2, 1))

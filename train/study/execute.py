@@ -6,6 +6,7 @@ import dataclasses
 import functools
 import gc
 import io
+import os
 import shutil
 import sys
 import time
@@ -112,7 +113,10 @@ def execute(
 
 def use_compiled(folder: Path) -> None:
     """Keeps compiled programs in `folder`, for runs that differ in nothing but their seed and for
-    the next process. JAX keeps its autotuning results with them."""
+    the next process; JAX keeps its autotuning results with them. JAX_COMPILATION_CACHE_DIR, where
+    set, wins."""
+    if os.environ.get("JAX_COMPILATION_CACHE_DIR"):
+        return
     jax.config.update("jax_compilation_cache_dir", str(folder.absolute()))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
 
