@@ -135,7 +135,10 @@ def implementation(dense: Any) -> str:
     return "cublaslt fp8" if "__cublas$lt$matmul$f8" in dense.as_text() else "xla's own kernel"
 
 
-@functools.partial(jax.jit, static_argnums=0)
+# Not XLA's own Triton products here either: they take half a minute to tune for each shape.
+@functools.partial(
+    jax.jit, static_argnums=0, compiler_options={"xla_gpu_enable_triton_gemm": False}
+)
 def _relative_error(shape: Shape, a: Array, b: fp8.Quantized, out: Array) -> Array:
     """Frobenius error of some rows of a result, against float32 products of rounded operands."""
     rows = row_indices(shape)
