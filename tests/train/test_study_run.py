@@ -7,9 +7,11 @@ import signal
 import threading
 import time
 
+import numpy as np
 import pytest
 from rich.console import Console
 
+from tests.train.data_helpers import write_shard
 from train.runtime import reserve_memory
 from train.study import definition, runner
 from train.study.__main__ import main
@@ -63,6 +65,24 @@ def test_a_file_a_run_with_everything_in_it(done):
     assert (
         found["relu2-seed0"]["model"]["body_parameters"] == 2 * (4 * 32**2 + 2 * 32 * 128 + 64) + 32
     )
+
+
+def test_on_a_folder_of_shards_with_its_own_held_out_text(tmp_path):
+    """As the studies on real text: compressed shards, of which one is held out."""
+    rng = np.random.default_rng(0)
+    (tmp_path / "text").mkdir()
+    for name, size in (("train-00", 9000), ("train-01", 9000), ("val", 16 * 65)):
+        write_shard(tmp_path / "text" / f"{name}.bin.xz", rng.integers(0, 256, size))
+    output = tmp_path / "out"
+    argv = ["smoke", "--only", "relu2", "--output", str(output)]
+    argv += ["--data.source", str(tmp_path / "text" / "train-*.bin.xz")]
+    argv += ["--data.validation", str(tmp_path / "text" / "val.bin.xz")]
+    assert main([*argv, "--data.cache", str(tmp_path / "cache")]) == 0
+    record = results(output)["relu2-seed0"]
+    assert record["status"] == "finished"
+    assert record["data"]["evaluated_tokens"] == 16 * 64
+    # Nothing can be learned of noise but how many symbols there are.
+    assert record["final"]["loss_dense"] == pytest.approx(np.log(256), abs=0.5)
 
 
 def test_the_report_stands_beside_the_results(done):
