@@ -10,10 +10,12 @@ from tests.rig import kill_rig
 pytestmark = pytest.mark.slow
 
 
-def test_six_kills_cost_nothing(tmp_path):
+def test_four_kills_cost_nothing(tmp_path):
+    """At the places and with the signal that `tests/train/test_resume.py` leaves out: this seed
+    draws a step, anywhere, a file operation, and SIGTERM while restoring."""
     lines = []
-    result = kill_rig.run(tmp_path, kills=6, seed=0, kills_per_run=6, say=lines.append)
-    assert result["kills"] == 6
+    result = kill_rig.run(tmp_path, kills=4, seed=5, kills_per_run=4, say=lines.append)
+    assert result["kills"] == 4
     assert result["runs_finished_and_bit_exact"] >= 1
 
 
