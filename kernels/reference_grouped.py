@@ -77,6 +77,15 @@ def up_dims(
     return experts, v, hidden // experts
 
 
+def require_saved(y2: Array, y2_metadata: Array, shape: tuple[int, int], dtype: DTypeLike) -> None:
+    """ValueError unless these are activations (rows, h) of this dtype, and their metadata."""
+    if y2.shape != shape or y2.dtype != dtype:
+        raise ValueError(f"{y2.shape=}, {y2.dtype=} must be {shape}, {jnp.dtype(dtype).name}")
+    expected = (shape[0] // TILE, shape[1] // TILE, 128)
+    if y2_metadata.shape != expected or y2_metadata.dtype != jnp.int32:
+        raise ValueError(f"{y2_metadata.shape=}, {y2_metadata.dtype=} must be {expected}, int32")
+
+
 def backward_dims(
     values: Array,
     metadata: Array,
@@ -88,11 +97,7 @@ def backward_dims(
 ) -> tuple[int, int, int]:
     """(E, V, h) of `up24_backward`. ValueError unless its arguments fit."""
     experts, v, live = up_dims(values, metadata, dy, offsets, block_expert)
-    if y2.shape != (dy.shape[0], live) or y2.dtype != dy.dtype:
-        raise ValueError(f"{y2.shape=}, {y2.dtype=} must be {(dy.shape[0], live)}, {dy.dtype}")
-    expected = (dy.shape[0] // TILE, live // TILE, 128)
-    if y2_metadata.shape != expected or y2_metadata.dtype != jnp.int32:
-        raise ValueError(f"{y2_metadata.shape=}, {y2_metadata.dtype=} must be {expected}, int32")
+    require_saved(y2, y2_metadata, (dy.shape[0], live), dy.dtype)
     return experts, v, live
 
 

@@ -20,7 +20,7 @@ from jax.typing import ArrayLike, DTypeLike
 
 from kernels import reference, reference_fp8, reference_grouped
 from kernels.reference_fp8 import largest, require_fp8, round_fp8, scale_for
-from kernels.reference_grouped import GROUP, TILE, block_rows, expert_major
+from kernels.reference_grouped import GROUP, TILE, block_rows, expert_major, require_saved
 
 WEIGHT = jnp.dtype(jnp.float8_e4m3fn)
 ACTIVATION = jnp.dtype(jnp.float8_e4m3fn)
@@ -86,11 +86,7 @@ def backward_dims(
 ) -> tuple[int, int, int]:
     """(E, V, h) of `up24_backward_fp8`. ValueError unless its arguments fit."""
     experts, v, live = up_dims(values, metadata, dy, factors, offsets, block_expert)
-    if y2.shape != (dy.shape[0], live) or y2.dtype != jnp.bfloat16:
-        raise ValueError(f"{y2.shape=}, {y2.dtype=} must be {(dy.shape[0], live)}, bfloat16")
-    expected = (dy.shape[0] // TILE, live // TILE, 128)
-    if y2_metadata.shape != expected or y2_metadata.dtype != jnp.int32:
-        raise ValueError(f"{y2_metadata.shape=}, {y2_metadata.dtype=} must be {expected}, int32")
+    require_saved(y2, y2_metadata, (dy.shape[0], live), jnp.bfloat16)
     return experts, v, live
 
 
