@@ -30,6 +30,7 @@ from benchmarks import ffn_contenders as networks
 from benchmarks import ffn_report, ffn_stages
 from benchmarks.capture import CaptureConfig, FfnTensors, capture
 from benchmarks.command_line import contenders, make_parser
+from benchmarks.compiler import CUBLAS
 from benchmarks.environment import environment
 from benchmarks.failures import Failures
 from benchmarks.ffn_problem import errors, gated, operand_shapes, preparation, tensor_shapes
@@ -210,10 +211,7 @@ def _compile(network: Callable[..., Any], operands: Any) -> Any:
 
 
 def _compile_in_8_bits(network: Callable[..., Any], operands: Any) -> Any:
-    """Left to choose, XLA takes its own 8-bit products, at half the speed of cuBLASLt's."""
-    on_gpu = jax.default_backend() == "gpu"
-    options: dict[str, str | bool] = {"xla_gpu_enable_triton_gemm": False} if on_gpu else {}
-    return jax.jit(network).lower(operands).compile(compiler_options=options)
+    return jax.jit(network).lower(operands).compile(compiler_options=CUBLAS)
 
 
 def _check(

@@ -16,7 +16,7 @@ from kernels import registry
 from sparsejax.fp8 import FORWARD
 from sparsejax.ops import routed_ffn_fp8 as fp8
 from sparsejax.ops import routed_ffn_grouped as grouped
-from sparsejax.routing import assign_tokens, plan_tokens
+from sparsejax.routing import TokenPlan, assign_tokens, plan_tokens
 from sparsejax.spec import Sparsity
 
 
@@ -109,37 +109,49 @@ class Stages:
         """Arguments of each function, by running those before it; shapes of them for shapes."""
         abstract = isinstance(o.x, jax.ShapeDtypeStruct)
 
-        def call(name: str, *args: Any) -> Any:
-            f = self.functions[name]
+        def call(f: str | Callable[..., Any], *args: Any) -> Any:
+            f = self.functions[f] if isinstance(f, str) else f
             return jax.eval_shape(f, *args) if abstract else f(*args)
 
         beta1, beta2 = (
             (jax.ShapeDtypeStruct((), jnp.float32),) * 2 if abstract else (o.betas[0], o.betas[1])
         )
         pack, route = (o.w1, beta1), (o.x, o.centers, o.bias)
-        values1, metadata1, dense1 = call("pack", *pack)
-        values2, metadata2, _ = call("pack", o.w2, beta2)
+        weights = call("pack", *pack), call("pack", o.w2, beta2)
         plan = call("route", *route)
-        layout = plan.offsets, plan.block_expert
-        x, dy = call("stack", o.x, plan), call("stack", o.dy, plan)
-        up = (values1, metadata1, x, *layout)
-        y2, y2_values, y2_metadata = call("up", *up)
-        up_backward = (values2, metadata2, dy, y2, y2_metadata, *layout)
-        gradient = (y2, dy, plan.offsets)
-        down = (y2_values, y2_metadata, dense1, plan)
+        gradient, products = self._products(call, o, weights, plan)
         arguments = {
             "pack": pack,
             "route": route,
             "stack": (o.x, plan),
-            "up": up,
-            "down": down,
-            "up_backward": up_backward,
+            **products,
             "weight_gradient": gradient,
         }
         if "densest" in self.functions:
+            y2 = gradient[0]
             arguments["densest"] = y2, plan.offsets
             arguments["weight_gradient"] = *gradient, call("densest", *arguments["densest"])
         return arguments
+
+    def _products(
+        self, call: Callable[..., Any], o: Operands, weights: tuple, plan: TokenPlan
+    ) -> tuple[tuple, dict[str, tuple]]:
+        """Arguments of the dense weight gradient, and of the three functions before it.
+
+        Args:
+          call: runs a function, named or given, or tells the shapes of its results.
+          o: operands. weights: both, packed. plan: of the tokens.
+        """
+        (values1, metadata1, dense1), (values2, metadata2, _) = weights
+        layout = plan.offsets, plan.block_expert
+        x, dy = call("stack", o.x, plan), call("stack", o.dy, plan)
+        up = (values1, metadata1, x, *layout)
+        y2, y2_values, y2_metadata = call("up", *up)
+        return (y2, dy, plan.offsets), {
+            "up": up,
+            "down": (y2_values, y2_metadata, dense1, plan),
+            "up_backward": (values2, metadata2, dy, y2, y2_metadata, *layout),
+        }
 
     def compile(self, shapes: Operands) -> dict[str, Any]:
         """Every function for operands of these shapes."""
@@ -172,42 +184,23 @@ class Stages8(Stages):
         }
         self.functions |= {name: jax.jit(f) for name, f in functions.items()}
 
-    def arguments(self, o: Operands) -> dict[str, tuple]:
-        abstract = isinstance(o.x, jax.ShapeDtypeStruct)
-
-        def call(f: Callable[..., Any], *args: Any) -> Any:
-            return jax.eval_shape(f, *args) if abstract else f(*args)
-
-        beta1, beta2 = (
-            (jax.ShapeDtypeStruct((), jnp.float32),) * 2 if abstract else (o.betas[0], o.betas[1])
-        )
-        functions = self.functions
-        pack, route = (o.w1, beta1), (o.x, o.centers, o.bias)
-        w1, w2 = call(functions["pack"], *pack), call(functions["pack"], o.w2, beta2)
-        plan = call(functions["route"], *route)
+    def _products(
+        self, call: Callable[..., Any], o: Operands, weights: tuple, plan: TokenPlan
+    ) -> tuple[tuple, dict[str, tuple]]:
+        w1, w2 = weights
         layout = plan.offsets, plan.block_expert
-        _, x8, x_scale, squares = call(functions["stack"], o.x, plan)
+        _, x8, x_scale, squares = call("stack", o.x, plan)
         # Gradients are of another 8-bit type, which takes as long.
-        dy, dy8, dy_scale, dy_squares = call(functions["stack"], o.dy, plan)
+        dy, dy8, dy_scale, dy_squares = call("stack", o.dy, plan)
         factors, scale = call(fp8.up_factors, x_scale, squares, w1)
         up = (w1.values, w1.metadata, x8, factors, *layout)
-        y2, values, metadata = call(functions["up"], *up)
+        y2, values, metadata = call("up", *up)
         factors, _ = call(fp8.back_factors, dy_scale, dy_squares, scale, w2)
-        gradient = (y2, dy, plan.offsets)
-        arguments = {
-            "pack": pack,
-            "route": route,
-            "stack": (o.x, plan),
+        return (y2, dy, plan.offsets), {
             "up": up,
             "down": (values, metadata, w2.columns, scale, plan),
             "up_backward": (w2.values, w2.metadata, dy8, factors, y2, metadata, *layout),
-            "weight_gradient": gradient,
         }
-        if "densest" in functions:
-            arguments["densest"] = y2, plan.offsets
-            densest = call(functions["densest"], *arguments["densest"])
-            arguments["weight_gradient"] = *gradient, densest
-        return arguments
 
 
 def measure(

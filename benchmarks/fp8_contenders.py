@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from benchmarks.compiler import CUBLAS
 from benchmarks.failures import Failures
 from benchmarks.products import Product, Shape, row_indices
 from benchmarks.timing import Timed, jax_timed
@@ -118,16 +119,9 @@ def compile_sparse(item: Fp8Shape, backend: registry.Backend):
 
 
 def compile_dense(operands: Operands):
-    """XLA's dense product, compiled to a call of cuBLASLt where a GPU has one.
-
-    Left to choose, XLA takes its own Triton kernel, which is half as fast and takes half a minute
-    to tune.
-    """
+    """XLA's dense product, compiled to a call of cuBLASLt where a GPU has one."""
     multiply = functools.partial(fp8.dot, contract=(1, 1), out_dtype=jnp.bfloat16)
-    options: dict[str, str | bool] = {}
-    if jax.default_backend() == "gpu":
-        options["xla_gpu_enable_triton_gemm"] = False
-    return jax.jit(multiply).lower(*operands.dense).compile(compiler_options=options)
+    return jax.jit(multiply).lower(*operands.dense).compile(compiler_options=CUBLAS)
 
 
 def implementation(dense: Any) -> str:
@@ -135,10 +129,7 @@ def implementation(dense: Any) -> str:
     return "cublaslt fp8" if "__cublas$lt$matmul$f8" in dense.as_text() else "xla's own kernel"
 
 
-# Not XLA's own Triton products here either: they take half a minute to tune for each shape.
-@functools.partial(
-    jax.jit, static_argnums=0, compiler_options={"xla_gpu_enable_triton_gemm": False}
-)
+@functools.partial(jax.jit, static_argnums=0, compiler_options=CUBLAS)
 def _relative_error(shape: Shape, a: Array, b: fp8.Quantized, out: Array) -> Array:
     """Frobenius error of some rows of a result, against float32 products of rounded operands."""
     rows = row_indices(shape)

@@ -20,6 +20,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
+from benchmarks.compiler import CUBLAS
 from benchmarks.timing import Sampling, Timed, interleaved, jax_timed
 from kernels import reference, reference_fp8
 from kernels.hopper import pack24 as packing
@@ -139,10 +140,6 @@ def _dense(problem: Problem, a: Array, b: Array, one: Array) -> Array:
         left, right = (fp8.Quantized(x, one) for x in operands)
         return fp8.dot(left, right, contract=contract, out_dtype=jnp.bfloat16)
     return lax.dot_general(*operands, (((contract[0],), (contract[1],)), ((), ())))
-
-
-# XLA's own Triton products take long to tune, and those of 8 bits are slower than cuBLASLt's.
-CUBLAS: dict[str, str | bool] = {"xla_gpu_enable_triton_gemm": False}
 
 
 @functools.partial(jax.jit, static_argnums=0, compiler_options=CUBLAS)

@@ -289,6 +289,13 @@ def up24(
     return kept.astype(x_p.dtype), y2_values, y2_metadata
 
 
+def by_token(out: Array, permutation: Array | None, tokens: int | None) -> Array:
+    """Rows (T_pad, D) in the order of their tokens, (T, D); as they are without a permutation."""
+    if permutation is None:
+        return out
+    return jnp.zeros((tokens, out.shape[1]), out.dtype).at[permutation].set(out, mode="drop")  # type: ignore[arg-type]
+
+
 def down24(
     y_values: Array,
     y_metadata: Array,
@@ -325,10 +332,7 @@ def down24(
     def block(expert, y):
         return _product(y, w[expert], (1, 0)).astype(w.dtype)
 
-    out = _by_block(block, (y,), offsets, block_expert)
-    if permutation is None:
-        return out
-    return jnp.zeros((tokens, out.shape[1]), out.dtype).at[permutation].set(out, mode="drop")
+    return by_token(_by_block(block, (y,), offsets, block_expert), permutation, tokens)
 
 
 def up24_backward(

@@ -20,7 +20,14 @@ from jax.typing import ArrayLike, DTypeLike
 
 from kernels import reference, reference_fp8, reference_grouped
 from kernels.reference_fp8 import largest, require_fp8, round_fp8, scale_for
-from kernels.reference_grouped import GROUP, TILE, block_rows, expert_major, require_saved
+from kernels.reference_grouped import (
+    GROUP,
+    TILE,
+    block_rows,
+    by_token,
+    expert_major,
+    require_saved,
+)
 
 WEIGHT = jnp.dtype(jnp.float8_e4m3fn)
 ACTIVATION = jnp.dtype(jnp.float8_e4m3fn)
@@ -278,9 +285,7 @@ def down24_fp8(
         return (reference_grouped._product(y, w[expert], (1, 1)) * scale).astype(jnp.bfloat16)
 
     out = reference_grouped._by_block(block, (y, scale[:, None]), offsets, block_expert)
-    if permutation is None:
-        return out
-    return jnp.zeros((tokens, out.shape[1]), out.dtype).at[permutation].set(out, mode="drop")
+    return by_token(out, permutation, tokens)
 
 
 def up24_backward_fp8(

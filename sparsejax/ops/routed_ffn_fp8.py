@@ -36,6 +36,7 @@ all no longer.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -124,18 +125,13 @@ def choose(sparsity: Sparsity, sizes: grouped.Sizes, *, gated: bool) -> registry
     if sparsity.backend is not None:
         check(sparsity.backend, sparsity, sizes, gated=gated)
         return sparsity.backend
-    refusals = []
-    for candidate in registry.available_backends():
-        if candidate == "reference" and registry.target_capability() is not None:
-            break
-        try:
-            check(candidate, sparsity, sizes, gated=gated)
-        except NotImplementedError as error:
-            refusals.append(f"{candidate}: {error}")
-            continue
-        return candidate
-    report(refusals, sparsity, sizes, gated)
-    return None
+    on_gpu = registry.target_capability() is not None
+    candidates = [b for b in registry.available_backends() if not (on_gpu and b == "reference")]
+    serves = partial(check, gated=gated)
+    kernels, refusals = grouped.first_serving(candidates, serves, sparsity, sizes)
+    if kernels is None:
+        report(refusals, sparsity, sizes, gated)
+    return kernels
 
 
 def report(refusals: list[str], *key: Any) -> None:

@@ -21,7 +21,8 @@ from __future__ import annotations
 import importlib
 import inspect
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -195,18 +196,29 @@ def choose(sparsity: Sparsity, sizes: Sizes, *, gated: bool) -> registry.Backend
     if named is not None:
         check(named, sparsity, sizes, gated=gated)
         return named
+    candidates = [name for name in registry.available_backends() if name != "reference"]
+    kernels, refusals = first_serving(candidates, partial(check, gated=gated), sparsity, sizes)
+    if kernels is None:
+        report(refusals, sparsity, sizes, gated)
+    return kernels
+
+
+def first_serving(
+    candidates: Iterable[registry.Backend],
+    check: Callable[[registry.Backend, Sparsity, Sizes], None],
+    sparsity: Sparsity,
+    sizes: Sizes,
+) -> tuple[registry.Backend | None, list[str]]:
+    """The first backend that `check` lets pass, if any, and why those before it do not serve."""
     refusals = []
-    for candidate in registry.available_backends():
-        if candidate == "reference":
-            break
+    for candidate in candidates:
         try:
-            check(candidate, sparsity, sizes, gated=gated)
+            check(candidate, sparsity, sizes)
         except NotImplementedError as error:
             refusals.append(f"{candidate}: {error}")
-            continue
-        return candidate
-    report(refusals, sparsity, sizes, gated)
-    return None
+        else:
+            return candidate, refusals
+    return None, refusals
 
 
 def recheck(

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from benchmarks.compiler import CUBLAS
 from kernels import reference_fp8
 from kernels.hopper.pack24 import MODES, Pack24Config
 from kernels.hopper.pack24_fp8 import pack24_fp8
@@ -228,6 +229,5 @@ def test_dense_product_is_one_call_of_8_bit_cublaslt():
     a = fp8.quantize(jnp.ones((512, 1024), jnp.bfloat16), E4M3, scaling="tensor")
     b = fp8.quantize(jnp.ones((768, 1024), jnp.bfloat16), E4M3, scaling="tensor")
     call = functools.partial(fp8.dot, contract=(1, 1), out_dtype=jnp.bfloat16)
-    options = {"xla_gpu_enable_triton_gemm": False}
-    text = jax.jit(call).lower(a, b).compile(compiler_options=options).as_text()
+    text = jax.jit(call).lower(a, b).compile(compiler_options=CUBLAS).as_text()
     assert "__cublas$lt$matmul$f8" in text

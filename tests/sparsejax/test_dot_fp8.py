@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from benchmarks.compiler import CUBLAS
 from sparsejax.nn import RoutedFFN
 from sparsejax.ops.dot_fp8 import dot_fp8
 from train.config import ModelConfig
@@ -14,10 +15,6 @@ from train.model import SwiGLU
 
 FORWARD = np.dtype(ml_dtypes.float8_e4m3fn)
 GRADIENT = np.dtype(ml_dtypes.float8_e5m2)
-
-
-# Small products may go to kernels of XLA's own otherwise, which leave operands in 16 bits.
-CUBLASLT = {"xla_gpu_enable_triton_gemm": False}
 
 
 def rounded(x, dtype):
@@ -162,7 +159,7 @@ def test_six_calls_of_cublaslt(scan):
 
     x = jax.random.normal(jax.random.key(0), (512, 256), jnp.bfloat16)
     lowered = jax.jit(jax.grad(loss, argnums=(0, 1))).lower(params, x)
-    text = lowered.compile(compiler_options=CUBLASLT).as_text()
+    text = lowered.compile(compiler_options=CUBLAS).as_text()
     assert text.count("__cublas$lt$matmul$f8") == 6
     assert text.count('custom_call_target="__cublas$lt$matmul"') == 0
 
@@ -175,7 +172,7 @@ def test_the_device_multiplies_as_defined():
         y, vjp = jax.vjp(lambda x, w: dot_fp8(x, w, axis=1), x, w)
         return y, *vjp(dy)
 
-    results = jax.jit(everything).lower(x, w, dy).compile(compiler_options=CUBLASLT)(x, w, dy)
+    results = jax.jit(everything).lower(x, w, dy).compile(compiler_options=CUBLAS)(x, w, dy)
     q, p, g = rounded(x, FORWARD), rounded(w, FORWARD), rounded(dy, GRADIENT)
     for got, want in zip(results, (q @ p.T, g @ p, g.T @ q), strict=True):
         error = np.abs(np.asarray(got, np.float64) - want).max() / np.abs(want).max()
