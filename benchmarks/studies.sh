@@ -11,8 +11,9 @@
 #
 # First `tuning`, to its end or for at most TUNING_SECONDS; then `evidence` from the learning rates
 # and the batch that it found best. SPEEDUPS is the step benchmark's result that gives the speed of
-# a sparse step; what was chosen and read once stays in OUT for later calls. A_GPU=2 says how many
-# runs share a GPU, BASE which configuration is varied, SCRATCH where compiled programs lie.
+# a sparse step; what was chosen and read once stays in OUT for later calls. A_GPU=4 says how many
+# runs share a GPU (TUNING_A_GPU=6 in the sweep, whose runs are short), BASE which configuration is
+# varied, SCRATCH where compiled programs lie.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 [ $# -ge 2 ] || { echo "usage: bash benchmarks/studies.sh OUT SECONDS [OPTION...]" >&2; exit 2; }
@@ -40,23 +41,23 @@ Path(sys.argv[2]).write_text(json.dumps(kept, indent=1) + "\n")
 PY
 fi
 
-study() { # name, latest end in seconds from the script's start, options
-  local name=$1 left=$(($2 - SECONDS))
-  shift 2
+study() { # name, latest end in seconds from the script's start, runs a GPU, options
+  local name=$1 left=$(($2 - SECONDS)) a_gpu=$3
+  shift 3
   [ "$left" -gt 0 ] || return 0
   python3 -m train.study "$name" --output "$scratch/$name" --scratch "$scratch/work" \
-    --export "$out/$name.json" --jobs $((${A_GPU:-2} * gpus)) --budget-seconds "$left" \
+    --export "$out/$name.json" --jobs $((a_gpu * gpus)) --budget-seconds "$left" \
     ${BASE:+--base "$BASE"} --speedup-from "$out/speedups.json" "$@"
 }
 
 status=0
 if [ ! -e "$out/tuned.json" ]; then
   limit=${TUNING_SECONDS:-$((seconds / 2))}
-  study tuning "$limit" "$@" || status=1
+  study tuning "$limit" "${TUNING_A_GPU:-6}" "$@" || status=1
   python3 -m train.study.tuned "$out/tuning.json" "$out/tuned.json" || exit
   cp "$scratch/tuning/report.md" "$out/tuning.md"
 fi
-study evidence "$seconds" --tuned "$out/tuned.json" "$@" || status=1
+study evidence "$seconds" "${A_GPU:-4}" --tuned "$out/tuned.json" "$@" || status=1
 [ ! -e "$scratch/evidence/report.md" ] || cp "$scratch/evidence/report.md" "$out/evidence.md"
 [ ! -e "$scratch/evidence/pareto.png" ] || cp "$scratch/evidence/pareto.png" "$out/evidence_pareto.png"
 exit $status

@@ -11,7 +11,15 @@ def config() -> Config:
         steps=1400,
         batch_size=32,
         sequence_length=1024,
-        model=ModelConfig(width=512, num_layers=8, num_heads=8),
+        # Unrolled, and with logits as llama1b's: 1.3 times as fast on a GPU as the defaults.
+        model=ModelConfig(
+            width=512,
+            num_layers=8,
+            num_heads=8,
+            scan_layers=False,
+            logits="compute",
+            loss_chunk=8192,
+        ),
         sparsity=Sparsity(m=16, v=128),
         schedule=ScheduleConfig(warmup_steps=140, sparse_fraction=0.5),
         optimizer=OptimizerConfig(learning_rate=3e-3, warmup_steps=100),

@@ -64,7 +64,7 @@ def base(options: Options, *, default: str = "small", tokens: float | None = Non
         log=dataclasses.replace(
             config.log,
             every=max(config.steps // 140, 1),
-            eval_every=-(-config.steps // 4),
+            eval_every=-(-config.steps // 2),
             eval_windows=EVAL_WINDOWS,
             tensorboard=False,
         ),
@@ -83,7 +83,9 @@ def tuned(config: Config, ffn: Ffn, options: Options) -> Config:
     if ffn not in options.tuned.learning_rate:
         known = ", ".join(options.tuned.learning_rate)
         raise ValueError(f"--tuned has no learning rate for {ffn}, only for {known}")
-    return changed(config, optimizer={"learning_rate": options.tuned.learning_rate[ffn]})
+    scale = options.tuned.init_scale.get(ffn, config.model.init_scale)
+    rate = options.tuned.learning_rate[ffn]
+    return changed(config, model={"init_scale": scale}, optimizer={"learning_rate": rate})
 
 
 def of_tokens(config: Config, tokens: float) -> Config:
@@ -110,7 +112,7 @@ def with_batch(config: Config, batch_size: int) -> Config:
         log=dataclasses.replace(
             config.log,
             every=max(scaled.steps // 140, 1),
-            eval_every=-(-scaled.steps // 4),
+            eval_every=-(-scaled.steps // 2),
         ),
     )
 

@@ -20,10 +20,10 @@ ROUNDS: tuple[tuple[str, int], ...] = (
     ("verdict", 3),
     ("verdict", 4),
     ("shares", 1),
-    ("shares", 2),
     ("parts", 1),
-    ("parts", 2),
     ("slow", 0),
+    ("shares", 2),
+    ("parts", 2),
 )
 """Which variants with which seed, in the order in which they run."""
 

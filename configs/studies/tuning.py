@@ -1,8 +1,9 @@
-"""Which learning rate and batch, for each form? The sweep whose result `--tuned` reads.
+"""Which learning rate, batch and initialisation, for each form? The sweep that `--tuned` reads.
 
-A grid, coarse rates of all forms at the base's batch first, then half the batch. One seed: all
-points share initialisation and order. 16 M tokens a run. `python -m train.study.tuned` chooses from
-the exported results.
+A grid, coarse rates of all forms at the base's batch first, then half the batch; and smaller
+initial weights in the blocks beside one of its points. One seed: all points share the seed of
+initialisation and order. 16 M tokens a run. `python -m train.study.tuned` chooses from the exported
+results.
 """
 
 from configs.studies._base import Variants, base, changed, runs, tuned, with_batch
@@ -15,10 +16,12 @@ RATES: tuple[tuple[float, tuple[float, ...]], ...] = (
     (0.5, (3e-3, 6e-3, 1.5e-3)),
 )
 """Batches, in batches of the base, and the peak learning rates at each, the likeliest first."""
+SMALLER_INIT = (0.5, 3e-3)
+"""Factor on the initial weights of the blocks, and the rate at which it is tried."""
 
 
 def study(options: Options) -> Study:
-    """Four rates for each of three forms, and three at half the batch; one seed."""
+    """Four rates for each of three forms, three at half the batch, one other initialisation."""
     config = base(options, tokens=16.4e6)
     variants: Variants = {}
     for share, rates in RATES:
@@ -35,9 +38,25 @@ def study(options: Options) -> Study:
                     changed(varied, optimizer={"learning_rate": rate}),
                     factors,
                 )
+    scale, rate = SMALLER_INIT
+    for ffn in FFNS:
+        varied = changed(
+            tuned(config, ffn, options),
+            model={"init_scale": scale},
+            optimizer={"learning_rate": rate},
+        )
+        variants[f"{ffn} lr{rate:g} b{config.batch_size} init{scale:g}"] = (
+            varied,
+            {
+                "ffn": ffn,
+                "learning_rate": rate,
+                "batch_size": config.batch_size,
+                "init_scale": scale,
+            },
+        )
     return Study(
         name="tuning",
-        question="Which learning rate and batch, for each form?",
+        question="Which learning rate, batch and initialisation, for each form?",
         runs=runs(variants, options.seeds or (0,)),
         baseline=next(iter(variants)),
         axes=(Axis("learning_rate", log=True),),

@@ -55,6 +55,18 @@ def test_one_batch_for_all_forms():
     assert again == Tuned(16, {"relu2": 1e-3, "swiglu": 1e-3})
 
 
+def test_a_smaller_initialisation_is_compared_at_its_own_point():
+    def scaled(ffn, scale, loss):
+        run = result(ffn, 1e-3, 16, loss)
+        return {**run, "factors": {**run["factors"], "init_scale": scale}}
+
+    sweep = [result(ffn, r, 16, x) for ffn in ("a", "b", "c") for r, x in ((1e-3, 3.0), (2e-3, 2))]
+    more = [scaled("a", 0.5, 2.9), scaled("a", 0.25, 2.95), scaled("b", 0.5, 3.1)]
+    tuned, _ = choose([*sweep, *more, scaled("c", 0.5, math.inf)])
+    assert tuned.init_scale == {"a": 0.5}
+    assert tuned.learning_rate == {"a": 2e-3, "b": 2e-3, "c": 2e-3}
+
+
 def test_from_file_to_file(tmp_path, capsys):
     sweep, out = tmp_path / "sweep.json", tmp_path / "tuned.json"
     runs = [result("relu2", rate, 16, 3 + abs(rate - 3e-3)) for rate in (1e-3, 3e-3, 9e-3)]
@@ -72,11 +84,14 @@ def test_from_file_to_file(tmp_path, capsys):
 
 
 def test_studies_start_from_what_was_tuned():
-    tuned = Tuned(16, {"relu2": 5e-3, "swiglu": 2e-3, "relu2_gated": 3e-3})
+    rates = {"relu2": 5e-3, "swiglu": 2e-3, "relu2_gated": 3e-3}
+    tuned = Tuned(16, rates, {"swiglu": 0.5})
     options = Options(tuned=tuned, speedups=Speedups(1.4))
     for run in definition.get("evidence", options).runs:
         assert run.config.batch_size == 16
-        assert run.config.optimizer.learning_rate == tuned.learning_rate[run.config.model.ffn]
+        model = run.config.model
+        assert run.config.optimizer.learning_rate == rates[model.ffn]
+        assert model.init_scale == (0.5 if model.ffn == "swiglu" else 1.0)
         assert run.config.optimizer.final_fraction == 0
     plain = definition.get("evidence", Options(speedups=Speedups(1.4)))
     dense, same = plain.runs[0], definition.get("evidence", options).runs[0]

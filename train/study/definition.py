@@ -129,10 +129,12 @@ class Tuned:
     Attributes:
       batch_size: sequences a step, one for all forms, so that comparisons take the same steps.
       learning_rate: peak rate by form of the FFN.
+      init_scale: of the layers within the blocks, by form; the study's own where it has none.
     """
 
     batch_size: int
     learning_rate: Mapping[str, float]
+    init_scale: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

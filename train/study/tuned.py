@@ -19,16 +19,17 @@ from train.study.record import FORMAT, Record, read, write
 
 
 def choose(records: Iterable[Record]) -> tuple[Tuned, list[str]]:
-    """The best batch and learning rates of a sweep.
+    """The best batch, learning rates and initial scales of a sweep.
 
     A form's loss at a batch is its mean over seeds at the best rate. The batch is that of the
     lowest loss, averaged over the forms, among those at which all of them were swept. The rate is
     the vertex of the parabola in log(rate) through the best rate and its two neighbours; the best
-    rate itself at an end of the sweep, or beside a rate that diverged.
+    rate itself at an end of the sweep, or beside a rate that diverged. The scale of the
+    initialisation is the best of those that were swept at one rate and batch.
 
     Args:
-      records: results with the factors `ffn`, `learning_rate` and `batch_size`; others are passed
-        over.
+      records: results with the factors `ffn`, `learning_rate` and `batch_size`, and `init_scale`
+        where it is not the study's own; others are passed over.
 
     Returns:
       The choice, and remarks on what makes it doubtful.
@@ -37,13 +38,19 @@ def choose(records: Iterable[Record]) -> tuple[Tuned, list[str]]:
       ValueError: there are no such results.
     """
     found: dict[tuple[int, str], dict[float, list[float]]] = defaultdict(lambda: defaultdict(list))
+    scaled: dict[str, dict[tuple[int, float], dict[float, list[float]]]] = defaultdict(dict)
     for record in records:
-        factors = record["factors"]
+        factors = dict(record["factors"])
+        scale = factors.pop("init_scale", None)
         if factors.keys() != {"ffn", "learning_rate", "batch_size"}:
             continue
         loss = record["final"].get("loss_dense") if record["status"] == "finished" else None
-        point = found[factors["batch_size"], factors["ffn"]]
-        point[factors["learning_rate"]].append(math.inf if loss is None else loss)
+        loss = math.inf if loss is None else loss
+        batch, ffn, rate = (factors[k] for k in ("batch_size", "ffn", "learning_rate"))
+        if scale is None:
+            found[batch, ffn][rate].append(loss)
+        else:
+            scaled[ffn].setdefault((batch, rate), defaultdict(list))[scale].append(loss)
     means = {
         place: {rate: float(np.mean(losses)) for rate, losses in sorted(points.items())}
         for place, points in found.items()
@@ -63,7 +70,14 @@ def choose(records: Iterable[Record]) -> tuple[Tuned, list[str]]:
         rates[ffn] = best_rate(list(points), list(points.values()))
         if min(points, key=points.__getitem__) in (min(points), max(points)):
             remarks.append(f"{ffn}: the best rate, {rates[ffn]:g}, is at an end of the sweep")
-    return Tuned(batch, rates), remarks
+    scales = {}
+    for ffn, places in scaled.items():
+        for (swept, rate), by_scale in places.items():
+            own = means.get((swept, ffn), {}).get(rate, math.inf)
+            best = min(by_scale, key=lambda scale: float(np.mean(by_scale[scale])))
+            if float(np.mean(by_scale[best])) < own:
+                scales[ffn] = best
+    return Tuned(batch, rates, scales), remarks
 
 
 def best_rate(rates: Sequence[float], losses: Sequence[float]) -> float:
@@ -92,12 +106,14 @@ def read_tuned(path: Path) -> Tuned:
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
         batch, rates = found["batch_size"], found["learning_rate"]
-        good = isinstance(batch, int) and all(isinstance(v, float) for v in rates.values())
+        scales = found.get("init_scale", {})
+        floats = [*rates.values(), *scales.values()]
+        good = isinstance(batch, int) and all(isinstance(v, float) for v in floats)
     except (json.JSONDecodeError, AttributeError, KeyError, TypeError):
         good = False
     if not good:
         raise ValueError(f"{path} is no file of python -m train.study.tuned")
-    return Tuned(batch, rates)
+    return Tuned(batch, rates, scales)
 
 
 @dataclass(frozen=True)
@@ -124,6 +140,7 @@ def main(argv: list[str] | None = None) -> int:
                 "format": FORMAT,
                 "batch_size": tuned.batch_size,
                 "learning_rate": dict(tuned.learning_rate),
+                "init_scale": dict(tuned.init_scale),
                 "remarks": remarks,
             },
         )
@@ -132,6 +149,8 @@ def main(argv: list[str] | None = None) -> int:
         return 2
     rates = ", ".join(f"{ffn} {rate:g}" for ffn, rate in tuned.learning_rate.items())
     print(f"batch {tuned.batch_size}; learning rates: {rates}")
+    for ffn, scale in tuned.init_scale.items():
+        print(f"{ffn}: blocks initialised at {scale:g} of the usual scale")
     for remark in remarks:
         print(f"note: {remark}")
     return 0
