@@ -28,7 +28,7 @@ def read_baseline(file: pathlib.Path) -> list[Row]:
     # Older files are of one device and do not say so.
     own = {"devices": result.get("devices", 1), "mesh": result.get("mesh"), "groups": groups}
     runs = [own, *result.get("scaling", [])]
-    known = {"file": str(file), "config": result["settings"]["config"]}
+    known = {"file": file.name, "config": result["settings"]["config"]}
     return [{name: run[name] for name in own} | known for run in runs]
 
 

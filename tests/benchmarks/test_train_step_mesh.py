@@ -7,7 +7,12 @@ from types import SimpleNamespace
 import jax
 import pytest
 
-from benchmarks import train_step_breakdown, train_step_overlap, train_step_scaling
+from benchmarks import (
+    scaling_plot,
+    train_step_breakdown,
+    train_step_overlap,
+    train_step_scaling,
+)
 from benchmarks.train_step_overlap import Event, overlap, union
 from benchmarks.train_step_programs import Spec, mesh_of, split
 from tests.train.simulated import run_script
@@ -189,6 +194,18 @@ def test_efficiency_is_that_of_equal_work(tmp_path):
     file.write_text(json.dumps({"groups": []}))
     with pytest.raises(ValueError, match="holds no timed steps"):
         train_step_scaling.read_baseline(file)
+
+
+def test_lines_of_weak_scaling(tmp_path, capsys):
+    files = [tmp_path / "two.json", tmp_path / "four.json"]
+    files[0].write_text(json.dumps({**_result(2, 90.0), "scaling": [_result(1, 50.0)]}))
+    # Its copy of the run on two devices does not count: that run's own file does.
+    files[1].write_text(json.dumps({**_result(4, 160.0), "scaling": [_result(2, 1.0)]}))
+    assert scaling_plot.lines(files) == {("tiny", "dense"): {1: 50.0, 2: 45.0, 4: 40.0}}
+    assert scaling_plot.main([str(tmp_path / "out.png"), *map(str, files)]) == 0
+    assert (tmp_path / "out.png").stat().st_size > 5_000
+    assert scaling_plot.main([str(tmp_path / "out.png"), str(tmp_path / "none.json")]) == 2
+    assert "none.json cannot be read" in capsys.readouterr().err
 
 
 def test_meshes_of_fewer_devices():
