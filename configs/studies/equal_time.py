@@ -11,7 +11,7 @@ relu2 swiglu "M16 50%*"`.
 from configs.studies._base import Variants, base, runs, sparse, tuned
 from train.config import Ffn
 from train.study.definition import Options, Study
-from train.study.equal_time import equal_time
+from train.study.equal_time import SUFFIX, equal_time
 
 RECIPES: tuple[tuple[Ffn, int, float], ...] = (
     ("relu2", 16, 0.5),
@@ -32,7 +32,7 @@ def study(options: Options) -> Study:
         label = f"{'gated ' if ffn == 'relu2_gated' else ''}M{m} {share:.0%}"
         recipe = sparse(tuned(config, ffn, options), m=m, share=share)
         speedup = options.speedups.required(label)
-        variants[f"{label}, equal time"] = equal_time(recipe, dense, speedup)
+        variants[label + SUFFIX] = equal_time(recipe, dense, speedup)
         variants[label] = recipe
     variants["relu2_gated"] = tuned(config, "relu2_gated", options)
     return Study(

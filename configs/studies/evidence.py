@@ -9,7 +9,7 @@ runs first; `--tuned` gives learning rates and batch, `--speedup-from` the speed
 from configs.studies._base import Variants, base, changed, runs, sparse, tuned
 from train.config import Config
 from train.study.definition import Options, Run, Study
-from train.study.equal_time import equal_time
+from train.study.equal_time import SUFFIX, equal_time
 
 ROUNDS: tuple[tuple[str, int], ...] = (
     ("verdict", 0),
@@ -33,7 +33,7 @@ def _verdict(dense: Config, swiglu: Config, options: Options) -> Variants:
     return {
         "relu2": dense,
         "M16 50%": recipe,
-        "M16 50%, equal time": equal_time(recipe, dense, options.speedups.required("M16 50%")),
+        "M16 50%" + SUFFIX: equal_time(recipe, dense, options.speedups.required("M16 50%")),
         "swiglu": swiglu,
     }
 
@@ -42,7 +42,7 @@ def _shares(dense: Config, options: Options) -> Variants:
     longer = sparse(dense, share=0.7)
     return {
         "M16 70%": longer,
-        "M16 70%, equal time": equal_time(longer, dense, options.speedups.required("M16 70%")),
+        "M16 70%" + SUFFIX: equal_time(longer, dense, options.speedups.required("M16 70%")),
         "M8 50%": sparse(dense, m=8),
         "M32 50%": sparse(dense, m=32),
         "M16 25%": sparse(dense, share=0.25),

@@ -17,6 +17,8 @@ from pathlib import Path
 from train.config import Config
 
 KEY = "sparse_step_speedup"
+SUFFIX = ", equal time"
+"""Ends the label of a recipe whose run was stretched to the baseline's time."""
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ from matplotlib.figure import Figure
 
 from train.plots import INK, MUTED, new_figure, smoothed
 from train.study.definition import Axis
+from train.study.equal_time import SUFFIX
 from train.study.record import Record
 
 if TYPE_CHECKING:
@@ -201,49 +202,81 @@ def sweep(png: Path, rows: Sequence[Row], axis: Axis, baseline: str | None) -> b
 
 
 def pareto(png: Path, rows: Sequence[Row], baseline: str | None) -> bool:
-    """Final loss (mean, standard deviation) against the speed-up of the whole run; runs that no
-    other beats in both are joined.
+    """Final loss against the speed-up of the whole run: by how much it differs from the baseline's
+    of the same seeds, with the standard error of that. Runs that no other beats in both are joined.
+
+    Runs of the baseline's time (`equal_time.SUFFIX`) stand as open diamonds above or below the recipe
+    that they stretch, and are no part of the front. Of labels that vary a recipe without changing its
+    speed (a comma in the label), those not at the front are grey and have no name.
 
     Returns:
       Whether there was anything to draw.
     """
-    known = [row for row in rows if not math.isnan(row.run_speedup)]
+    known = [row for row in rows if not math.isnan(row.run_speedup) and row.losses]
     if not known:
         return False
-    figure, axes = new_figure(7.5, 5)
-    colour = colours(rows, baseline)
-    ends = [_mean(row) + side * _sd(row) for row in known for side in (-1, 0, 1)]
-    axes.set_ylim(*limits(ends))
-    for row in known:
-        style: dict[str, Any] = {"color": colour[row.label], "capsize": 3, "markersize": 7}
-        axes.errorbar(row.run_speedup, _mean(row), yerr=_sd(row), fmt="o", **style)
-        axes.annotate(
-            row.label,
-            (row.run_speedup, _mean(row)),
-            xytext=(7, 4),
-            textcoords="offset points",
-            fontsize=8,
-            color=INK,
-            annotation_clip=True,
-        )
+    base = next((row for row in known if row.label == baseline), None)
+    speed = {row.label: row.run_speedup for row in known}
+    stretched = {
+        row.label: row.label.removesuffix(SUFFIX) for row in known if row.label.endswith(SUFFIX)
+    }
+    recipes = [row for row in known if row.label not in stretched]
+    height = {row.label: _against(row, base) for row in known}
     front = [
         row
-        for row in known
+        for row in recipes
         if not any(
-            other.run_speedup >= row.run_speedup and _mean(other) < _mean(row) for other in known
+            other.run_speedup >= row.run_speedup and height[other.label][0] < height[row.label][0]
+            for other in recipes
         )
     ]
     front.sort(key=lambda row: row.run_speedup)
-    points = [(row.run_speedup, _mean(row)) for row in front]
+    figure, axes = new_figure(8, 5)
+    colour = colours(recipes, baseline)
+    for row in known:
+        named = row in front or "," not in row.label or row.label in stretched
+        own = stretched.get(row.label, row.label)
+        style: dict[str, Any] = {"color": colour.get(own, INK) if named else "#c3cad0"}
+        style |= {"capsize": 3 if named else 0, "markersize": 7 if named else 4}
+        style |= {"fmt": "D", "markerfacecolor": "white"} if row.label in stretched else {"fmt": "o"}
+        x = speed.get(own, row.run_speedup)
+        middle, error = height[row.label]
+        axes.errorbar(x, middle, yerr=error, zorder=2 if named else 1, **style)
+        if named:
+            axes.annotate(
+                row.label,
+                (x, middle),
+                xytext=(8, -3),
+                textcoords="offset points",
+                fontsize=8,
+                color=INK,
+            )
+        if row.label in stretched and own in height:
+            line = {"color": colour.get(own, INK), "linestyle": ":", "linewidth": 1}
+            axes.plot([x, x], [height[own][0], middle], zorder=0, **line)
+    points = [(row.run_speedup, height[row.label][0]) for row in front]
     axes.plot(*zip(*points, strict=True), color=MUTED, linewidth=1, zorder=0)
-    base = next((row for row in known if row.label == baseline), None)
     if base is not None:
-        axes.axhline(_mean(base), color=BASELINE, linestyle="--", linewidth=1, zorder=0)
-    axes.margins(x=0.15)
-    _finish(axes, "speed-up of the whole run", LOSS)
-    _title(axes, "Final loss against speed: mean, standard deviation")
+        axes.axhline(height[base.label][0], color=BASELINE, linestyle="--", linewidth=1, zorder=0)
+    left, right = min(speed.values()), max(speed.values())
+    room = max(right - left, 0.02)
+    axes.set_xlim(left - 0.05 * room, right + 0.25 * room)
+    what = LOSS if base is None else f"held-out loss against {baseline}, %"
+    _finish(axes, "speed-up of the whole run", what)
+    _title(axes, "Final loss against speed; diamonds: stretched to the baseline's time")
     figure.savefig(png, dpi=150)
     return True
+
+
+def _against(row: Row, base: Row | None) -> tuple[float, float]:
+    """Height and error of a point: loss and standard deviation, or percent of the baseline's."""
+    if base is None:
+        return _mean(row), _sd(row)
+    if row.paired is None:
+        return 100 * (_mean(row) / _mean(base) - 1), 0.0
+    scale = 100 * row.paired.relative / row.paired.mean if row.paired.mean else 100 / _mean(base)
+    error = 0.0 if math.isnan(row.paired.se) else row.paired.se * abs(scale)
+    return 100 * row.paired.relative, error
 
 
 def _mean(row: Row) -> float:
