@@ -2,7 +2,7 @@
 
 Everything is compared with dense relu^2 of the same seed: tuned SwiGLU, the recipe at equal tokens
 and at equal wall-clock (as `equal_time`), the share of sparse steps, M, parts of the recipe, and
-what happens around the changes of phase. 33 M tokens a run. What decides most has five seeds and
+what happens around the changes of phase. 66 M tokens a run. What decides most has five seeds and
 runs first; `--tuned` gives learning rates and batch, `--speedup-from` the speed of a sparse step.
 """
 
@@ -88,7 +88,7 @@ def _slow(config: Config, options: Options) -> Variants:
 
 def study(options: Options) -> Study:
     """Dense relu^2 beside 26 others; five seeds of the verdict, three or one of the rest."""
-    config = base(options, tokens=33e6)
+    config = base(options, tokens=66e6)
     dense, swiglu = (tuned(config, ffn, options) for ffn in ("relu2", "swiglu"))
     groups = {
         "verdict": _verdict(dense, swiglu, options),

@@ -25,8 +25,8 @@ def test_every_study_can_run_on_the_data_asked_for(name):
     study = definition.get(name, Options(data=data, speedups=SPEEDUPS))
     study.validate()
     assert definition.summary(name).endswith((".", "?"))
-    # About a minute of an H100, and no more than one pass over the text the budget was made for.
-    assert all(run.tokens <= 60e6 for run in study.runs)
+    # A minute or two of an H100, and at most one pass over the text that the budget was made for.
+    assert all(run.tokens <= 84e6 for run in study.runs)
     for run in study.runs:
         assert run.config.data == dataclasses.replace(data, seed=run.config.data.seed)
         assert (run.config.checkpoint.every, run.config.checkpoint.final) == (0, False)

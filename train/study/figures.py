@@ -203,11 +203,11 @@ def sweep(png: Path, rows: Sequence[Row], axis: Axis, baseline: str | None) -> b
 
 def pareto(png: Path, rows: Sequence[Row], baseline: str | None) -> bool:
     """Final loss against the speed-up of the whole run: by how much it differs from the baseline's
-    of the same seeds, with the standard error of that. Runs that no other beats in both are joined.
+    of the same seeds, with the standard error. Runs that no other beats in both are joined.
 
-    Runs of the baseline's time (`equal_time.SUFFIX`) stand as open diamonds above or below the recipe
-    that they stretch, and are no part of the front. Of labels that vary a recipe without changing its
-    speed (a comma in the label), those not at the front are grey and have no name.
+    Runs of the baseline's time (`equal_time.SUFFIX`) stand as open diamonds above or below the
+    recipe that they stretch, and are no part of the front. Of labels that vary a recipe without
+    changing its speed (a comma in the label), those not at the front are grey and have no name.
 
     Returns:
       Whether there was anything to draw.
@@ -238,7 +238,9 @@ def pareto(png: Path, rows: Sequence[Row], baseline: str | None) -> bool:
         own = stretched.get(row.label, row.label)
         style: dict[str, Any] = {"color": colour.get(own, INK) if named else "#c3cad0"}
         style |= {"capsize": 3 if named else 0, "markersize": 7 if named else 4}
-        style |= {"fmt": "D", "markerfacecolor": "white"} if row.label in stretched else {"fmt": "o"}
+        style |= (
+            {"fmt": "D", "markerfacecolor": "white"} if row.label in stretched else {"fmt": "o"}
+        )
         x = speed.get(own, row.run_speedup)
         middle, error = height[row.label]
         axes.errorbar(x, middle, yerr=error, zorder=2 if named else 1, **style)
@@ -252,7 +254,7 @@ def pareto(png: Path, rows: Sequence[Row], baseline: str | None) -> bool:
                 color=INK,
             )
         if row.label in stretched and own in height:
-            line = {"color": colour.get(own, INK), "linestyle": ":", "linewidth": 1}
+            line: dict[str, Any] = {"color": colour.get(own, INK), "linestyle": ":", "linewidth": 1}
             axes.plot([x, x], [height[own][0], middle], zorder=0, **line)
     points = [(row.run_speedup, height[row.label][0]) for row in front]
     axes.plot(*zip(*points, strict=True), color=MUTED, linewidth=1, zorder=0)

@@ -12,7 +12,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from train.study import figures
+from train.study import figures, seeds
 from train.study.definition import Axis, Study
 from train.study.equal_time import Speedups, whole_run_speedup
 from train.study.export import HEADER
@@ -363,6 +363,8 @@ def markdown(
         cells = [text(row).replace("|", "\\|") for _, text, _ in columns]
         lines.append("| " + " | ".join(cells) + " |")
     lines += ["", *_explanation(header, records), ""]
+    if found := seeds.timings(records):
+        lines += ["## Seeds", "", *(f"* {seeds.describe(timing)}" for timing in found), ""]
     if notes:
         lines += ["## Notes", "", *(f"* {note}" for note in notes), ""]
     for name, description in pictures.items():
