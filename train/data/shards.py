@@ -236,7 +236,7 @@ def _file_key(path: str) -> str:
 def _samples(span: Span) -> Iterator[tuple[int, np.ndarray]]:
     """(position, tokens) of pieces of a span: all of it if short, else evenly spaced ones."""
     if span.length <= _WHOLE_TOKENS:
-        starts, size = range(0, span.length, _CHUNK), _CHUNK
+        starts, size = list(range(0, span.length, _CHUNK)), _CHUNK
     else:
         starts = np.linspace(0, span.length - _SAMPLE_TOKENS, _SAMPLES, dtype=np.int64).tolist()
         size = _SAMPLE_TOKENS
