@@ -27,10 +27,11 @@ from benchmarks import fp8_contenders, report
 from benchmarks.capture import CaptureConfig, FfnTensors, capture
 from benchmarks.command_line import contenders, make_parser
 from benchmarks.contenders import compile_dense, compile_sparse, measure_product
+from benchmarks.copies import measure_copy
 from benchmarks.cusparselt import CuSparseLt, unavailable
 from benchmarks.environment import environment
 from benchmarks.failures import Failures
-from benchmarks.packing import compile_packing, measure_copy, measure_packing, packings
+from benchmarks.packing import compile_packing, measure_packing, packings
 from benchmarks.products import Shape, build, cube_shape, gaussian, shapes
 from benchmarks.timing import Sampling
 from kernels import registry
@@ -216,17 +217,19 @@ def run(settings: Settings, save: Callable[[dict[str, Any]], None]) -> dict[str,
         del sets
         save(result)
 
-    copy_bandwidth = measure_copy(settings.sampling)
-    result["copy_bytes_per_second"] = copy_bandwidth
+    copy = measure_copy(settings.sampling, failures)
+    result |= {"copy": copy.rows, "copy_bytes_per_second": copy.bytes_per_second}
+    clock.lap("time copy")
     for packing in all_packings:
         measure = functools.partial(
-            measure_packing, packing, *compiled.of(packing), copy_bandwidth, settings.sampling,
-            failures,
+            measure_packing, packing, *compiled.of(packing), copy.bytes_per_second,
+            settings.sampling, failures,
         )  # fmt: skip
         found, _ = failures.attempt(packing.name, measure)
         packing_rows += found or []
         clock.lap("time packing", packing.name)
     result["summary"] = report.summary(rows, packing_rows)
+    result["unsteady"] = report.unsteady([*rows, *copy.rows, *packing_rows])
     result["complete"] = True
     save(result)
     return result

@@ -14,6 +14,9 @@ from rich.table import Table
 
 Row = dict[str, Any]
 
+UNSTEADY = 1.5
+"""Slowest over fastest sample from which a contender is called unsteady."""
+
 _COLOURS = {
     "xla dense": "#9aa0a6",
     "cusparselt": "#e8a33d",
@@ -73,12 +76,29 @@ def summary(rows: list[Row], packing: list[Row]) -> Row:
                     "least": min(ratios),
                     "products": len(ratios),
                 }
-        shares = [r["share_of_copy"] for r in packing if r["contender"] == backend and "ms" in r]
+        mine = [r.get("share_of_copy") for r in packing if r["contender"] == backend]
+        shares = [share for share in mine if share is not None]
         if shares:
             found[f"{backend} packing, share of copy bandwidth"] = {
                 "median": statistics.median(shares),
                 "least": min(shares),
             }
+    return found
+
+
+def unsteady(rows: list[Row]) -> list[str]:
+    """Contenders whose slowest sample took half as long again as their fastest, or longer.
+
+    Something else ran, or the host did not keep up with the device: a ratio with such a median in
+    it is not a figure of the kernel.
+    """
+    found = []
+    for row in rows:
+        low, high = min(row.get("rounds_ms", [1])), max(row.get("rounds_ms", [1]))
+        if high >= UNSTEADY * low:
+            parts = [row.get(key) for key in ("name", "model", "kind", "data", "contender")]
+            what = " ".join(part for part in parts if part)
+            found.append(f"{what}: samples from {low:.3f} to {high:.3f} ms")
     return found
 
 
@@ -94,6 +114,23 @@ def _title(result: Row) -> str:
     return f"2:4 products on {device}{note}"
 
 
+def _bound_ms(group: dict[str, Row], *, in_8_bits: bool) -> float | None:
+    """Least time of the 2:4 product in one precision: the largest bound, without the dense one."""
+    for name, row in group.items():
+        if name.endswith("fp8") == in_8_bits:
+            known = [v for k, v in row["bounds_ms"].items() if k != "dense" and v is not None]
+            return max(known) if known else None
+    return None
+
+
+def _packing_cell(row: Row) -> str:
+    if "ms" not in row:
+        return "-"
+    share = row["share_of_copy"]
+    rate = f"{row['bytes_per_second'] / 1e12:.2f} TB/s" if share is None else f"{share:.0%} copy"
+    return f"{1e3 * row['ms']:.0f} µs {rate}"
+
+
 def table(result: Row, console: Console | None = None) -> None:
     """Prints products (ms, speed-up over dense) and packing (µs, share of the copy bandwidth)."""
     names = _contenders(result)
@@ -102,7 +139,7 @@ def table(result: Row, console: Console | None = None) -> None:
         view.add_column(heading)
     for name in names:
         view.add_column(name, justify="right")
-    view.add_column("bound", justify="right")
+    view.add_column("16-bit bound", justify="right")
     for (product, data), group in best(result["products"]).items():
         some = next(iter(group.values()))
         cells = [product, data, f"{some['m']}, {some['n']}, {some['k']}"]
@@ -111,8 +148,8 @@ def table(result: Row, console: Console | None = None) -> None:
             cells.append(
                 "-" if row is None else f"{row['ms']:.3f} ms {row['speedup_over_dense']:.2f}x"
             )
-        known = [v for k, v in some["bounds_ms"].items() if k != "dense" and v is not None]
-        cells.append(f"{max(known):.3f} ms" if known else "-")
+        bound = _bound_ms(group, in_8_bits=False)
+        cells.append("-" if bound is None else f"{bound:.3f} ms")
         view.add_row(*cells)
     view.add_section()
     packings = list(dict.fromkeys(row["name"] for row in result["packing"]))
@@ -126,12 +163,10 @@ def table(result: Row, console: Console | None = None) -> None:
         ]
         for name in names:
             row = rows.get(name, {})
-            timed = "ms" in row
-            cells.append(
-                f"{1e3 * row['ms']:.0f} µs {row['share_of_copy']:.0%} copy" if timed else "-"
-            )
+            cells.append(_packing_cell(row))
         view.add_row(*cells, "-")
-    lines = [f"copy {result['copy_bytes_per_second'] / 1e12:.2f} TB/s"]
+    copied = result["copy_bytes_per_second"]
+    lines = ["copy: no baseline" if copied is None else f"copy {copied / 1e12:.2f} TB/s"]
     for name, figures in result["summary"].items():
         values = ", ".join(f"{k.replace('_', ' ')} {v:.3g}" for k, v in figures.items())
         lines.append(f"{name}: {values}")
@@ -140,12 +175,15 @@ def table(result: Row, console: Console | None = None) -> None:
             f"{model} captured after {facts['steps']} steps, loss {facts['first_loss']:.2f} to "
             f"{facts['last_loss']:.2f}, {facts['active_share']:.0%} of neurons active"
         )
+    lines += [f"unsteady: {line}" for line in result["unsteady"]]
     view.caption = "\n".join(lines)
     (console or Console(width=200)).print(view)
 
 
 def plot(result: Row, file: pathlib.Path) -> None:
     """Effective TFLOP/s of every product and contender, one panel for each kind of data.
+
+    A line over a product's bars is the bound of its 2:4 form in the precision of those bars.
 
     Nothing is drawn where nothing was timed.
     """
@@ -155,7 +193,9 @@ def plot(result: Row, file: pathlib.Path) -> None:
     datasets = sorted({data for _, data in groups}, reverse=True)
     names = [n for n in _contenders(result) if any(n in g for g in groups.values())]
     # Not pyplot: a report must not switch the backend of a notebook that imports it.
-    figure = Figure(figsize=(10, 3.4 * len(datasets)))
+    # Wide enough that the figures over neighbouring bars do not touch.
+    bars_in_all = len(names) * len({product for product, _ in groups})
+    figure = Figure(figsize=(max(8, 0.4 * bars_in_all), 4 * len(datasets)))
     FigureCanvasAgg(figure)
     axes = figure.subplots(len(datasets), 1, sharey=True, squeeze=False)
     for axis, data in zip(axes[:, 0], datasets, strict=True):
@@ -175,17 +215,19 @@ def plot(result: Row, file: pathlib.Path) -> None:
                         (bar.get_x() + bar.get_width() / 2, bar.get_height()),
                         ha="center",
                         va="bottom",
-                        fontsize=7,
+                        fontsize=6.5,
                     )
         for j, product in enumerate(products):
-            bounds = next(iter(groups[product, data].values()))["bounds_ms"]
-            known = [v for k, v in bounds.items() if k != "dense" and v is not None]
-            if known:
+            for in_8_bits in (False, True):
+                bound = _bound_ms(groups[product, data], in_8_bits=in_8_bits)
+                bars = [i for i, name in enumerate(names) if name.endswith("fp8") == in_8_bits]
+                if bound is None or not bars:
+                    continue
                 some = next(iter(groups[product, data].values()))
-                flops = 2.0 * some["m"] * some["n"] * some["k"]
-                rate = flops / max(known) / 1e9
-                label = "bound" if j == 0 else None
-                axis.hlines(rate, j - 0.45, j + 0.45, colors="black", lw=1, label=label)
+                rate = 2.0 * some["m"] * some["n"] * some["k"] / bound / 1e9
+                left, right = (j + (i - len(names) / 2) * width for i in (min(bars), max(bars) + 1))
+                label = "bound of 2:4" if j == 0 and not in_8_bits else None
+                axis.hlines(rate, left, right, colors="black", lw=1, label=label)
         axis.set_xticks(range(len(products)), [p.replace(" ", "\n") for p in products])
         axis.set_title(f"{data} data", loc="left", fontsize=10)
         axis.set_ylabel("effective TFLOP/s")
