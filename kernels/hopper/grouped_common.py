@@ -515,6 +515,36 @@ class Loop:
 
         lax.fori_loop(0, tiles, tile, (jnp.int32(0), jnp.int32(0)))
 
+    def run(
+        self,
+        wg: Any,
+        tiles: Callable[[], Any],
+        origin: Callable,
+        place: Callable,
+        write: Callable,
+        *,
+        prefetch: Callable | None = None,
+        fill: Callable[[], None] | None = None,
+    ) -> None:
+        """Divides the block: its last warpgroup loads operands, the others multiply and write.
+
+        Args as for `produce` and `consume`, but for tiles, which both kinds compute for themselves.
+        wg: number of the warpgroup. fill: what those that multiply do after their last tile.
+        """
+
+        @pl.when(wg == self.tile.warpgroups)
+        def _producer():
+            plgpu.set_max_registers(40, action="decrease")
+            self.produce(tiles(), origin)
+
+        @pl.when(wg < self.tile.warpgroups)
+        def _consumer():
+            plgpu.set_max_registers(REGISTERS, action="increase")
+            self.consume(tiles(), place, write, prefetch)
+            if fill is not None:
+                fill()
+            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+
 
 def fill_rows(ref, first_row, rows: int, row_bytes: int, word: int, threads: int, thread0) -> None:
     """Sets rows first_row .. rows of a matrix in global memory to a 32-bit word.

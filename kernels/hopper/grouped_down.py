@@ -225,19 +225,12 @@ def launch(
                     scatter = _scatter(dtype, tokens, width, scaled)
                     scatter(acc, out_s.at[wg], permutation_g, out_g, *place)
 
-            @pl.when(wg == t.warpgroups)
-            def _producer():
-                plgpu.set_max_registers(40, action="decrease")
-                loop.produce(tiles, origin)
-
-            @pl.when(wg < t.warpgroups)
-            def _consumer():
-                plgpu.set_max_registers(common.REGISTERS, action="increase")
-                loop.consume(tiles, place, write)
+            def fill():
                 if tokens is None:
                     outs = [(out_g, 0, 1)]
                     common.fill_unused(outs, used * common.TOKENS, blocks, t.warpgroups)
-                plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+
+            loop.run(wg, lambda: tiles, origin, place, write, fill=fill)
 
     out_rows = rows if tokens is None else tokens
     out_type = jax.ShapeDtypeStruct((out_rows, width), out_dtype)

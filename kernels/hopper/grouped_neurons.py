@@ -24,8 +24,8 @@ from jax.experimental.mosaic.gpu import utils
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, llvm, vector
 
+from kernels.hopper import device, ptx
 from kernels.hopper import grouped_common as common
-from kernels.hopper import ptx
 
 PART = common.PART  # neurons of a warpgroup's part
 CHUNK = 32  # tokens staged at a time
@@ -185,8 +185,8 @@ class Plan:
     expert_g: Any
     per_expert: int
 
-    @property
     def own_tiles(self):
+        """Number of the block's tiles."""
         return common.own_tiles(self.used * (self.live // self.tile.block_m), self.blocks)
 
     def part(self, i):
@@ -201,6 +201,25 @@ class Plan:
         token0, neuron0 = self.part(i)
         expert = self.expert_g[lax.div(token0, jnp.int32(common.TOKENS * self.per_expert))]
         return expert * self.live + neuron0, token0, jnp.int32(0)
+
+
+def plan_of(
+    t: common.SparseTile,
+    live: int,
+    blocks: int,
+    config: common.GroupedConfig,
+    v: int,
+    offsets_g: Any,
+    expert_g: Any,
+) -> Plan:
+    """The plan of a kernel's block; v: tokens of a block that belong to one expert."""
+    used = common.used_tiles(offsets_g)
+    return Plan(t, live, blocks, config.width, used, expert_g, v // common.TOKENS)
+
+
+def blocks_of(t: common.SparseTile, rows: int, live: int) -> int:
+    """Blocks of the grid: persistent ones, no more than there are tiles."""
+    return min(device.num_cores(), rows // common.TOKENS * (live // t.block_m))
 
 
 def neuron_tile(

@@ -20,9 +20,9 @@ from jaxlib.mlir.dialects import arith, llvm
 
 from kernels import reference_grouped
 from kernels.groups24 import CHOOSE
-from kernels.hopper import device, ptx
 from kernels.hopper import grouped_common as common
 from kernels.hopper import grouped_neurons as neurons
+from kernels.hopper import ptx
 
 _SLOTS = 2  # staging buffers, of 32 tokens, of a warpgroup
 EMPTY = 0x44444444  # metadata of zeros: elements 0 and 1 of every group
@@ -126,7 +126,7 @@ def up24(
     _, v, live = reference_grouped.up_dims(values, metadata, x_p, offsets, block_expert)
     rows, width = x_p.shape
     t = _tile(live, values.dtype, config)
-    blocks = min(device.num_cores(), rows // common.TOKENS * (live // t.block_m))
+    blocks = neurons.blocks_of(t, rows, live)
 
     def body(values_g, metadata_g, x_g, offsets_g, expert_g, y_g, y_values_g, y_meta_g):
         @functools.partial(
@@ -138,15 +138,7 @@ def up24(
         )
         def _scope(out_s, y_meta_s, **ring):
             wg = lax.axis_index("wg")
-            plan = neurons.Plan(
-                t,
-                live,
-                blocks,
-                config.width,
-                common.used_tiles(offsets_g),
-                expert_g,
-                v // common.TOKENS,
-            )
+            plan = neurons.plan_of(t, live, blocks, config, v, offsets_g, expert_g)
             loop = common.Loop(t, width // common.TILE_K, (values_g, metadata_g, x_g), ring)
             common.init_barriers(t.stages, t.warpgroups)(ring["bars"])
 
@@ -163,22 +155,11 @@ def up24(
                         _put(sixteen, common.ptx_name(x_p.dtype))(acc, stage, stage_meta)
                     _send(chunk)(stage, stage_meta, y_g, y_values_g, y_meta_g, token0, neuron0)
 
-            @pl.when(wg == t.warpgroups)
-            def _producer():
-                plgpu.set_max_registers(40, action="decrease")
-                loop.produce(plan.own_tiles, plan.origin)
+            def fill():
+                outs = [(y_g, 0, 1), (y_values_g, 0, 1), (y_meta_g, EMPTY, 64)]
+                common.fill_unused(outs, plan.used * common.TOKENS, blocks, t.warpgroups)
 
-            @pl.when(wg < t.warpgroups)
-            def _consumer():
-                plgpu.set_max_registers(common.REGISTERS, action="increase")
-                loop.consume(plan.own_tiles, place, write)
-                common.fill_unused(
-                    [(y_g, 0, 1), (y_values_g, 0, 1), (y_meta_g, EMPTY, 64)],
-                    plan.used * common.TOKENS,
-                    blocks,
-                    t.warpgroups,
-                )
-                plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+            loop.run(wg, plan.own_tiles, plan.origin, place, write, fill=fill)
 
     call = common.kernel(
         body,

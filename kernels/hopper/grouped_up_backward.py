@@ -20,9 +20,9 @@ from jaxlib.mlir.dialects import arith, llvm
 
 from kernels import reference_grouped
 from kernels.groups24 import SCALE, WIDENINGS
-from kernels.hopper import device, ptx
 from kernels.hopper import grouped_common as common
 from kernels.hopper import grouped_neurons as neurons
+from kernels.hopper import ptx
 
 _SLOTS = 2  # staging buffers for packed results, of 32 tokens, of a warpgroup
 _PANEL = common.TOKENS * neurons.ROW  # of a part's dense staging: 64 neurons
@@ -161,7 +161,7 @@ def up24_backward(
     _, v, live = reference_grouped.backward_dims(*arguments)
     rows, width = dy_p.shape
     t = _tile(live, values.dtype, config)
-    blocks = min(device.num_cores(), rows // common.TOKENS * (live // t.block_m))
+    blocks = neurons.blocks_of(t, rows, live)
 
     def body(values_g, metadata_g, dy_g, y2_g, y2_meta_g, offsets_g, expert_g, out_g, out_values_g):
         @functools.partial(
@@ -174,15 +174,7 @@ def up24_backward(
         )
         def _scope(dense_s, packed_s, y2_meta_s, **ring):
             wg = lax.axis_index("wg")
-            plan = neurons.Plan(
-                t,
-                live,
-                blocks,
-                config.width,
-                common.used_tiles(offsets_g),
-                expert_g,
-                v // common.TOKENS,
-            )
+            plan = neurons.plan_of(t, live, blocks, config, v, offsets_g, expert_g)
             loop = common.Loop(t, width // common.TILE_K, (values_g, metadata_g, dy_g), ring)
             bars = ring["bars"]
             common.init_barriers(t.stages, t.warpgroups, t.spare)(bars)
@@ -205,18 +197,12 @@ def up24_backward(
                         put(acc, *staged(), y2_meta_s.at[wg])
                     _send(chunk)(*staged(), out_g, out_values_g, *place)
 
-            @pl.when(wg == t.warpgroups)
-            def _producer():
-                plgpu.set_max_registers(40, action="decrease")
-                loop.produce(plan.own_tiles, plan.origin)
-
-            @pl.when(wg < t.warpgroups)
-            def _consumer():
-                plgpu.set_max_registers(common.REGISTERS, action="increase")
-                loop.consume(plan.own_tiles, place, write, prefetch)
+            def fill():
                 outs = [(out_g, 0, 1), (out_values_g, 0, 1)]
                 common.fill_unused(outs, plan.used * common.TOKENS, blocks, t.warpgroups)
-                plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+
+            own = plan.own_tiles
+            loop.run(wg, own, plan.origin, place, write, prefetch=prefetch, fill=fill)
 
     call = common.kernel(
         body,

@@ -20,10 +20,10 @@ from jaxlib.mlir.dialects import llvm
 
 from kernels import reference_grouped_fp8 as reference
 from kernels.groups24 import SCALE_SCALED, WIDENINGS
-from kernels.hopper import device, ptx
 from kernels.hopper import grouped_common as common
 from kernels.hopper import grouped_neurons as neurons
 from kernels.hopper import grouped_neurons_fp8 as neurons_fp8
+from kernels.hopper import ptx
 from kernels.hopper.grouped_up_backward import await_part, prefetch_part
 
 _SLOTS = 2  # staging buffers for packed results, of 32 tokens, of a warpgroup
@@ -124,7 +124,7 @@ def up24_backward_fp8(
     _, v, live = reference.backward_dims(*arguments)
     rows, width = dy_p.shape
     t = _tile(live, values.dtype, dy_p.dtype, config)
-    blocks = min(device.num_cores(), rows // common.TOKENS * (live // t.block_m))
+    blocks = neurons.blocks_of(t, rows, live)
 
     def body(
         values_g, metadata_g, dy_g, factors_g, y2_g, y2_meta_g, offsets_g, expert_g, out_g,
@@ -141,15 +141,7 @@ def up24_backward_fp8(
         )
         def _scope(dense_s, packed_s, y2_meta_s, factors_s, **ring):
             wg = lax.axis_index("wg")
-            plan = neurons.Plan(
-                t,
-                live,
-                blocks,
-                config.width,
-                common.used_tiles(offsets_g),
-                expert_g,
-                v // common.TOKENS,
-            )
+            plan = neurons.plan_of(t, live, blocks, config, v, offsets_g, expert_g)
             loop = common.Loop(t, width // t.tile_k, (values_g, metadata_g, dy_g), ring)
             bars = ring["bars"]
             common.init_barriers(t.stages, t.warpgroups, t.spare)(bars)
@@ -176,18 +168,12 @@ def up24_backward_fp8(
                         _put(sixteen)(acc, *staged(), y2_meta_s.at[wg], factors_s.at[wg])
                     _send(chunk)(*staged(), out_g, out_values_g, token0, neuron0)
 
-            @pl.when(wg == t.warpgroups)
-            def _producer():
-                plgpu.set_max_registers(40, action="decrease")
-                loop.produce(plan.own_tiles, plan.origin)
-
-            @pl.when(wg < t.warpgroups)
-            def _consumer():
-                plgpu.set_max_registers(common.REGISTERS, action="increase")
-                loop.consume(plan.own_tiles, place, write, prefetch)
+            def fill():
                 outs = [(out_g, 0, 1), (out_values_g, 0, 1)]
                 common.fill_unused(outs, plan.used * common.TOKENS, blocks, t.warpgroups)
-                plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+
+            own = plan.own_tiles
+            loop.run(wg, own, plan.origin, place, write, prefetch=prefetch, fill=fill)
 
     call = common.kernel(
         body,

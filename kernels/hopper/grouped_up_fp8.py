@@ -20,10 +20,10 @@ from jaxlib.mlir.dialects import llvm
 
 from kernels import reference_grouped_fp8 as reference
 from kernels.groups24 import CHOOSE_SCALED
-from kernels.hopper import device, ptx
 from kernels.hopper import grouped_common as common
 from kernels.hopper import grouped_neurons as neurons
 from kernels.hopper import grouped_neurons_fp8 as neurons_fp8
+from kernels.hopper import ptx
 from kernels.hopper.grouped_up import EMPTY, choice_nibble, store_metadata
 
 _SLOTS = 2  # staging buffers, of 32 tokens, of a warpgroup
@@ -113,7 +113,7 @@ def up24_fp8(
     _, v, live = reference.up_dims(*arguments)
     rows, width = x_p.shape
     t = _tile(live, values.dtype, x_p.dtype, config)
-    blocks = min(device.num_cores(), rows // common.TOKENS * (live // t.block_m))
+    blocks = neurons.blocks_of(t, rows, live)
 
     def body(
         values_g, metadata_g, x_g, factors_g, offsets_g, expert_g, y_g, y_values_g, y_meta_g
@@ -129,15 +129,7 @@ def up24_fp8(
         )
         def _scope(dense_s, packed_s, y_meta_s, factors_s, **ring):
             wg = lax.axis_index("wg")
-            plan = neurons.Plan(
-                t,
-                live,
-                blocks,
-                config.width,
-                common.used_tiles(offsets_g),
-                expert_g,
-                v // common.TOKENS,
-            )
+            plan = neurons.plan_of(t, live, blocks, config, v, offsets_g, expert_g)
             loop = common.Loop(t, width // t.tile_k, (values_g, metadata_g, x_g), ring)
             common.init_barriers(t.stages, t.warpgroups)(ring["bars"])
 
@@ -156,22 +148,11 @@ def up24_fp8(
                         _put(sixteen)(acc, *stages, factors_s.at[wg])
                     _send(chunk)(*stages, y_g, y_values_g, y_meta_g, token0, neuron0)
 
-            @pl.when(wg == t.warpgroups)
-            def _producer():
-                plgpu.set_max_registers(40, action="decrease")
-                loop.produce(plan.own_tiles, plan.origin)
+            def fill():
+                outs = [(y_g, 0, 1), (y_values_g, 0, 1), (y_meta_g, EMPTY, 64)]
+                common.fill_unused(outs, plan.used * common.TOKENS, blocks, t.warpgroups)
 
-            @pl.when(wg < t.warpgroups)
-            def _consumer():
-                plgpu.set_max_registers(common.REGISTERS, action="increase")
-                loop.consume(plan.own_tiles, place, write)
-                common.fill_unused(
-                    [(y_g, 0, 1), (y_values_g, 0, 1), (y_meta_g, EMPTY, 64)],
-                    plan.used * common.TOKENS,
-                    blocks,
-                    t.warpgroups,
-                )
-                plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+            loop.run(wg, plan.own_tiles, plan.origin, place, write, fill=fill)
 
     call = common.kernel(
         body,
