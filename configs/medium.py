@@ -1,4 +1,4 @@
-"""85 M body parameters: what a study on `small` found, checked at more than three times the size."""
+"""85 M body parameters: what a study on `small` found, at more than three times the size."""
 
 from sparsejax.spec import Sparsity
 from train.config import Config, LogConfig, ModelConfig, OptimizerConfig, ScheduleConfig
