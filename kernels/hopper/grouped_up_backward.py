@@ -7,6 +7,7 @@ replaces Y2 there by dY1, thread by thread, from where it leaves.
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -122,7 +123,7 @@ def _put(sixteen: int, dtype: str):
     return put
 
 
-def _send(chunk: int):
+def send_part(chunk: int, store_chunk: Callable = neurons.store_chunk):
     """Stores a staged chunk to global memory."""
 
     @plgpu.inline_mgpu(arg_types=(*(common.REF,) * 4, *(common.SCALAR,) * 2))
@@ -134,7 +135,7 @@ def _send(chunk: int):
         panels = [utils.memref_slice(dense_s, (i, rows)) for i in range(2)]
         packed = utils.memref_slice(packed_s, chunk % _SLOTS)
         token = common.add(token0, chunk * neurons.CHUNK)
-        neurons.store_chunk(ctx, panels, packed, dy_g, values_g, token, neuron0)
+        store_chunk(ctx, panels, packed, dy_g, values_g, token, neuron0)
 
     return send
 
@@ -195,7 +196,7 @@ def up24_backward(
                     for sixteen in (2 * chunk, 2 * chunk + 1):
                         put = _put(sixteen, common.ptx_name(dy_p.dtype))
                         put(acc, *staged(), y2_meta_s.at[wg])
-                    _send(chunk)(*staged(), out_g, out_values_g, *place)
+                    send_part(chunk)(*staged(), out_g, out_values_g, *place)
 
             def fill():
                 outs = [(out_g, 0, 1), (out_values_g, 0, 1)]

@@ -14,7 +14,6 @@ import jax.experimental.pallas as pl
 import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import lax
-from jax.experimental.mosaic.gpu import utils
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import llvm
 
@@ -24,7 +23,7 @@ from kernels.hopper import grouped_common as common
 from kernels.hopper import grouped_neurons as neurons
 from kernels.hopper import grouped_neurons_fp8 as neurons_fp8
 from kernels.hopper import ptx
-from kernels.hopper.grouped_up_backward import await_part, prefetch_part
+from kernels.hopper.grouped_up_backward import await_part, prefetch_part, send_part
 
 _SLOTS = 2  # staging buffers for packed results, of 32 tokens, of a warpgroup
 _PANEL = common.TOKENS * neurons.ROW  # of a part's dense staging: 64 neurons
@@ -82,23 +81,6 @@ def _put(sixteen: int):
                 )
 
     return put
-
-
-def _send(chunk: int):
-    """Stores a staged chunk to global memory."""
-
-    @plgpu.inline_mgpu(arg_types=(*(common.REF,) * 4, *(common.SCALAR,) * 2))
-    def send(ctx, dense_s, packed_s, dy_g, values_g, token0, neuron0):
-        token0, neuron0 = map(common.scalar, (token0, neuron0))
-        ptx.fence_async_shared()
-        utils.warpgroup_barrier()
-        rows = utils.ds(chunk * neurons.CHUNK, neurons.CHUNK)
-        panels = [utils.memref_slice(dense_s, (i, rows)) for i in range(2)]
-        packed = utils.memref_slice(packed_s, chunk % _SLOTS)
-        token = common.add(token0, chunk * neurons.CHUNK)
-        neurons_fp8.store_chunk(ctx, panels, packed, dy_g, values_g, token, neuron0)
-
-    return send
 
 
 def up24_backward_fp8(
@@ -166,7 +148,9 @@ def up24_backward_fp8(
                         neurons.await_slot(_SLOTS - 1)()
                     for sixteen in (2 * chunk, 2 * chunk + 1):
                         _put(sixteen)(acc, *staged(), y2_meta_s.at[wg], factors_s.at[wg])
-                    _send(chunk)(*staged(), out_g, out_values_g, token0, neuron0)
+                    send_part(chunk, neurons_fp8.store_chunk)(
+                        *staged(), out_g, out_values_g, token0, neuron0
+                    )
 
             def fill():
                 outs = [(out_g, 0, 1), (out_values_g, 0, 1)]
