@@ -219,7 +219,8 @@ class LogConfig:
     tensorboard: bool = False
     """Write TensorBoard event files as well (needs the tensorboard extra)."""
     wandb: bool = False
-    """Log to Weights & Biases as well (needs the wandb extra; WANDB_MODE=offline works)."""
+    """Log to Weights & Biases as well (the wandb extra; without it a warning, and the run goes on
+    without; WANDB_MODE=offline works)."""
     wandb_project: str = "sparsejax"
     """Project at Weights & Biases."""
     wandb_entity: str | None = None

@@ -1,14 +1,16 @@
 """Where numbers go besides the console and the JSONL file: TensorBoard and Weights & Biases.
 
-A sink gets the finite numbers of a record. Its package is optional: `require_packages` says what is
-missing before a run starts. A sink that is not wanted is no sink, so the logger has no special
-cases.
+A sink gets the finite numbers of a record. Its package is optional. Without TensorBoard's,
+`require_packages` refuses before a run starts; without Weights & Biases', the run goes on with a
+warning: `metrics.jsonl` has every number anyway. A sink that is not there is no sink, so the logger
+has no special cases.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import importlib.util
+import logging
 import os
 import secrets
 from collections.abc import Mapping
@@ -20,10 +22,7 @@ from train.config import Config, LogConfig
 WANDB_ID = "wandb_id"
 """File of a run's folder with its name at Weights & Biases: a resumed run goes on there."""
 
-_PACKAGES = {
-    "tensorboard": ("tensorboardX", "tensorboardX>=2.6"),
-    "wandb": ("wandb", "wandb>=0.19"),
-}
+log = logging.getLogger(__name__)
 
 
 class Sink(Protocol):
@@ -36,22 +35,28 @@ class Sink(Protocol):
         """Flushes. `failed` says that the run ended in an error."""
 
 
-def require_packages(log: LogConfig) -> None:
-    """Refuses loggers whose package is not installed.
+def require_packages(chosen: LogConfig) -> None:
+    """Refuses TensorBoard where its package is not installed.
 
     Raises:
       ValueError: one line with the command that installs it.
     """
-    for field, (module, requirement) in _PACKAGES.items():
-        if getattr(log, field) and importlib.util.find_spec(module) is None:
-            raise ValueError(
-                f"log.{field}=True needs {module}, which is not installed; run: "
-                f'pip install "{requirement}"'
-            )
+    if chosen.tensorboard and not _installed("tensorboardX"):
+        raise ValueError(
+            "log.tensorboard=True needs tensorboardX, which is not installed; run: "
+            'pip install "tensorboardX>=2.6"'
+        )
+
+
+def _installed(module: str) -> bool:
+    return importlib.util.find_spec(module) is not None
 
 
 def open_sinks(config: Config, folder: Path, start_step: int) -> list[Sink]:
     """The sinks that a run asks for; none by default.
+
+    Weights & Biases without its package is none either, and a warning: a configuration that many
+    machines share need not know which of them have it.
 
     Args:
       config: the resolved run.
@@ -59,14 +64,19 @@ def open_sinks(config: Config, folder: Path, start_step: int) -> list[Sink]:
       start_step: optimiser steps already done.
 
     Raises:
-      ValueError: as `require_packages`, or Weights & Biases refuses to start.
+      ValueError: as `require_packages`, or Weights & Biases is there and refuses to start.
     """
     require_packages(config.log)
     sinks: list[Sink] = []
     if config.log.tensorboard:
         sinks.append(TensorBoard(folder, start_step))
-    if config.log.wandb:
+    if config.log.wandb and _installed("wandb"):
         sinks.append(WeightsAndBiases(config, folder))
+    elif config.log.wandb:
+        log.warning(
+            "log.wandb=True needs wandb, which is not installed: going on without it, all numbers "
+            'are in metrics.jsonl (pip install "wandb>=0.19")'
+        )
     return sinks
 
 

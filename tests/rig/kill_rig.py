@@ -1,6 +1,11 @@
 """Kills a very small run at random moments and checks that it goes on to the last bit.
 
     python -m tests.rig.kill_rig --kills 200 --seed 0 --out result.json
+    python -m tests.rig.kill_rig --kills 30 --seed 1 --platform gpu
+
+Runs are on the CPU unless `--platform gpu` is given, whatever the machine has. On a GPU they are
+larger, so that the sparse kernels serve them, and `--deterministic`, since without it no two runs
+there are equal.
 
 An undisturbed run is the oracle. Then one run after another is killed a few times, resumed each
 time, and at last left to finish. After every kill:
@@ -45,14 +50,28 @@ OPERATIONS = 260
 
 # Dense steps 1 to 6, sparse 7 to 14 (clustered before 7, again before 11), dense to the end; a
 # checkpoint every other step, two of which are kept.
-ARGUMENTS = [
-    *("--config", "tiny", "--steps", str(STEPS), "--batch-size", "2", "--sequence-length", "16"),
-    *("--model.width", "16", "--model.num-layers", "2", "--model.num-heads", "1"),
-    *("--model.hidden", "16", "--schedule.warmup-steps", "6", "--schedule.sparse-fraction", "0.4"),
-    *("--sparsity.refresh-every", "4", "--sparsity.v", "16", "--optimizer.warmup-steps", "3"),
+_ARGUMENTS = [
+    *("--config", "tiny", "--steps", str(STEPS), "--batch-size", "2"),
+    *("--model.num-layers", "2", "--model.num-heads", "1"),
+    *("--schedule.warmup-steps", "6", "--schedule.sparse-fraction", "0.4"),
+    *("--sparsity.refresh-every", "4", "--optimizer.warmup-steps", "3"),
     *("--log.every", "1", "--log.eval-every", "5", "--log.eval-windows", "2"),
     *("--checkpoint.every", "2", "--checkpoint.keep", "2"),
 ]
+# As small as can be on a CPU; on a GPU the smallest that its kernels serve.
+ARGUMENTS = {
+    "cpu": [
+        *_ARGUMENTS,
+        *("--sequence-length", "16", "--sparsity.v", "16"),
+        *("--model.width", "16", "--model.hidden", "16"),
+    ],
+    "gpu": [
+        *_ARGUMENTS,
+        *("--sequence-length", "256", "--sparsity.v", "128"),
+        *("--model.width", "64", "--model.hidden", "512", "--deterministic"),
+    ],
+}
+PLATFORMS = tuple(ARGUMENTS)
 _TIMES = ("elapsed", "tokens_per_second", "step_seconds", "mfu", "eta_seconds")
 
 
@@ -85,12 +104,18 @@ class Ended:
 
 
 class Workplace:
-    """A folder with the runs, compiled programs and decompressed data."""
+    """A folder with the runs, compiled programs and decompressed data.
 
-    def __init__(self, folder: pathlib.Path):
+    Args:
+      folder: which.
+      platform: one of PLATFORMS, on which the runs are.
+    """
+
+    def __init__(self, folder: pathlib.Path, platform: str = "cpu"):
         self.folder = folder
+        self.arguments = ARGUMENTS[platform]
         self.environment = os.environ | {
-            "JAX_PLATFORMS": "cpu",
+            "JAX_PLATFORMS": {"cpu": "cpu", "gpu": "cuda"}[platform],
             "JAX_COMPILATION_CACHE_DIR": str(folder / "compiled"),
             "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
             "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
@@ -98,7 +123,7 @@ class Workplace:
         }
 
     def launch(self, output: str, plan: Plan | None = None) -> Ended:
-        """Starts or resumes the run in `output` and waits until it is dead or done."""
+        """Starts or resumes the run named `output` and waits until it is dead or done."""
         program = ["-m", "train.main"]
         report = self.folder / "struck"
         report.unlink(missing_ok=True)
@@ -106,7 +131,8 @@ class Workplace:
             file = self.folder / "plan.json"
             file.write_text(json.dumps(dataclasses.asdict(plan) | {"report": str(report)}))
             program = ["-m", "tests.rig.victim", str(file)]
-        arguments = [*ARGUMENTS, "--output", str(self.folder / output)]
+        # One output folder: `--deterministic` keeps there which algorithms were chosen.
+        arguments = [*self.arguments, "--output", str(self.folder / "runs"), "--name", output]
         arguments += ["--data.cache", str(self.folder / "data")]
         if self.config(output).exists():
             arguments.append("--resume")
@@ -137,13 +163,13 @@ class Workplace:
 
     def config(self, output: str) -> pathlib.Path:
         """The file whose existence makes a run resumable."""
-        return self.folder / output / "tiny" / "config.json"
+        return self.folder / "runs" / output / "config.json"
 
     def log(self, output: str) -> list[dict[str, Any]]:
         """What was logged, without times: the bits of every loss and norm, step by step."""
         from train.metrics import read
 
-        file = self.folder / output / "tiny" / "metrics.jsonl"
+        file = self.folder / "runs" / output / "metrics.jsonl"
         return [
             {name: value for name, value in record.items() if name not in _TIMES}
             for record in (read(file) if file.exists() else [])
@@ -154,7 +180,7 @@ class Workplace:
         """The newest complete checkpoint."""
         from train.checkpoint.entries import entries_of
 
-        entries = entries_of(self.folder / output / "tiny" / "checkpoints")
+        entries = entries_of(self.folder / "runs" / output / "checkpoints")
         return entries[0].path if entries else None
 
     def arrays(self, output: str) -> dict[str, Any]:
@@ -250,9 +276,18 @@ def run(
     kills: int,
     seed: int,
     kills_per_run: int = 10,
+    platform: str = "cpu",
     say: Any = print,
 ) -> dict[str, Any]:
     """Kills runs until `kills` signals have struck; each run is left to finish in the end.
+
+    Args:
+      folder: for everything.
+      kills: signals that must strike.
+      seed: of places, signals and moments.
+      kills_per_run: at most so many before a run is left to finish.
+      platform: one of PLATFORMS.
+      say: told what happened, line by line.
 
     Returns:
       What happened, for the record.
@@ -261,10 +296,13 @@ def run(
       RigError: at the first broken promise; everything is left in `folder`.
     """
     began = time.monotonic()
-    work, rng = Workplace(folder), random.Random(seed)
+    work, rng = Workplace(folder, platform), random.Random(seed)
     ended = work.launch("oracle")
     if ended.code:
         raise RigError(f"the undisturbed run failed\n{ended.out}{ended.err}")
+    if "FallbackWarning" in ended.err:
+        raise RigError(f"the device's kernels do not serve the run\n{ended.err}")
+    device = _device(ended.out)
     oracle, state = work.log("oracle"), work.arrays("oracle")
     if [r["step"] for r in oracle if r["kind"] == "train"] != list(range(1, STEPS + 1)):
         raise RigError(f"the undisturbed run logged {oracle}")
@@ -313,9 +351,18 @@ def run(
         "runs_finished_and_bit_exact": runs,
         "processes": processes,
         "seed": seed,
+        "device": device,
         "minutes": round((time.monotonic() - began) / 60, 1),
         "versions": _versions(),
     }
+
+
+def _device(out: str) -> str:
+    """Where a run was, as it said: "1 x cpu"."""
+    found = re.search(r"tokens a step, on (.+)", out)
+    if not found:
+        raise RigError(f"the undisturbed run does not say where it was\n{out}")
+    return found[1].strip()
 
 
 def _versions() -> dict[str, str]:
@@ -330,11 +377,14 @@ def main() -> None:
     parser.add_argument("--kills", type=int, default=200, help="signals that must strike")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--kills-per-run", type=int, default=10)
+    parser.add_argument("--platform", choices=PLATFORMS, default="cpu", help="where runs are")
     parser.add_argument("--folder", type=pathlib.Path, help="kept; default: a temporary one")
     parser.add_argument("--out", type=pathlib.Path, help="JSON file for the outcome")
     options = parser.parse_args()
     if options.kills < 1 or options.kills_per_run < 1:
         parser.error("--kills and --kills-per-run must be positive")
+    # This process only reads checkpoints: the GPU is the runs'.
+    os.environ["JAX_PLATFORMS"] = "cpu"
     with tempfile.TemporaryDirectory() as temporary:
         folder = options.folder or pathlib.Path(temporary)
         folder.mkdir(parents=True, exist_ok=True)
@@ -343,6 +393,7 @@ def main() -> None:
             kills=options.kills,
             seed=options.seed,
             kills_per_run=options.kills_per_run,
+            platform=options.platform,
             say=lambda line: print(line, flush=True),
         )
     print(json.dumps(result, indent=1))

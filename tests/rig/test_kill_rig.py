@@ -3,9 +3,13 @@
 import dataclasses
 import random
 
+import jax.numpy as jnp
 import pytest
 
+from kernels import registry
+from sparsejax.ops.routed_ffn_grouped import Sizes, choose
 from tests.rig import kill_rig
+from train import main
 
 pytestmark = pytest.mark.slow
 
@@ -17,6 +21,23 @@ def test_four_kills_cost_nothing(tmp_path):
     result = kill_rig.run(tmp_path, kills=4, seed=5, kills_per_run=4, say=lines.append)
     assert result["kills"] == 4
     assert result["runs_finished_and_bit_exact"] >= 1
+    assert result["device"] == "1 x cpu"
+
+
+def test_runs_on_a_gpu_are_deterministic_and_on_its_kernels(tmp_path, monkeypatch):
+    """Whatever the environment says, `platform` is where the runs are."""
+    monkeypatch.setenv("JAX_PLATFORMS", "rocm")
+    environments = {p: kill_rig.Workplace(tmp_path, p).environment for p in kill_rig.PLATFORMS}
+    names = {platform: e["JAX_PLATFORMS"] for platform, e in environments.items()}
+    assert names == {"cpu": "cpu", "gpu": "cuda"}
+    configs = {p: main.parse(arguments) for p, arguments in kill_rig.ARGUMENTS.items()}
+    assert [configs[p].deterministic for p in ("cpu", "gpu")] == [False, True]
+    config = configs["gpu"]
+    sizes = Sizes(
+        config.model.width, config.model.ffn_hidden, jnp.dtype("bfloat16"), config.tokens_per_step
+    )
+    with registry.assume_capability((9, 0)):
+        assert choose(config.sparsity, sizes, gated=False) == "hopper"
 
 
 def test_draws_cover_every_place_and_both_signals():

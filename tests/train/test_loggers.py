@@ -1,4 +1,4 @@
-"""TensorBoard and Weights & Biases get the numbers; a missing package is named before the start."""
+"""TensorBoard and Weights & Biases get the numbers; a missing package is named."""
 
 import dataclasses
 import math
@@ -7,8 +7,10 @@ import types
 
 import pytest
 
+from tests.train.test_loop import SILENT, records, small
 from train import loggers
-from train.config import Config, LogConfig
+from train.config import Config, LogConfig, OptimizerConfig, ScheduleConfig
+from train.loop import train
 from train.metrics import RunLogger
 
 
@@ -132,14 +134,40 @@ def test_tensorboard(tmp_path):
     assert b"train/grad_norm" not in content  # not a number
 
 
-@pytest.mark.parametrize("name", ["tensorboard", "wandb"])
-def test_a_missing_package_is_named_before_anything_starts(tmp_path, monkeypatch, name):
-    from train.loop import train
-
-    module = {"tensorboard": "tensorboardX", "wandb": "wandb"}[name]
-    monkeypatch.setitem(sys.modules, module, None)
-    chosen = dataclasses.replace(config(**{name: True}), output=str(tmp_path))
-    with pytest.raises(ValueError, match=f'log.{name}=True .*: pip install "{module}>') as error:
+def test_tensorboard_without_its_package_is_refused_before_anything_starts(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "tensorboardX", None)
+    chosen = dataclasses.replace(config(tensorboard=True), output=str(tmp_path))
+    with pytest.raises(ValueError, match=r'log.tensorboard=True .*: pip install "tens') as error:
         train(chosen)
     assert "\n" not in str(error.value)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_wandb_without_its_package_is_a_warning_and_the_run_goes_on(tmp_path, monkeypatch, caplog):
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    chosen = small(
+        tmp_path,
+        steps=2,
+        schedule=ScheduleConfig(),
+        optimizer=OptimizerConfig(warmup_steps=1),
+        log=LogConfig(wandb=True, every=1, eval_every=0, eval_windows=4),
+    )
+    result = train(chosen, console=SILENT)
+    assert result.finished
+    assert [r["step"] for r in records(result.folder) if r["kind"] == "train"] == [1, 2]
+    [message] = [r.getMessage() for r in caplog.records if r.name == "train.loggers"]
+    assert message.startswith("log.wandb=True needs wandb, which is not installed")
+    assert "\n" not in message
+
+
+def test_wandb_itself_offline(tmp_path, monkeypatch):
+    """The package, with no network: what was logged is in its file."""
+    pytest.importorskip("wandb", reason="needs the extra wandb")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    with run_logger(tmp_path, loggers.open_sinks(config(wandb=True), tmp_path, 0)) as log:
+        record(log)
+    (file,) = (tmp_path / "wandb").glob("offline-run-*/*.wandb")
+    content = file.read_bytes()
+    for name in (b"train/loss", b"eval/loss_dense"):
+        assert name in content
