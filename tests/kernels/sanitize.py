@@ -39,6 +39,9 @@ def products(backend: str) -> None:
             for config in configs:
                 layouts = {"b_layout": "kn", "out_layout": out_layout}
                 finite(module.spmm24(values, metadata, y, **layouts, config=config))
+    # Packed by nobody: positions that no 2:4 matrix has.
+    words = RNG.integers(-(2**31), 2**31, metadata.shape).astype(np.int32)
+    finite(module.spmm24(values, jax.device_put(words), y, b_layout="kn"))
 
 
 def grouped(backend: str) -> None:

@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import configs
-from kernels import reference
+from kernels import reference, registry
 from sparsejax import Sparse24
 from sparsejax.vnm import VNM
 from train import main
@@ -181,6 +181,38 @@ def test_products_with_garbage_metadata_are_those_of_what_it_unpacks_to(data, si
         jnp.asarray(values), jnp.asarray(metadata), b, b_layout="nk", out_dtype=jnp.float32
     )
     np.testing.assert_array_equal(np.asarray(out), dense @ b.T)
+
+
+@pytest.mark.parametrize(
+    "backend",
+    ["reference", *(pytest.param(b, marks=pytest.mark.gpu) for b in ("triton", "hopper"))],
+)
+def test_no_metadata_lets_a_product_read_beyond_its_operands(backend):
+    """What a pair is multiplied with comes from its own four of b, whatever the metadata say: that
+    bounds each result. Memory around the operands holds NaN."""
+    m, n, k = 512, 512, 1024
+    rng = np.random.default_rng(0)
+    values = jnp.asarray(rng.uniform(0.5, 1, (m, k // 2)), jnp.bfloat16)
+    b = jnp.asarray(rng.uniform(-1, 1, (n, k)), jnp.bfloat16)
+    poison = [jnp.full(shape, jnp.nan, jnp.bfloat16) for shape in ((m, k), (n, k), (m, n))]
+    pairs = np.asarray(values, np.float64).reshape(m, k // 4, 2).sum(-1)
+    largest = np.abs(np.asarray(b, np.float64)).reshape(n, k // 4, 4).max(-1)
+    # Sums of both signs are far below it. What it excludes is NaN, and numbers from elsewhere.
+    bound = 1.01 * pairs @ largest.T
+    for bits in ("random", 0, -1):
+        shape = (m // 64, k // 64, 128)
+        words = rng.integers(-(2**31), 2**31, shape) if bits == "random" else np.full(shape, bits)
+        metadata = jnp.asarray(words.astype(np.int32))
+        out = registry.spmm24(
+            values, metadata, b, b_layout="nk", out_dtype=jnp.float32, backend=backend
+        )
+        assert (np.abs(np.asarray(out, np.float64)) <= bound).all()
+    del poison
+    right, positions = reference.pack24(b, axis=1, mode="magnitude")
+    out = registry.spmm24(right, positions, b, b_layout="nk", backend=backend)
+    want = np.asarray(reference.unpack24(right, positions), np.float64) @ np.asarray(b, float).T
+    error = np.linalg.norm(np.asarray(out, np.float64) - want) / np.linalg.norm(want)
+    assert error < 0.01  # nothing was broken on the way
 
 
 @settings(max_examples=40)
