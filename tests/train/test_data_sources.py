@@ -200,6 +200,7 @@ def damaged(folder):
     np.save(folder / "float.npy", np.ones(100, np.float32))
     np.save(folder / "square.npy", np.ones((10, 10), np.uint16))
     np.save(folder / "none.npy", np.ones(0, np.uint16))
+    np.save(folder / "pickle.npy", np.array([{"a": 1}] * 100, object), allow_pickle=True)
     write_shard(folder / "tiny.bin", STREAM[:8])
     write_shard(folder / "large.bin", np.append(STREAM, 257))
     (folder / "folder").mkdir()
@@ -224,6 +225,7 @@ def damaged(folder):
         ("float.npy", ValueError, r"float\.npy has dtype float32 and shape \(100,\)"),
         ("square.npy", ValueError, r"square\.npy has dtype uint16 and shape \(10, 10\)"),
         ("none.npy", ValueError, r"none\.npy is empty"),
+        ("pickle.npy", ValueError, r"pickle\.npy is not a \.npy array"),
         ("tiny.bin", ValueError, r"tiny\.bin' has 8 training tokens in 1 piece.* = 9"),
         ("large.bin", ValueError, r"large\.bin: token id 257 at position 300 .* size 257"),
         ("folder", ValueError, r"folder .*folder has no meta\.json"),

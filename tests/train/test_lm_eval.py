@@ -2,7 +2,9 @@
 
 import json
 import os
+import re
 import sys
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -297,6 +299,16 @@ def test_command_line(folder, tasks, tmp_path, monkeypatch, capsys):
     assert "|choose|" in capsys.readouterr().out.replace(" ", "")
     (file,) = (tmp_path / "out").rglob("results_*.json")
     assert json.loads(file.read_text())["config"]["model"] == "sparsejax"
+
+
+def test_the_harness_has_the_tasks_of_the_paper():
+    """Those of the command in docs/evaluation.md; their data is not at hand here."""
+    from lm_eval.tasks import TaskManager
+
+    page = (Path(__file__).parents[2] / "docs" / "evaluation.md").read_text(encoding="utf-8")
+    named = re.search(r"--tasks (arc_easy\S*)", page)[1].split(",")
+    assert len(named) == 10
+    assert set(named) <= set(TaskManager().all_tasks)
 
 
 @pytest.mark.parametrize(
