@@ -73,6 +73,8 @@ def _parts(dense: Config) -> Variants:
         "no routing 50%": sparse(dense, routing=False),
         "tokens24 M16 50%": sparse(dense, weight_gradient="tokens24"),
         "M32 70%": sparse(dense, m=32, share=0.7),
+        "M16 50%, attention projections 2:4": sparse(dense, attention_projections=True),
+        "M16 50%, FFN in 8 bits": changed(recipe, model={"ffn_precision": "fp8"}),
     }
 
 
@@ -87,7 +89,7 @@ def _slow(config: Config, options: Options) -> Variants:
 
 
 def study(options: Options) -> Study:
-    """Dense relu^2 beside 26 others; five seeds of the verdict, three or one of the rest."""
+    """Dense relu^2 beside 28 others; five seeds of the verdict, three or one of the rest."""
     config = base(options, tokens=66e6)
     dense, swiglu = (tuned(config, ffn, options) for ffn in ("relu2", "swiglu"))
     groups = {
