@@ -271,3 +271,35 @@ def test_a_full_disk(folder):
     ] + ["6"]
     assert result.stderr == ""
     assert [p.name for p in folder.iterdir()] == ["00000006"]
+
+
+@pytest.fixture
+def disk(tmp_path):
+    """A file system of its own, 1 MiB; where mounting one is allowed."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(folder)]
+    if shutil.which("mount") is None or subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("may not mount a file system")
+    yield folder
+    subprocess.run(["umount", str(folder)], check=True)
+
+
+def test_a_disk_that_is_full_or_read_only(disk):
+    """The real thing, where the tests above put something in its place."""
+    noise = {"w": jax.random.normal(jax.random.key(0), (600, 600))}
+    folder = disk / "checkpoints"
+    with Checkpointer(folder, keep=3, config={"a": 1}) as checkpointer:
+        checkpointer.save(1, make_state(1), {"step": 1})
+        checkpointer.save(2, noise, {"step": 2})
+        with pytest.raises(CheckpointError, match=r"step 2 in .*: No space left on device[^\n]*$"):
+            checkpointer.wait()
+        assert_is(checkpointer.restore(TEMPLATE), 1)
+        checkpointer.save(3, make_state(3), {"step": 3})
+        checkpointer.wait()
+    subprocess.run(["mount", "-o", "remount,ro", str(disk)], check=True)
+    with Checkpointer(folder, keep=3, config={"a": 1}) as checkpointer:
+        assert_is(checkpointer.restore(TEMPLATE), 3)
+        with pytest.raises(CheckpointError, match=r"step 4 in .*: Read-only file system[^\n]*$"):
+            checkpointer.save(4, make_state(4), {"step": 4})
+    assert_is(restore(folder), 3)
