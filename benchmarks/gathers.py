@@ -224,7 +224,7 @@ def problem_of(config: Config, kernels: Any, *, tokens: int, dtype: Any) -> Prob
       ValueError: it is gated.
     """
     if config.model.gated:
-        raise ValueError(f"--config {config.name}: kernels serve no gated network")
+        raise ValueError(f"--config {config.name}: gathers W1 and W2, and no gated network's Wg")
     hidden = config.model.ffn_hidden
     return Problem(config.model.width, hidden, tokens, config.sparsity, kernels, dtype)
 

@@ -8,9 +8,9 @@ offsets[e]..offsets[e+1], and the rows from offsets[E] on are unused. Every func
 unused rows and never reads them.
 
 Packed matrices (values, metadata) are those of `kernels.reference`. Every backend has
-`pack_weight24`, `up24`, `down24`, `up24_backward` and `weight_gradient` with the same arguments,
-and may have `weight_gradient24`; only the order of the rows of packed weights, within an expert, is
-a backend's own.
+`pack_weight24`, `up24`, `up24_linear`, `down24`, `up24_backward` and `weight_gradient` with the
+same arguments, and may have `weight_gradient24`; only the order of the rows of packed weights,
+within an expert, is a backend's own.
 """
 
 from __future__ import annotations
@@ -26,6 +26,8 @@ from kernels import reference
 
 GROUP = reference.GROUP
 TILE = reference.TILE
+NEURONS = TILE
+"""An expert's neurons come in multiples of this; every backend says so."""
 
 
 def weight_dims(w: Array, num_experts: int, m: int, scale: ArrayLike | None) -> tuple[int, int]:
@@ -289,6 +291,36 @@ def up24(
     return kept.astype(x_p.dtype), y2_values, y2_metadata
 
 
+def up24_linear(
+    values: Array,
+    metadata: Array,
+    x_p: Array,
+    offsets: Array,
+    block_expert: Array,
+    *,
+    config: None = None,
+) -> Array:
+    """x_p W_e^T, all of it: the products around a gate, where `up24` alone cannot choose.
+
+    Args:
+      values, metadata: of `pack_weight24`.
+      x_p: (T_pad, D), dtype of `values`.
+      offsets: (E + 1,) int32. block_expert: (T_pad / V,) int32.
+      config: none for this backend.
+
+    Returns:
+      (T_pad, h), dtype of `x_p`, rounded once from float32 accumulators.
+
+    Raises:
+      ValueError: the shapes do not fit.
+    """
+    del config
+    experts, _, _ = up_dims(values, metadata, x_p, offsets, block_expert)
+    w = _of_expert(values, metadata, experts)
+    product = lambda expert, x: _product(x, w[expert], (1, 1)).astype(x.dtype)
+    return _by_block(product, (x_p,), offsets, block_expert)
+
+
 def by_token(out: Array, permutation: Array | None, tokens: int | None) -> Array:
     """Rows (T_pad, D) in the order of their tokens, (T, D); as they are without a permutation."""
     if permutation is None:
@@ -482,6 +514,10 @@ def check_pack_weight24(*args, **kwargs) -> None:
 
 
 def check_up24(*args, **kwargs) -> None:
+    """The reference serves every device and shape."""
+
+
+def check_up24_linear(*args, **kwargs) -> None:
     """The reference serves every device and shape."""
 
 

@@ -452,7 +452,7 @@ def _routed_ffn(x, w1, w2, wg, packed, centers, bias, kernels, layout):
 
 
 def _routed_ffn_fwd(x, w1, w2, wg, packed, centers, bias, kernels, layout):
-    sparsity, path = layout.sparsity, _path(kernels)
+    sparsity, path = layout.sparsity, _path(kernels, packed)
     experts = sparsity.num_experts
 
     def local(x, packed, centers, bias):
@@ -496,7 +496,7 @@ def _routed_ffn_fwd(x, w1, w2, wg, packed, centers, bias, kernels, layout):
 
 def _routed_ffn_bwd(kernels, layout, residuals, cotangents):
     packed, saved, dtypes = residuals
-    sparsity, path = layout.sparsity, _path(kernels)
+    sparsity, path = layout.sparsity, _path(kernels, packed)
 
     def local(dy, packed, saved):
         shape = dy.shape

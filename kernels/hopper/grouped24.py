@@ -1,20 +1,23 @@
 """The grouped products of the routed FFN on Hopper (definitions: `kernels.reference_grouped`)."""
 
+from kernels.hopper.grouped_common import PART as NEURONS
 from kernels.hopper.grouped_common import GroupedConfig
 from kernels.hopper.grouped_down import check_down24, down24
 from kernels.hopper.grouped_dw import check_weight_gradient, weight_gradient
 from kernels.hopper.grouped_dw24 import check_weight_gradient24, weight_gradient24
 from kernels.hopper.grouped_neurons import row_order
 from kernels.hopper.grouped_pack import check_pack_weight24, pack_weight24
-from kernels.hopper.grouped_up import check_up24, up24
+from kernels.hopper.grouped_up import check_up24, check_up24_linear, up24, up24_linear
 from kernels.hopper.grouped_up_backward import check_up24_backward, up24_backward
 
 __all__ = [
+    "NEURONS",
     "GroupedConfig",
     "check_down24",
     "check_pack_weight24",
     "check_up24",
     "check_up24_backward",
+    "check_up24_linear",
     "check_weight_gradient",
     "check_weight_gradient24",
     "down24",
@@ -22,6 +25,7 @@ __all__ = [
     "row_order",
     "up24",
     "up24_backward",
+    "up24_linear",
     "weight_gradient",
     "weight_gradient24",
 ]

@@ -13,7 +13,6 @@ Results are staged in shared memory, 32 tokens at a time, and leave by TMA.
 from __future__ import annotations
 
 import dataclasses
-import functools
 from typing import Any
 
 import jax.experimental.pallas.mosaic_gpu as plgpu
@@ -127,6 +126,15 @@ def groups(acc, sixteen: int) -> list[list[list[ir.Value]]]:
     return [[group(n, j) for j in range(2)] for n in range(2)]
 
 
+def store_dense(
+    place: Place, n: int, j: int, words: list[ir.Value], staged: ir.Value, dense_panel: int
+) -> None:
+    """Stages two words, a dense group, for token 8 n + 2 c + j after those of the address."""
+    address = common.add(staged, place.dense(j, dense_panel))
+    asm = f"st.shared.v2.b32 [$0+{n * 8 * ROW}], {{$1, $2}};"
+    ptx.asm(None, [address, *words], asm, "r,r,r,~{memory}")
+
+
 def store(
     place: Place,
     n: int,
@@ -138,9 +146,7 @@ def store(
     dense_panel: int,
 ) -> None:
     """Stages a group, dense and packed, for token 8 n + 2 c + j after those of the addresses."""
-    address = common.add(staged, place.dense(j, dense_panel))
-    asm = f"st.shared.v2.b32 [$0+{n * 8 * ROW}], {{$1, $2}};"
-    ptx.asm(None, [address, *words], asm, "r,r,r,~{memory}")
+    store_dense(place, n, j, words, staged, dense_panel)
     address = common.add(packed, place.packed(j))
     asm = f"st.shared.b32 [$0+{n * 8 * ROW}], $1;"
     ptx.asm(None, [address, pair], asm, "r,r,~{memory}")
@@ -158,15 +164,37 @@ def await_slot(outstanding: int):
     return wait
 
 
-def store_chunk(ctx, panels, packed, dense_g, packed_g, token, neuron0) -> None:
-    """Starts the bulk stores of 32 tokens of a part: two dense panels and the packed one."""
-    copy = functools.partial(ctx.async_copy, swizzle=ROW, predicate=common.is_leader())
+def store_panels(ctx, panels, dense_g, token, neuron0, *, arrive: bool) -> None:
+    """Starts the bulk stores of the dense panels of 32 tokens of a part.
+
+    arrive: whether they end a group of bulk stores, as `await_slot` counts them.
+    """
     rows = common.window(token, CHUNK)
     for i, panel in enumerate(panels):
-        place = (rows, common.window(common.add(neuron0, 64 * i), 64))
-        copy(src_ref=panel, dst_ref=dense_g, gmem_slice=place, arrive=False)
-    place = (rows, common.window(arith.shrui(neuron0, ptx.const32(1)), 64))
-    copy(src_ref=packed, dst_ref=packed_g, gmem_slice=place, arrive=True)
+        ctx.async_copy(
+            src_ref=panel,
+            dst_ref=dense_g,
+            gmem_slice=(rows, common.window(common.add(neuron0, 64 * i), 64)),
+            swizzle=ROW,
+            predicate=common.is_leader(),
+            arrive=arrive and i == len(panels) - 1,
+        )
+
+
+def store_chunk(ctx, panels, packed, dense_g, packed_g, token, neuron0) -> None:
+    """Starts the bulk stores of 32 tokens of a part: two dense panels and the packed one."""
+    store_panels(ctx, panels, dense_g, token, neuron0, arrive=False)
+    ctx.async_copy(
+        src_ref=packed,
+        dst_ref=packed_g,
+        gmem_slice=(
+            common.window(token, CHUNK),
+            common.window(arith.shrui(neuron0, ptx.const32(1)), 64),
+        ),
+        swizzle=ROW,
+        predicate=common.is_leader(),
+        arrive=True,
+    )
 
 
 @dataclasses.dataclass(frozen=True)

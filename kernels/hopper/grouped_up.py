@@ -1,13 +1,15 @@
-"""Y2 on sparse tensor cores: tokens times packed weights, relu^2, two of four and packing in one.
+"""Tokens times packed weights on sparse tensor cores: Y2 in one kernel, or the product as it is.
 
-What bounds it is the main loop's shared-memory bandwidth; the epilogue, about 40 instructions for
-each four neurons of a token, comes on top.
+`up24` adds relu^2, two of four and packing; `up24_linear` rounds and stores, for gated networks.
+What bounds both is the main loop's shared-memory bandwidth; the epilogue of `up24`, about 40
+instructions for each four neurons of a token, comes on top.
 """
 
 from __future__ import annotations
 
 import functools
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.experimental.pallas as pl
@@ -25,6 +27,7 @@ from kernels.hopper import grouped_neurons as neurons
 from kernels.hopper import ptx
 
 _SLOTS = 2  # staging buffers, of 32 tokens, of a warpgroup
+_LINEAR_PANELS = 2  # of 64 neurons, in a staging buffer of `up24_linear`
 EMPTY = 0x44444444  # metadata of zeros: elements 0 and 1 of every group
 
 
@@ -108,6 +111,109 @@ def _send(chunk: int):
     return send
 
 
+def _put_linear(sixteen: int, dtype: str):
+    """Rounds and stages 16 tokens."""
+
+    @plgpu.inline_mgpu(arg_types=(common.ACC, common.REF))
+    def put(ctx, acc, out_s):
+        del ctx
+        place = neurons.Place()
+        groups = neurons.groups(acc, sixteen)
+        slot = sixteen // 2 % _SLOTS * _LINEAR_PANELS * neurons.PANEL
+        slot += sixteen % 2 * 16 * neurons.ROW
+        staged = common.add(ptx.shared_address(out_s), slot)
+        for j in range(2):
+            for n in range(2):
+                x = groups[n][j]
+                words = [ptx.pack_pair(x[i], x[i + 1], dtype) for i in (0, 2)]
+                neurons.store_dense(place, n, j, words, staged, neurons.PANEL)
+
+    return put
+
+
+def _send_linear(chunk: int):
+    """Stores a staged chunk to global memory."""
+
+    @plgpu.inline_mgpu(arg_types=(*(common.REF,) * 2, common.SCALAR, common.SCALAR))
+    def send(ctx, out_s, y_g, token0, neuron0):
+        token0, neuron0 = map(common.scalar, (token0, neuron0))
+        ptx.fence_async_shared()
+        utils.warpgroup_barrier()
+        slot = utils.memref_slice(out_s, chunk % _SLOTS)
+        panels = [utils.memref_slice(slot, i) for i in range(_LINEAR_PANELS)]
+        token = common.add(token0, chunk * neurons.CHUNK)
+        neurons.store_panels(ctx, panels, y_g, token, neuron0, arrive=True)
+
+    return send
+
+
+class _Epilogue(NamedTuple):
+    """What becomes of a part's accumulators.
+
+    Attributes:
+      name: of the kernel.
+      outs: shapes of the results.
+      fills: of each of them, the 32-bit word that unused rows hold, and the tokens of an entry.
+      scratch: staging buffers, with an axis over the compute warpgroups in front.
+      write: called with accumulators, the warpgroup's buffers, the results in global memory, and
+        the part's first token and neuron.
+    """
+
+    name: str
+    outs: Sequence[jax.ShapeDtypeStruct]
+    fills: Sequence[tuple[int, int]]
+    scratch: dict[str, Any]
+    write: Callable[..., None]
+
+
+def _choice(rows: int, live: int, dtype: Any, t: common.SparseTile) -> _Epilogue:
+    """relu^2, two of four, packing."""
+
+    def write(acc, staged, outs, token0, neuron0):
+        stage, stage_meta = staged["out_s"], staged["y_meta_s"]
+        for chunk in range(neurons.CHUNKS):
+            neurons.await_slot(0 if chunk == 0 else _SLOTS - 1)()
+            for sixteen in (2 * chunk, 2 * chunk + 1):
+                _put(sixteen, common.ptx_name(dtype))(acc, stage, stage_meta)
+            _send(chunk)(stage, stage_meta, *outs, token0, neuron0)
+
+    return _Epilogue(
+        "up24_hopper",
+        (
+            jax.ShapeDtypeStruct((rows, live), dtype),
+            jax.ShapeDtypeStruct((rows, live // 2), dtype),
+            jax.ShapeDtypeStruct((rows // 64, live // 64, 128), jnp.int32),
+        ),
+        ((0, 1), (0, 1), (EMPTY, 64)),
+        {
+            "out_s": plgpu.SMEM((t.warpgroups, _SLOTS, 3, neurons.CHUNK, 64), dtype),
+            "y_meta_s": plgpu.SMEM((t.warpgroups, 2, 2, 128), jnp.int32),
+        },
+        write,
+    )
+
+
+def _rounding(rows: int, live: int, dtype: Any, t: common.SparseTile) -> _Epilogue:
+    """The product as it is."""
+
+    def write(acc, staged, outs, token0, neuron0):
+        for chunk in range(neurons.CHUNKS):
+            # Also of the part before: with two slots, all but the latest chunk must have left.
+            neurons.await_slot(_SLOTS - 1)()
+            for sixteen in (2 * chunk, 2 * chunk + 1):
+                _put_linear(sixteen, common.ptx_name(dtype))(acc, staged["out_s"])
+            _send_linear(chunk)(staged["out_s"], *outs, token0, neuron0)
+
+    staging = (t.warpgroups, _SLOTS, _LINEAR_PANELS, neurons.CHUNK, 64)
+    return _Epilogue(
+        "up24_linear_hopper",
+        (jax.ShapeDtypeStruct((rows, live), dtype),),
+        ((0, 1),),
+        {"out_s": plgpu.SMEM(staging, dtype)},
+        write,
+    )
+
+
 def up24(
     values: jax.Array,
     metadata: jax.Array,
@@ -121,23 +227,50 @@ def up24(
 
     Raises ValueError for shapes that do not fit and NotImplementedError where `check_up24` does.
     """
-    check_up24(values, metadata, x_p, offsets, block_expert, config=config)
-    config = config or common.GroupedConfig()
-    _, v, live = reference_grouped.up_dims(values, metadata, x_p, offsets, block_expert)
-    rows, width = x_p.shape
-    t = _tile(live, values.dtype, config)
-    blocks = neurons.blocks_of(t, rows, live)
+    arguments = (values, metadata, x_p, offsets, block_expert)
+    check_up24(*arguments, config=config)
+    y2, y2_values, y2_metadata = _run(arguments, _tile, _choice, config or common.GroupedConfig())
+    return y2, y2_values, y2_metadata
 
-    def body(values_g, metadata_g, x_g, offsets_g, expert_g, y_g, y_values_g, y_meta_g):
-        @functools.partial(
-            pl.run_scoped,
-            **t.scratch(),
-            out_s=plgpu.SMEM((t.warpgroups, _SLOTS, 3, neurons.CHUNK, 64), x_p.dtype),
-            y_meta_s=plgpu.SMEM((t.warpgroups, 2, 2, 128), jnp.int32),
-            collective_axes="wg",
-        )
-        def _scope(out_s, y_meta_s, **ring):
+
+def up24_linear(
+    values: jax.Array,
+    metadata: jax.Array,
+    x_p: jax.Array,
+    offsets: jax.Array,
+    block_expert: jax.Array,
+    *,
+    config: common.GroupedConfig | None = None,
+) -> jax.Array:
+    """`kernels.reference_grouped.up24_linear` for weights packed by this backend's `pack_weight24`.
+
+    Raises ValueError for shapes that do not fit and NotImplementedError where `check_up24_linear`
+    does.
+    """
+    arguments = (values, metadata, x_p, offsets, block_expert)
+    check_up24_linear(*arguments, config=config)
+    (y,) = _run(arguments, _linear_tile, _rounding, config or common.GroupedConfig())
+    return y
+
+
+def _run(
+    arguments: tuple[jax.Array, ...],
+    tile: Callable[..., common.SparseTile],
+    epilogue: Callable[..., _Epilogue],
+    config: common.GroupedConfig,
+) -> Sequence[jax.Array]:
+    _, v, live = reference_grouped.up_dims(*arguments)
+    values, _, x_p, *_ = arguments
+    rows, width = x_p.shape
+    t = tile(live, values.dtype, config)
+    blocks = neurons.blocks_of(t, rows, live)
+    e = epilogue(rows, live, x_p.dtype, t)
+
+    def body(values_g, metadata_g, x_g, offsets_g, expert_g, *outs_g):
+        @functools.partial(pl.run_scoped, **t.scratch(), **e.scratch, collective_axes="wg")
+        def _scope(**refs):
             wg = lax.axis_index("wg")
+            ring = {name: refs[name] for name in t.scratch()}
             plan = neurons.plan_of(t, live, blocks, config, v, offsets_g, expert_g)
             loop = common.Loop(t, width // common.TILE_K, (values_g, metadata_g, x_g), ring)
             common.init_barriers(t.stages, t.warpgroups)(ring["bars"])
@@ -148,37 +281,25 @@ def up24(
 
             def write(i, acc, token0, neuron0):
                 del i
-                stage, stage_meta = out_s.at[wg], y_meta_s.at[wg]
-                for chunk in range(neurons.CHUNKS):
-                    neurons.await_slot(0 if chunk == 0 else _SLOTS - 1)()
-                    for sixteen in (2 * chunk, 2 * chunk + 1):
-                        _put(sixteen, common.ptx_name(x_p.dtype))(acc, stage, stage_meta)
-                    _send(chunk)(stage, stage_meta, y_g, y_values_g, y_meta_g, token0, neuron0)
+                staged = {name: refs[name].at[wg] for name in e.scratch}
+                e.write(acc, staged, outs_g, token0, neuron0)
 
             def fill():
-                outs = [(y_g, 0, 1), (y_values_g, 0, 1), (y_meta_g, EMPTY, 64)]
+                outs = [(out, *fill) for out, fill in zip(outs_g, e.fills, strict=True)]
                 common.fill_unused(outs, plan.used * common.TOKENS, blocks, t.warpgroups)
 
             loop.run(wg, plan.own_tiles, plan.origin, place, write, fill=fill)
 
-    call = common.kernel(
-        body,
-        (
-            jax.ShapeDtypeStruct((rows, live), x_p.dtype),
-            jax.ShapeDtypeStruct((rows, live // 2), x_p.dtype),
-            jax.ShapeDtypeStruct((rows // 64, live // 64, 128), jnp.int32),
-        ),
-        blocks,
-        t.warpgroups,
-        "up24_hopper",
-    )
-    y2, y2_values, y2_metadata = call(values, metadata, x_p, offsets, block_expert)
-    return y2, y2_values, y2_metadata
+    return common.kernel(body, tuple(e.outs), blocks, t.warpgroups, e.name)(*arguments)
 
 
 def _tile(live: int, dtype: Any, config: common.GroupedConfig) -> common.SparseTile:
     staging = _SLOTS * 3 * neurons.PANEL + neurons.META_BYTES
     return neurons.neuron_tile(live, dtype, staging, config)
+
+
+def _linear_tile(live: int, dtype: Any, config: common.GroupedConfig) -> common.SparseTile:
+    return neurons.neuron_tile(live, dtype, _SLOTS * _LINEAR_PANELS * neurons.PANEL, config)
 
 
 def check_up24(
@@ -197,3 +318,21 @@ def check_up24(
     _, v, live = reference_grouped.up_dims(values, metadata, x_p, offsets, block_expert)
     common.check_shapes(v, live, x_p.shape[1], values.dtype)
     _tile(live, values.dtype, config or common.GroupedConfig())
+
+
+def check_up24_linear(
+    values: jax.Array,
+    metadata: jax.Array,
+    x_p: jax.Array,
+    offsets: jax.Array,
+    block_expert: jax.Array,
+    *,
+    config: common.GroupedConfig | None = None,
+) -> None:
+    """Raises NotImplementedError if this device, shape or dtype is not served, else returns None.
+
+    Arguments that contradict one another raise ValueError.
+    """
+    _, v, live = reference_grouped.up_dims(values, metadata, x_p, offsets, block_expert)
+    common.check_shapes(v, live, x_p.shape[1], values.dtype)
+    _linear_tile(live, values.dtype, config or common.GroupedConfig())

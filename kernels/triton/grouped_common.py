@@ -23,6 +23,8 @@ from kernels.triton.mainloop import Tile
 from kernels.triton.spmm24 import Spmm24Config, check_config, heuristic_config
 from kernels.tuning import tables
 
+NEURONS = 64  # an expert's neurons come in multiples
+
 
 class Part(NamedTuple):
     """Tokens of a program, scalars.
@@ -118,7 +120,7 @@ def call(kernel, operands, out_shape, grid: int, tile: Tile, name: str, interpre
 def check(op: str, v: int, live: int, width: int, dtype: Any) -> None:
     """Raises NotImplementedError for what no grouped kernel serves."""
     device.require_capability(op, 8.0)
-    if v % 64 or live % 64 or width % 64:
+    if v % 64 or live % NEURONS or width % 64:
         raise NotImplementedError(
             f"triton {op} needs {v=}, {live=} and {width=} to be multiples of 64"
         )

@@ -169,25 +169,32 @@ class Neurons:
         row, col, valid = self._metadata(f + r // 2, sixteen, r % 2)
         ptx.store_words(ref, row, col, [word], valid, emulate=self.emulate)
 
+    def store_dense(self, ref, groups: Sequence, f: int, sixteen: int) -> None:
+        """Stores groups of 32 neurons f and 16 tokens.
+
+        groups: [n][c], words of neurons 0 and 1 and of 2 and 3, tokens 16 sixteen + 8 n + 2 t + c.
+        """
+        token = self.token + 16 * sixteen
+        neuron = self.neuron + 32 * f
+        for n, halves in enumerate(groups):
+            # Lanes of even q take token 2 t, of odd q token 2 t + 1, of their two groups.
+            low, high = (
+                ptx.transpose_pair(p, _ACROSS[0], emulate=self.emulate)
+                for p in zip(*halves, strict=True)
+            )
+            row = token + (8 * n + 2 * self.t + self.q % 2)
+            col = neuron + self.q // 2 * 8
+            words = [low[0], high[0], low[1], high[1]]
+            ptx.store_words(ref, row, col, words, self.valid(row, col), emulate=self.emulate)
+
     def store(self, dense_ref, packed_ref, groups: Sequence, f: int, sixteen: int) -> None:
         """Stores groups of 32 neurons f and 16 tokens, dense and packed.
 
         groups: [n][c], `Group`s of tokens 16 sixteen + 8 n + 2 t + c.
         """
+        self.store_dense(dense_ref, [[(g.low, g.high) for g in row] for row in groups], f, sixteen)
         token = self.token + 16 * sixteen
         neuron = self.neuron + 32 * f
-        for n, (first, second) in enumerate(groups):
-            # Lanes of even q take token 2 t, of odd q token 2 t + 1, of their two groups.
-            low, high = (
-                ptx.transpose_pair(p, _ACROSS[0], emulate=self.emulate)
-                for p in ((first.low, second.low), (first.high, second.high))
-            )
-            row = token + (8 * n + 2 * self.t + self.q % 2)
-            col = neuron + self.q // 2 * 8
-            words = [low[0], high[0], low[1], high[1]]
-            ptx.store_words(
-                dense_ref, row, col, words, self.valid(row, col), emulate=self.emulate
-            )  # fmt: skip
         # Lane r = q % 4 takes token 8 (r // 2) + 2 t + r % 2, of four groups.
         pairs = [group.pair for row in groups for group in row]
         words = ptx.transpose_quad(pairs, _ACROSS, emulate=self.emulate)

@@ -5,8 +5,9 @@
 Each token meets only its expert's neurons; of four live neurons in a row it keeps two; the weights
 are soft-thresholded 2:4. Gradients go straight through to the dense master weights.
 
-Four paths compute it. `routed_ffn_grouped` calls kernels on sparse tensor cores, five for each
-backend, and `routed_ffn_fp8` those of 8-bit floats; `routed_ffn_blocks` is a scan in jax.numpy
+Five paths compute it. `routed_ffn_grouped` calls kernels on sparse tensor cores, a set for each
+backend, `routed_ffn_gated` those of the gated form, and `routed_ffn_fp8` those of 8-bit floats;
+`routed_ffn_blocks` is a scan in jax.numpy
 that serves every option on every device; `routed_ffn_masked` does the same where a scan of small
 products would be slow, on GPUs.
 """
@@ -25,6 +26,7 @@ from kernels import registry
 from sparsejax.ops import (
     routed_ffn_blocks,
     routed_ffn_fp8,
+    routed_ffn_gated,
     routed_ffn_grouped,
     routed_ffn_masked,
 )
@@ -113,21 +115,24 @@ def _pack(w1, w2, wg, betas, sparsity, *, dtype, kernels) -> PackedFFN:
     return PackedFFN(pack(w1, 0), pack(w2, 1), pack(wg, 2), kernels)  # type: ignore[arg-type]
 
 
-def _path(kernels: registry.Backend | None, precision: Precision = "compute"):
+def _path(kernels: registry.Backend | None, packed: PackedFFN | None = None):
+    if kernels is not None and packed is not None and packed.precision == "fp8":
+        return routed_ffn_fp8
     if kernels is not None:
-        return routed_ffn_fp8 if precision == "fp8" else routed_ffn_grouped
+        gated = packed is not None and packed.wg is not None
+        return routed_ffn_gated if gated else routed_ffn_grouped
     return routed_ffn_blocks if registry.target_capability() is None else routed_ffn_masked
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(6, 7))
 def _routed_ffn(x, w1, w2, wg, packed, plan, sparsity, kernels):
     del w1, w2, wg
-    return _path(kernels, packed.precision).forward(x, packed, plan, sparsity, kernels)[0]
+    return _path(kernels, packed).forward(x, packed, plan, sparsity, kernels)[0]
 
 
 def _routed_ffn_fwd(x, w1, w2, wg, packed, plan, sparsity, kernels):
     plan = keep(plan)
-    y, saved = _path(kernels, packed.precision).forward(x, packed, plan, sparsity, kernels)
+    y, saved = _path(kernels, packed).forward(x, packed, plan, sparsity, kernels)
     saved = keep(saved)
     # Of the master weights only the dtypes matter; arrays of no elements carry them.
     dtypes = tuple(None if w is None else jnp.zeros((0,), w.dtype) for w in (w1, w2, wg))
@@ -136,7 +141,7 @@ def _routed_ffn_fwd(x, w1, w2, wg, packed, plan, sparsity, kernels):
 
 def _routed_ffn_bwd(sparsity, kernels, residuals, dy):
     saved, packed, plan, dtypes = residuals
-    dx, dw = _path(kernels, packed.precision).backward(dy, saved, packed, plan, sparsity, kernels)
+    dx, dw = _path(kernels, packed).backward(dy, saved, packed, plan, sparsity, kernels)
     dw1, dw2, dwg = (
         None if d is None else d.astype(like.dtype) for d, like in zip(dw, dtypes, strict=True)
     )
@@ -162,11 +167,12 @@ def routed_ffn(
     through beta S(w), in their own dtype (equation 7 of arXiv 2409.09099). The choice of two of
     four is made on float32 accumulators, by magnitude, ties to the lower index, and the gradient
     has the same support. Products accumulate in float32; Y2, its gradient and the results are
-    rounded to x's dtype. Weights packed in 8 bits choose the network of `routed_ffn_fp8`.
+    rounded to x's dtype. Kernels of the gated form round X W1 and X Wg as well, before the choice.
+    Weights packed in 8 bits choose the network of `routed_ffn_fp8`.
 
     Saved for the backward pass: x once (by kernels in the order of the plan), T_pad h numbers in
-    x's dtype (twice that for the gated form without 2:4), 2:4 metadata where kernels made any, the
-    plan and the packed weights.
+    x's dtype (twice that for the gated form without 2:4, or on kernels), 2:4 metadata where kernels
+    made any for it, the plan and the packed weights.
 
     Args:
       x: (T, D), the dtype of `packed`, bfloat16 where that is in 8 bits.

@@ -82,6 +82,8 @@ def check(
 ) -> None:
     """Raises NotImplementedError unless the backend serves every function of this network."""
     functions = module(kernels)
+    if gated:
+        raise NotImplementedError(f"backend={kernels!r} does not serve the gated form in 8 bits")
     # The weight gradients, and what both have in common.
     grouped.check(kernels, sparsity, sizes, gated=gated)
     if sizes.dtype != jnp.bfloat16:

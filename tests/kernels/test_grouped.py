@@ -41,6 +41,7 @@ def arguments(
     weight = array(hidden, d, dtype=jnp.float32)
     return {
         "up24": ((*packed, x, *layout), {}),
+        "up24_linear": ((*packed, x, *layout), {}),
         "down24": ((array(rows, live // 2), y_metadata, array(experts, live, d), *layout), {}),
         "up24_backward": ((*packed, x, y, y_metadata, *layout), {}),
         "weight_gradient": ((y, x, layout[0]), {"num_experts": experts}),
@@ -62,6 +63,7 @@ def result_shapes(name: str, d: int, hidden: int, tokens: int, m: int, v: int) -
     y, packed = (rows, live), (rows, live // 2)
     return {
         "up24": (y, packed, (rows // 64, live // 64, 128)),
+        "up24_linear": (y,),
         "down24": ((rows, d),),
         "up24_backward": (y, packed),
         "weight_gradient": ((hidden, d),),
@@ -117,8 +119,9 @@ def test_lowers_in_float16_and_with_a_configuration():
 )
 def test_refusals(sizes, message):
     args, _ = arguments(*sizes)["up24"]
-    with assume_capability((9, 0)), pytest.raises(NotImplementedError, match=message):
-        grouped24.check_up24(*args)
+    for check in (grouped24.check_up24, grouped24.check_up24_linear):
+        with assume_capability((9, 0)), pytest.raises(NotImplementedError, match=message):
+            check(*args)
 
 
 def test_refuses_other_devices():

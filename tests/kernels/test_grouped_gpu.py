@@ -121,6 +121,22 @@ def test_up(problem):
     assert distance(y2[: problem.used], np.where(kept, groups, 0).reshape(full.shape)) < FROBENIUS
 
 
+def test_up_linear(problem):
+    y = problem.functions.up24_linear(*problem.packed[:2], problem.x, *problem.layout)
+    assert y.dtype == problem.x.dtype
+    assert distance(y[: problem.used], problem.by_expert(problem.x, "td,hd->th")) < FROBENIUS
+    assert not np.asarray(y[problem.used :], np.float32).any()
+
+
+def test_packing_of_what_is_dense(problem):
+    """`pack24`, which the gated form packs with, makes what `down24` takes."""
+    y2, _, _ = problem.functions.up24(*problem.packed[:2], problem.x, *problem.layout)
+    values, metadata = registry.pack24(y2, axis=1, mode="magnitude", dtype=y2.dtype)
+    assert same(reference.unpack24(values, metadata), y2)
+    out = problem.functions.down24(values, metadata, problem.packed[2], *problem.layout)
+    assert distance(out[: problem.used], problem.by_expert(y2, "th,hd->td")) < FROBENIUS
+
+
 def test_ties_keep_the_lower_index(problem):
     # Equal weights make the four neurons of a group equal.
     w = jnp.repeat(problem.w[::4], 4, axis=0)
@@ -220,7 +236,8 @@ def everything(problem, x, dy):
         problem.functions.weight_gradient(*pair, problem.offsets, num_experts=problem.experts)
         for pair in ((y2, dy), (dy1, x))
     ]
-    return *packed, y2, values, metadata, y3, dy1, dy1_values, dx, *gradients
+    y = problem.functions.up24_linear(*packed[:2], x, *problem.layout)
+    return *packed, y, y2, values, metadata, y3, dy1, dy1_values, dx, *gradients
 
 
 def test_repeatable(problem):
@@ -244,13 +261,15 @@ def test_float16(backend):
     x = p.x.astype(jnp.float16)
     y2, y2_values, y2_metadata = grouped24.up24(values, metadata, x, *p.layout)
     assert same(reference.unpack24(y2_values, y2_metadata), y2)
+    y = grouped24.up24_linear(values, metadata, x, *p.layout)
+    w = reference_grouped.pack_weight24(p.w, **options)
+    assert distance(y, reference_grouped.up24_linear(*w[:2], x, *p.layout)) < FROBENIUS
     y3 = grouped24.down24(y2_values, y2_metadata, dense, *p.layout)
     expected = reference_grouped.down24(y2_values, y2_metadata, dense, *p.layout)
     assert distance(y3, expected) < FROBENIUS
     dy1, _ = grouped24.up24_backward(
         values, metadata, p.dy.astype(jnp.float16), y2, y2_metadata, *p.layout
     )
-    w = reference_grouped.pack_weight24(p.w, **options)
     expected, _ = reference_grouped.up24_backward(
         *w[:2], p.dy.astype(jnp.float16), y2, y2_metadata, *p.layout
     )

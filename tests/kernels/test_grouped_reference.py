@@ -78,6 +78,10 @@ def test_products(weight, counts):
     np.testing.assert_allclose(y2[:used], expected, rtol=2e-4, atol=1e-4)
     np.testing.assert_array_equal(reference.unpack24(y2_values, y2_metadata), y2)
 
+    y = reference_grouped.up24_linear(values, metadata, jnp.asarray(x), offsets, block_expert)
+    expected = np.stack([local[expert[t]] @ x[t] for t in range(used)])
+    np.testing.assert_allclose(y[:used], expected, rtol=2e-4, atol=1e-4)
+
     y3 = reference_grouped.down24(y2_values, y2_metadata, dense, offsets, block_expert)
     expected = np.stack([np.asarray(y2[t]) @ local[expert[t]] for t in range(used)])
     np.testing.assert_allclose(y3[:used], expected, rtol=1e-3, atol=1e-3)
@@ -115,7 +119,7 @@ def test_products(weight, counts):
         rows = neuron // 4 * (4 * EXPERTS) + 4 * e + neuron % 4
         np.testing.assert_allclose(np.asarray(dw)[rows], expected, rtol=1e-3, atol=1e-3)
 
-    for out in (y2, y2_values, y3, dy1, dy1_values):
+    for out in (y, y2, y2_values, y3, dy1, dy1_values):
         assert not np.asarray(out)[used:].any()
 
 
@@ -127,6 +131,9 @@ def test_bad_arguments(weight):
         reference_grouped.pack_weight24(jnp.zeros((96, 64)), num_experts=2, m=12, scale=None)
     with pytest.raises(ValueError, match=r"^x\.shape"):
         reference_grouped.up24(values, metadata, x[:, :32], offsets, block_expert)
+    half = x.astype(jnp.bfloat16)
+    with pytest.raises(ValueError, match=r"^x\.dtype"):
+        reference_grouped.up24_linear(values, metadata, half, offsets, block_expert)
     with pytest.raises(ValueError, match="int32"):
         reference_grouped.up24(values, metadata, x, offsets.astype(float), block_expert)
     with pytest.raises(ValueError, match="rows"):

@@ -95,6 +95,7 @@ def test_refuses_a_cpu():
     ("name", "config", "message"),
     [
         ("up24", Spmm24Config(frags_m=2), "multiple of 4"),
+        ("up24_linear", Spmm24Config(frags_m=2), "multiple of 4"),
         ("up24_backward", Spmm24Config(frags_m=2), "multiple of 4"),
         ("down24", Spmm24Config(stages=2), "stages"),
         ("weight_gradient", grouped24.GradientConfig(block_k=128), "block_k"),
@@ -245,7 +246,7 @@ def same(a, b) -> bool:
 
 @pytest.mark.slow
 def test_interpreted():
-    """All five against the definitions; a tile that hangs over an expert's end, an empty expert."""
+    """All against the definitions; a tile that hangs over an expert's end, an empty expert."""
     counts, width, live = [70, 0, 130], 64, 64
     experts = len(counts)
     *tokens, rows = layout(counts)
@@ -272,6 +273,11 @@ def test_interpreted():
     assert same(reference.unpack24(y2_values, y2_metadata), y2)
     assert (np.asarray(y2_metadata)[used // 64 :] == 0x44444444).all()
 
+    y = grouped24.up24_linear(values, metadata, x, *tokens, **run)
+    expected = reference_grouped.up24_linear(*definition[:2], x, *tokens)
+    assert y.dtype == expected.dtype
+    assert distance(y, expected) < 1e-3
+
     y3 = grouped24.down24(y2_values, y2_metadata, dense, *tokens, **run)
     assert distance(y3, reference_grouped.down24(y2_values, y2_metadata, dense, *tokens)) < 1e-3
     dy1, dy1_values = grouped24.up24_backward(
@@ -280,7 +286,7 @@ def test_interpreted():
     expected, _ = reference_grouped.up24_backward(*definition[:2], dy, y2, y2_metadata, *tokens)
     assert distance(dy1, expected) < 1e-3
     assert same(reference.unpack24(dy1_values, y2_metadata), dy1)
-    for out in (y2, y2_values, y3, dy1, dy1_values):
+    for out in (y, y2, y2_values, y3, dy1, dy1_values):
         assert not np.asarray(out, np.float32)[used:].any()
 
     dw = grouped24.weight_gradient(y2, dy, tokens[0], num_experts=experts, interpret=True)

@@ -192,9 +192,9 @@ def test_the_backend_without_a_gpu():
     ("changes", "gated", "reason"),
     [
         ({"weights": False}, False, "weights=False"),
-        ({"activations": False}, False, "activations=False"),
-        ({}, True, "gated"),
+        ({"activations": False}, True, "activations=False"),
         ({"v": 96}, False, "v=96"),
+        ({"m": 32}, True, "64: hidden=1024 would do .* not 512"),
     ],
 )
 def test_options_without_kernels_fall_back_visibly(changes, gated, reason):
@@ -220,7 +220,8 @@ def test_gradients_along_tokens_choose_their_backend(monkeypatch):
 
     # A backend with the five functions only.
     names = "pack_weight24", "up24", "down24", "up24_backward", "weight_gradient"
-    five = types.SimpleNamespace(**{f"check_{name}": lambda *_, **__: None for name in names})
+    checks = {f"check_{name}": lambda *_, **__: None for name in names}
+    five = types.SimpleNamespace(NEURONS=64, **checks)
     monkeypatch.setattr(routed_ffn_grouped, "module", lambda _: five)
     monkeypatch.setattr(routed_ffn_grouped, "_reported", set())
     reason = "does not serve weight_gradient='tokens24'"

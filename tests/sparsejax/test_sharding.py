@@ -113,13 +113,15 @@ COMPARE = """
           kernels="reference")
     check((2, 2, 2), Sparsity(m=8, v=64, shards=2, gather="rows"), b=8, s=16, d=128, h=512,
           gated=False, kernels="reference")
+    check((2, 2, 2), Sparsity(m=8, v=64, shards=2), b=8, s=16, d=128, h=512, gated=True,
+          kernels="reference")
 """
 
 
 @pytest.mark.slow
 def test_on_a_mesh_it_is_the_plain_op():
     out = run_script(COMPARE, devices=8)
-    assert out.count("ok ") == 6
+    assert out.count("ok ") == 7
 
 
 def network(width=16, hidden=64, shards=2):
