@@ -55,6 +55,7 @@ def grouped(backend: str) -> None:
     x, dy = on_device(3 * v, width), on_device(3 * v, width)
     order = np.concatenate([np.arange(2 * v), np.full(v, 2 * v)]).astype(np.int32)
     permutation = jax.device_put(order)
+    y = functions.up24_linear(values, metadata, x, *layout)
     y2, y2_values, y2_metadata = functions.up24(values, metadata, x, *layout)
     y3 = functions.down24(y2_values, y2_metadata, dense, *layout)
     by_token = functions.down24(
@@ -62,7 +63,7 @@ def grouped(backend: str) -> None:
     )
     dy1, dy1_values = functions.up24_backward(values, metadata, dy, y2, y2_metadata, *layout)
     dw = functions.weight_gradient(y2, dy, offsets, num_experts=2)
-    finite(dense, y2, y3, by_token, dy1, dy1_values, dw)
+    finite(dense, y, y2, y3, by_token, dy1, dy1_values, dw)
     if hasattr(functions, "weight_gradient24"):
         densest = jax.device_put(np.array([[3, 100], [0, 127]], np.int32))
         finite(functions.weight_gradient24(y2, dy, offsets, densest, num_experts=2))

@@ -63,7 +63,7 @@ class Problem:
     """Inputs of a case, in both orders of the weights' rows."""
 
     def __init__(self, backend: registry.Backend, counts: list[int], width: int, live: int, v: int):
-        self.functions = load(backend)
+        self.backend, self.functions = backend, load(backend)
         self.experts, self.live, self.width = len(counts), live, width
         self.offsets, self.block_expert, self.rows = layout(counts, v)
         self.used = int(self.offsets[-1])
@@ -131,7 +131,9 @@ def test_up_linear(problem):
 def test_packing_of_what_is_dense(problem):
     """`pack24`, which the gated form packs with, makes what `down24` takes."""
     y2, _, _ = problem.functions.up24(*problem.packed[:2], problem.x, *problem.layout)
-    values, metadata = registry.pack24(y2, axis=1, mode="magnitude", dtype=y2.dtype)
+    values, metadata = registry.pack24(
+        y2, axis=1, mode="magnitude", dtype=y2.dtype, backend=problem.backend
+    )
     assert same(reference.unpack24(values, metadata), y2)
     out = problem.functions.down24(values, metadata, problem.packed[2], *problem.layout)
     assert distance(out[: problem.used], problem.by_expert(y2, "th,hd->td")) < FROBENIUS
