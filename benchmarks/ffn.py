@@ -30,7 +30,6 @@ from benchmarks import ffn_contenders as networks
 from benchmarks import ffn_report, ffn_stages
 from benchmarks.capture import CaptureConfig, FfnTensors, capture
 from benchmarks.command_line import contenders, make_parser
-from benchmarks.compiler import CUBLAS
 from benchmarks.environment import environment
 from benchmarks.failures import Failures
 from benchmarks.ffn_problem import errors, gated, operand_shapes, preparation, tensor_shapes
@@ -38,6 +37,7 @@ from benchmarks.timing import Sampling, interleaved, jax_timed
 from kernels import registry
 from sparsejax.ops import routed_ffn_fp8
 from sparsejax.spec import Precision, RoutedWeightGradient, Sparsity
+from train.compiler import CUBLAS
 
 TOLERANCE = {True: 5e-3, False: 2e-2}
 """Relative Frobenius error of 2:4 contenders, and of those that XLA rounds where it likes."""

@@ -25,13 +25,13 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from benchmarks.compiler import CUBLAS
 from benchmarks.failures import Failures
 from benchmarks.products import Product, Shape, row_indices
 from benchmarks.timing import Timed, jax_timed
 from kernels import registry
 from sparsejax import fp8
 from sparsejax.formats import Sparse24, pack
+from train.compiler import CUBLAS
 
 DENSE = "xla dense fp8"
 

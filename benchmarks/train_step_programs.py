@@ -22,6 +22,7 @@ import train.main
 from sparsejax.nn.routed_ffn import RoutingState
 from sparsejax.schedule import Event, Phase
 from train import accounting, hardware
+from train.compiler import step_options
 from train.config import Config, MeshConfig, resolve
 from train.data.pipeline import Data, open_data
 from train.flip import lower_cluster_event
@@ -76,7 +77,7 @@ class Spec:
 
     @property
     def compiler_options(self) -> dict[str, str | bool]:
-        """What `--xla` names; later ones win.
+        """What `--xla` names, over the trainer's own options; later ones win.
 
         Raises:
           ValueError: not of the form NAME=VALUE.
@@ -327,7 +328,8 @@ class Session:
             lowered = jitted.lower(state, self._abstract_batch(config))
 
         def finish() -> Program:
-            compiled = lowered.compile(compiler_options=whole.compiler_options)
+            options = step_options(self.mesh.size) | whole.compiler_options
+            compiled = lowered.compile(compiler_options=options)
             seconds = time.perf_counter() - began
             text = lambda: compiled.as_text() or ""
             return Program(spec, config, self.mesh, compiled, text, seconds, _memory(compiled))

@@ -20,7 +20,6 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from benchmarks.compiler import CUBLAS
 from benchmarks.timing import Sampling, Timed, interleaved, jax_timed
 from kernels import reference, reference_fp8
 from kernels.hopper import pack24 as packing
@@ -28,6 +27,7 @@ from kernels.hopper import spmm24 as products
 from kernels.hopper.spmm24_fp8 import spmm24_fp8
 from kernels.tuning import tables
 from sparsejax import fp8
+from train.compiler import CUBLAS
 
 MAX_ERROR = 5e-3
 MAX_ERROR_IN_8_BITS = 1e-2  # tensor cores add these with fewer bits

@@ -26,6 +26,7 @@ def config() -> Config:
             ffn="swiglu",
             hidden=11_008,
             vocab_size=32_000,
+            scan_layers=False,
             remat="dots",
             logits="compute",
         ),

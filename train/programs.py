@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from sparsejax.schedule import Event, Phase
+from train.compiler import step_options
 from train.config import CheckpointConfig, Config, LogConfig, ProfileConfig
 from train.data.config import DataConfig
 from train.flip import lower_cluster_event, make_flip_step
@@ -108,6 +109,7 @@ def compile_programs(
     shardings = jax.tree.map(lambda leaf: leaf.sharding, state)
     everywhere: Any = shardings.step  # every process reads the metrics
     shared = {} if shared is None else shared
+    compiler_options = step_options(everywhere.mesh.size)
 
     def once(name: str, depends_on: Config, make: Callable[[], Callable]) -> Callable:
         key = name, depends_on, everywhere.mesh
@@ -119,7 +121,8 @@ def compile_programs(
     of_step, of_rest = step_compiled_from(config), compiled_from(config)
 
     def compiled(function: Callable, *arguments: Any, **options: Any) -> Callable:
-        return jax.jit(function, **options).lower(*arguments).compile()
+        lowered = jax.jit(function, **options).lower(*arguments)
+        return lowered.compile(compiler_options=compiler_options)
 
     def step(phase: Phase) -> Callable:
         def make() -> Callable:

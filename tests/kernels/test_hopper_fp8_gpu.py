@@ -8,7 +8,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from benchmarks.compiler import CUBLAS
 from kernels import reference_fp8
 from kernels.hopper.pack24 import MODES, Pack24Config
 from kernels.hopper.pack24_fp8 import pack24_fp8
@@ -17,6 +16,7 @@ from kernels.registry import target_capability
 from sparsejax import fp8
 from sparsejax.ops import matmul24
 from tests.kernels import oracle
+from train.compiler import CUBLAS
 
 pytestmark = pytest.mark.gpu
 

@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from benchmarks.compiler import CUBLAS
 from sparsejax.nn import RoutedFFN
 from sparsejax.ops.dot_fp8 import dot_fp8
+from train.compiler import CUBLAS
 from train.config import ModelConfig
 from train.model import SwiGLU
 
