@@ -69,6 +69,41 @@ def swiglu(backward: bool) -> Network:
     return dense_swiglu
 
 
+def relu2_gated(backward: bool) -> Network:
+    """XLA's dense relu(X W1)^2 * (X Wg) W2, from float32 masters."""
+
+    def network(x: Array, w1: Array, w2: Array, wg: Array) -> Array:
+        w1, w2, wg = (w.astype(x.dtype) for w in (w1, w2, wg))
+        return (jnp.square(jax.nn.relu(x @ w1.T)) * (x @ wg.T)) @ w2
+
+    def dense_relu2_gated(o: GatedOperands) -> Any:
+        if backward:
+            return _both(network, o.dy, o.x, o.w1, o.w2, o.wg)
+        return network(o.x, o.w1, o.w2, o.wg)
+
+    return dense_relu2_gated
+
+
+def sparse_gated(sparsity: Sparsity, backward: bool) -> Network:
+    """Routing, packing and the gated routed network on one backend's kernels."""
+
+    def routed_24_gated(o: tuple[Operands, Array]) -> Any:
+        own, wg = o
+        packed = pack_ffn(own.w1, own.w2, wg, own.betas, sparsity)
+
+        def network(x: Array, w1: Array, w2: Array, wg: Array) -> Array:
+            expert = assign_tokens(x, own.centers, own.bias, sparsity.metric)
+            plan = plan_tokens(
+                expert, sparsity.num_experts, sparsity.v, spread=sparsity.spread_tokens
+            )
+            return routed_ffn(x, w1, w2, wg, packed, plan, sparsity)
+
+        inputs = own.x, own.w1, own.w2, wg
+        return _both(network, own.dy, *inputs) if backward else network(*inputs)
+
+    return routed_24_gated
+
+
 def sparse(sparsity: Sparsity, backward: bool, precision: Precision = "compute") -> Network:
     """Routing, packing and the routed network on one backend's kernels."""
 

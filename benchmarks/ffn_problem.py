@@ -121,10 +121,10 @@ def preparation(sparsity: Sparsity) -> Callable[[FfnTensors], tuple[Operands, Ar
     return begin
 
 
-def gated(t: FfnTensors) -> GatedOperands:
-    """Operands of the dense SwiGLU: neurons of the same network, since silu leaves no zeros whose
-    number would matter."""
-    hidden = gated_hidden(t.w1.shape[1])
+def gated(t: FfnTensors, hidden: int | None = None) -> GatedOperands:
+    """Operands of dense gated networks: neurons of the same network, of as many parameters or so
+    many neurons. Silu leaves no zeros whose number would matter."""
+    hidden = gated_hidden(t.w1.shape[1]) if hidden is None else hidden
     w1 = t.w1.T
     return jax.tree.map(
         jnp.copy, GatedOperands(t.x, t.dy3, w1[:hidden], t.w2[:hidden], w1[-hidden:])
