@@ -201,7 +201,7 @@ GATED_BY_NAME_ONLY = True
 
 No GPU has run that path yet: what lowers and compiles may still be wrong or slow. Set this to False
 once `pytest -m gpu tests/kernels/test_grouped_gpu.py tests/sparsejax/test_routed_ffn_gated.py` has
-passed on one; nothing else decides it.
+passed on one; nothing else decides it (`train.accounting` and docs/howto_model.md say so too).
 """
 
 

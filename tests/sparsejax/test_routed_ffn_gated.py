@@ -139,9 +139,10 @@ def test_what_is_saved_for_the_backward_pass():
         given.remove(size)
 
 
-def test_kernels_are_taken_by_name_only(monkeypatch):
+def test_kernels_can_be_taken_by_name_only(monkeypatch):
     sparsity = Sparsity(v=128)
     monkeypatch.setattr(routed_ffn_grouped, "_reported", set())
+    monkeypatch.setattr(routed_ffn_grouped, "GATED_BY_NAME_ONLY", True)
     with registry.assume_capability((9, 0)), an_h100():
         for name in ("hopper", "triton"):
             named = replace(sparsity, backend=name)
