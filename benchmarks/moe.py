@@ -2,23 +2,26 @@
 
     python -m benchmarks.moe --out moe.json            # on a GPU: 8 experts, top-2, llama1b's width
     python -m benchmarks.moe --out moe.json --smoke    # anywhere: tiny shapes, no claim of speed
+    python -m benchmarks.moe --out moe.json --clusters 2  # sparse experts also in two clusters each
 
 Router, gates and permutation of tokens are the same in all of them and are timed with them, forward
 and forward plus backward, in interleaved rounds. The dense experts' products are those of the
 Hopper kernels that JAX ships ("dense, pallas") and of `jax.lax.ragged_dot` ("dense, xla"), which on
-GPUs multiplies every row with every expert's weights. "one network" is a dense FFN of as many
-FLOPs, for orientation. Weights are packed once an optimiser step: timed apart. Operands are normal,
-inputs normalised, biases evened; experts at initialisation have half of their activations at zero,
-trained ones more.
+GPUs multiplies every row with every expert's weights. "sparse" meets whole experts, "sparse S=2"
+routes further: a token meets one of two clusters of each of its experts' neurons. "one network" is
+a dense FFN of as many FLOPs, for orientation. Weights are packed once an optimiser step: timed
+apart. Operands are normal, inputs normalised, biases evened; experts at initialisation have half of
+their activations at zero, trained ones more.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -61,7 +64,8 @@ class Sizes:
         return 4.0 * self.tokens * self.width * active
 
 
-SMOKE = Sizes(64, 256, 128, 4, 2, 32)
+SMOKE = Sizes(64, 4096, 128, 4, 2, 32)
+CLUSTERS = (2, 4)
 
 
 def _module(sizes: Sizes, sparsity: Sparsity | None, **options: Any) -> MoEFFN:
@@ -94,6 +98,22 @@ def evened(sizes: Sizes, x: Array, steps: int = 200) -> nnx.State:
     return nnx.state(module)
 
 
+def clustered(sizes: Sizes, state: nnx.State, sparsity: Sparsity, x: Array) -> MoEFFN:
+    """The same mixture with its neurons in clusters, whose loads are even for these tokens."""
+    module = _module(sizes, sparsity)
+    for name in ("router", "w1", "w2", "bias"):
+        getattr(module, name)[...] = state[name][...]
+    module.apply_update(nnx.jit(lambda m: m.begin_sparse())(module))
+    biases, _ = nnx.jit(lambda m, x: m.reroute(x))(module, x)
+    module.cluster_bias[...] = biases["cluster_bias"]
+    return module
+
+
+def sparse_name(backend: registry.Backend, clusters: int) -> str:
+    """Of a contender."""
+    return f"sparse, {backend}" if clusters == 1 else f"sparse S={clusters}, {backend}"
+
+
 def _function(graph: nnx.GraphDef, passes: str) -> Callable:
     """(state, packed, x, dy) to the output, or to the gradients by the parameters and x."""
 
@@ -114,27 +134,43 @@ def _compile(graph: nnx.GraphDef, passes: str, arguments: tuple) -> Any:
 
 
 def candidates(
-    sizes: Sizes, state: nnx.State, backends: tuple[registry.Backend, ...]
+    sizes: Sizes,
+    state: nnx.State,
+    backends: tuple[registry.Backend, ...],
+    x: Array | None = None,
+    clusters: tuple[int, ...] = (1,),
 ) -> dict[str, tuple[nnx.GraphDef, nnx.State, Any]]:
-    """Name to (graph, state, packed weights or None), of what can be built here."""
+    """Name to (graph, state, packed weights or None), of what can be built here.
+
+    x: tokens (T, D) whose loads clusters even; needed for more than one in an expert.
+    """
     found: dict[str, tuple[nnx.GraphDef, nnx.State, Any]] = {}
     for grouped in ("xla", "pallas"):
         if grouped == "pallas" and registry.target_capability() != (9, 0):
             continue
         module = _module(sizes, None, grouped_backend=grouped)
         found[f"dense, {grouped}"] = (nnx.graphdef(module), state, None)
-    for backend in backends:
-        sparsity = Sparsity(m=4 * sizes.experts, v=sizes.v, backend=backend)
-        graph = nnx.graphdef(_module(sizes, sparsity))
-        packed = jax.jit(lambda s, graph=graph: nnx.merge(graph, s).pack())(state)
-        found[f"sparse, {backend}"] = (graph, state, packed)
+    for backend, s in itertools.product(backends, clusters):
+        sparsity = Sparsity(m=4 * sizes.experts * s, v=sizes.v, backend=backend)
+        if s == 1:
+            graph, own = nnx.graphdef(_module(sizes, sparsity)), state
+        else:
+            assert x is not None
+            graph, own = nnx.split(clustered(sizes, state, sparsity, x))
+        packed = jax.jit(lambda s, graph=graph: nnx.merge(graph, s).pack())(own)
+        found[sparse_name(backend, s)] = (graph, own, packed)
     active = sizes.hidden // sizes.experts * sizes.experts_per_token
     single = RoutedFFN(sizes.width, active, rngs=nnx.Rngs(params=0))
     found["one network"] = (*nnx.split(single), None)
     return found
 
 
-def run(sizes: Sizes, backends: tuple[registry.Backend, ...], sampling: Sampling) -> dict[str, Any]:
+def run(
+    sizes: Sizes,
+    backends: tuple[registry.Backend, ...],
+    sampling: Sampling,
+    clusters: tuple[int, ...] = CLUSTERS,
+) -> dict[str, Any]:
     """Measures every contender; what the result file holds."""
     failures = Failures()
     keys = jax.random.split(jax.random.key(0))
@@ -145,7 +181,7 @@ def run(sizes: Sizes, backends: tuple[registry.Backend, ...], sampling: Sampling
     rows: list[dict[str, Any]] = []
     times: dict[tuple[str, str], Samples] = {}
     built, notes = {}, {}
-    for name, what in _each(sizes, state, backends):
+    for name, what in _each(sizes, state, backends, x, (1, *clusters)):
         found, note = failures.attempt(name, what)
         if note is None:
             built[name] = found
@@ -186,19 +222,33 @@ def run(sizes: Sizes, backends: tuple[registry.Backend, ...], sampling: Sampling
     }
 
 
-def _each(sizes: Sizes, state: nnx.State, backends: tuple[registry.Backend, ...]):
+def _each(
+    sizes: Sizes,
+    state: nnx.State,
+    backends: tuple[registry.Backend, ...],
+    x: Array,
+    clusters: tuple[int, ...],
+) -> Iterator[tuple[str, Callable[[], Any]]]:
     """One contender at a time, so that one that cannot be built does not end the run."""
-    for backend in backends:
-        name = f"sparse, {backend}"
-        yield name, lambda b=backend, n=name: candidates(sizes, state, (b,))[n]
+    for backend, s in itertools.product(backends, clusters):
+        yield (
+            sparse_name(backend, s),
+            functools.partial(_one, sizes, state, backend, x, s),
+        )
     for name, found in candidates(sizes, state, ()).items():
-        yield name, lambda found=found: found
+        yield name, functools.partial(lambda found: found, found)
+
+
+def _one(sizes: Sizes, state: nnx.State, backend: registry.Backend, x: Array, clusters: int) -> Any:
+    found = candidates(sizes, state, (backend,), x, (clusters,))
+    return found[sparse_name(backend, clusters)]
 
 
 def _compare(outputs: dict[str, Any], failures: Failures, passes: str) -> None:
-    """Dense contenders with one another, sparse ones with one another."""
-    for kind in ("dense", "sparse"):
-        mine = {name: out for name, out in outputs.items() if name.startswith(kind)}
+    """Dense contenders with one another, sparse ones with those of as many clusters."""
+    kinds = dict.fromkeys(name.partition(",")[0] for name in outputs)
+    for kind in kinds:
+        mine = {name: out for name, out in outputs.items() if name.partition(",")[0] == kind}
         if len(mine) < 2:
             continue
         first, *others = mine
@@ -255,9 +305,26 @@ def table(result: dict[str, Any], console: Console | None = None) -> None:
 def main(arguments: list[str] | None = None) -> None:
     """The command line."""
     parser = make_parser("moe", "Times mixtures of dense and of sparse experts.", steps=1)
+    parser.add_argument(
+        "--clusters",
+        nargs="*",
+        type=int,
+        default=CLUSTERS,
+        help="of an expert's neurons, a token meeting one; a row for each number, default 2 and 4",
+    )
     options = parser.parse_args(arguments)
     backends, sampling = contenders(parser, options)
-    result = run(SMOKE if options.smoke else Sizes(), backends, sampling)
+    sizes, clusters = SMOKE if options.smoke else Sizes(), tuple(options.clusters)
+    for s in clusters:
+        m = 4 * sizes.experts * s
+        try:
+            Sparsity(m=m).validate(width=sizes.width, hidden=sizes.hidden)
+            Sparsity(m=m).validate_experts(hidden=sizes.hidden, num_experts=sizes.experts)
+        except ValueError as error:
+            parser.error(f"--clusters {s}: {error}")
+        if s < 2:
+            parser.error(f"--clusters {s}: whole experts are measured anyway, give 2 or more")
+    result = run(sizes, backends, sampling, clusters)
     result["smoke"] = options.smoke
     options.out.parent.mkdir(parents=True, exist_ok=True)
     options.out.write_text(json.dumps(result, indent=1) + "\n")

@@ -1,4 +1,7 @@
-"""`tiny` as a mixture: 8 experts, 2 for each token, in all three phases, on embedded text."""
+"""`tiny` as a mixture: 8 experts, 2 for each token, in all three phases, on embedded text.
+
+An expert has 256 neurons. `--model.hidden 4096 --sparsity.m 64` makes larger ones, in two clusters.
+"""
 
 import dataclasses
 

@@ -19,7 +19,11 @@ Precision = Literal["compute", "fp8"]
 GROUP = 4
 """Elements of a 2:4 group, and live columns in a block of M."""
 
-_COLUMN_BLOCKS = (4, 8, 16, 32)
+SMALLEST_CLUSTER = 256
+"""Neurons that a cluster within an expert of a mixture must have: the two parts of 128, one a
+warpgroup, of the Hopper kernels' tile. With fewer, half of it would be idle."""
+
+_COLUMN_BLOCKS = (4, 8, 16, 32, 64, 128)
 
 
 @dataclass(frozen=True)
@@ -41,7 +45,9 @@ class Sparsity:
     """2:4 activations: of four live neurons in a row, a token keeps the two largest."""
 
     m: int = 16
-    """Neurons in a block (M): a token's expert owns four of them, so there are M / 4 experts."""
+    """Neurons in a block (M): a token's expert owns four of them, so there are M / 4 experts. With
+    the E experts of a mixture, M = 4 E leaves each of them whole, and M = 4 E S makes S clusters of
+    its neurons, of which a token meets one."""
 
     n: int = 2
     """Non-zeros that a token keeps in a block of M neurons (N)."""
@@ -167,3 +173,26 @@ class Sparsity:
             raise ValueError(f"{hidden=} must be a positive multiple of {name}={block}{shards}")
         if tokens is not None and self.routing and (tokens < 1 or tokens % self.v):
             raise ValueError(f"{tokens=} must be a positive multiple of v={self.v}")
+
+    def validate_experts(self, *, hidden: int, num_experts: int) -> None:
+        """Refuses what a mixture of experts cannot be routed by; besides `validate`.
+
+        Args:
+          hidden: neurons H of all experts together.
+          num_experts: E of the mixture, each of M / (4 E) clusters.
+
+        Raises:
+          ValueError: one line that names the value.
+        """
+        whole = GROUP * num_experts
+        if not self.routing or self.m % whole or self.num_shards != 1:
+            raise ValueError(
+                f"m={self.m}, routing={self.routing}, shards={self.num_shards} must be {whole} "
+                f"(times 2, 4, .. to route neurons further), True and 1 for {num_experts} experts"
+            )
+        clusters, neurons = self.m // whole, self.live_neurons(hidden)
+        if clusters > 1 and neurons < SMALLEST_CLUSTER:
+            raise ValueError(
+                f"m={self.m} makes {clusters} clusters of {neurons} neurons of each of "
+                f"{num_experts} experts: a cluster needs {SMALLEST_CLUSTER}, m={whole} none"
+            )

@@ -69,7 +69,7 @@ class Flops(_Parts):
     head: int
     router: int = 0
     """Similarities of tokens and cluster centres, zero in a dense step; of a mixture, its router's
-    products."""
+    products too."""
 
 
 @dataclass(frozen=True)
@@ -203,12 +203,14 @@ def sparse_flops(config: Config) -> Flops:
     if config.model.ffn == "swiglu":
         return dense
     experts = config.sparsity.num_experts
-    if config.model.experts:
-        ffn = sum(product.sparse_flops for product in ffn_products(config))
-        return dataclasses.replace(dense, ffn=ffn)
     centers = experts * neuron_groups(config)
     similarities = config.tokens_per_step * config.model.width * centers * config.model.num_layers
     router = 2 * similarities if experts > 1 else 0
+    if config.model.experts:
+        # Whole experts have no centres.
+        router = router if experts > config.model.experts else 0
+        ffn = sum(product.sparse_flops for product in ffn_products(config))
+        return dataclasses.replace(dense, ffn=ffn, router=dense.router + router)
     # Of a projection's three products a 2:4 weight serves one: forward, or the input's gradient.
     halved = dense.projections // 6 if config.sparsity.attention_projections else 0
     return dataclasses.replace(
@@ -223,9 +225,9 @@ def ffn_products(config: Config) -> tuple[Product, ...]:
     """Returns the feed-forward network's products: six, and nine in the gated forms."""
     m, s = config.model, config.sparsity
     every = 2 * config.tokens_per_step * m.width * m.ffn_hidden * m.num_layers
-    # A mixture's dense step computes what routing leaves as well.
+    # A mixture's dense step computes what routing to experts leaves as well, and not to clusters.
     dense = every * m.active_experts // max(m.experts, 1)
-    routed = 1 if m.experts else s.num_experts
+    routed = max(s.num_experts // max(m.experts, 1), 1)
     no_zeros = m.ffn == "swiglu"
     # What a product executes of its operand: half of a 2:4 one.
     weights, activations = (0.5 if on else 1.0 for on in (s.weights, s.activations))

@@ -41,7 +41,9 @@ class ModelConfig:
     the gated forms. Of a mixture all experts' together; None gives a token 4 D of them."""
     experts: int = 0
     """Experts of a mixture in the place of each FFN (ffn=relu2, on one device); 0 for one network.
-    A sparse phase takes 4, 8 or 2 experts, and sparsity.m four times as large."""
+    A sparse phase takes a power of two up to 32, and sparsity.m four times as large; twice that, or
+    four times, .. up to 128 routes tokens to one of 2, 4, .. clusters of each expert's neurons,
+    where at least 256 are left in one."""
     experts_per_token: int = 2
     """Experts of a mixture that a token meets."""
     vocab_size: int | None = None
@@ -360,11 +362,8 @@ def _validate_experts(config: Config) -> None:
             f"mesh.fsdp={config.mesh.fsdp} and mesh.tensor={config.mesh.tensor} must be 1: a "
             "mixture of experts runs on one device"
         )
-    if config.sparse_steps and (not sparsity.routing or sparsity.m != 4 * model.experts):
-        raise ValueError(
-            f"sparsity.m={sparsity.m}, sparsity.routing={sparsity.routing} must be "
-            f"{4 * model.experts}, True for model.experts={model.experts}"
-        )
+    if config.sparse_steps:
+        sparsity.validate_experts(hidden=model.ffn_hidden, num_experts=model.experts)
 
 
 def _require_representable(config: Any, prefix: str = "") -> None:

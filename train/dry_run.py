@@ -72,6 +72,13 @@ def _mixture(model: ModelConfig) -> str:
     return f" in {model.experts} experts, {model.experts_per_token} for each token"
 
 
+def _routed_to(config: Config) -> str:
+    experts, groups = config.model.experts, config.sparsity.num_experts
+    if experts and groups > experts:
+        return f"{experts} experts, in each to one of {groups // experts} clusters"
+    return f"{groups} experts"
+
+
 def dry_run(config: Config, *, console: Console, plot: Path | None = None) -> None:
     """Prints what `config` would train, at what cost.
 
@@ -166,7 +173,7 @@ def _run(config: Config, vocabulary: str) -> Table:
             for wanted, text in (
                 (s.weights, "2:4 weights"),
                 (s.attention_projections, "2:4 attention projections"),
-                (s.routing, f"routing to {s.num_experts} experts (M {s.m}, V {s.v})"),
+                (s.routing, f"routing to {_routed_to(config)} (M {s.m}, V {s.v})"),
                 (s.activations, "2:4 activations"),
                 (
                     s.weight_gradient == "tokens24",
@@ -272,7 +279,8 @@ def _products(config: Config) -> Table:
             f"({left:,} x {inner:,}) ({inner:,} x {right:,})",
             f"1/{p.dense_flops / p.sparse_flops:.4g}",
         )
-    caption = f"The live part is that of one of {s.num_experts * groups} experts in one layer" + (
+    kind = "clusters" if m.experts and s.num_experts > m.experts else "experts"
+    caption = f"The live part is that of one of {s.num_experts * groups} {kind} in one layer" + (
         ", at an even load." if s.num_experts > 1 else "."
     )
     if s.num_experts > 1:

@@ -44,7 +44,7 @@ def make_cluster_event(config: Config, graph: nnx.GraphDef, event: Event) -> Eve
     sparsity, begin = config.sparsity, event == "begin"
 
     def routers(model: Any) -> Any:
-        found = model.map_ffn(lambda ffn: (ffn.centers[...], ffn.bias[...]))
+        found = model.map_ffn(lambda ffn: ffn.clustering())
         if config.model.scan_layers:
             return found
         return jax.tree.map(lambda *leaves: jnp.stack(leaves), *found)
@@ -60,7 +60,8 @@ def make_cluster_event(config: Config, graph: nnx.GraphDef, event: Event) -> Eve
         ids = ids.reshape(-1, config.micro_batches, ids.shape[-1])[:, 0]
         model = nnx.merge(graph, state.params, state.routing)
         biases, churn = model.reroute(ids, model.pack(), before, fit=sparsity.fit_bias)
-        routing = map_ffn_leaves(state.routing, {"bias": lambda _, bias: bias}, biases)
+        new = {name: lambda _, found, name=name: found[name] for name in biases}
+        routing = map_ffn_leaves(state.routing, new, biases)
         if not begin:
             metrics["token_churn"] = churn
         return dataclasses.replace(state, routing=routing), metrics

@@ -142,13 +142,15 @@ class Block(nnx.Module):
 
     def reroute(
         self, x: jax.Array, packed: Packed, previous: Any, fit: bool
-    ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-        """As a call under new centres, with `RoutedFFN.reroute`'s biases in effect and returned."""
+    ) -> tuple[jax.Array, tuple[dict[str, jax.Array], jax.Array]]:
+        """As a call under new centres, with its new biases in effect and returned by name."""
         x = constrain(self._attend(x, packed), ACT_BTD)
-        bias, churn = self.ffn.reroute(self.norm_ffn(x), previous, fit=fit)
-        self.ffn.bias[...] = bias
+        found, churn = self.ffn.reroute(self.norm_ffn(x), previous, fit=fit)
+        biases = found if isinstance(found, dict) else {"bias": found}
+        for name, bias in biases.items():
+            getattr(self.ffn, name)[...] = bias
         y, _ = self._feed_forward(x, packed)
-        return constrain(y, ACT_BTD), (bias, churn)
+        return constrain(y, ACT_BTD), (biases, churn)
 
     def _attend(self, x: jax.Array, packed: Packed) -> jax.Array:
         own = None if packed is None else packed.attention
@@ -270,19 +272,19 @@ class Llama(nnx.Module):
 
     def reroute(
         self, tokens: jax.Array, packed: Packed, previous: Any, *, fit: bool
-    ) -> tuple[jax.Array, jax.Array]:
+    ) -> tuple[dict[str, jax.Array], jax.Array]:
         """Every layer's routing biases under its present centres, each layer seeing what the new
         biases of those before it make of the tokens, and how much the change moves.
 
         Args:
           tokens: (B, S) int32 ids.
           packed: what `pack` returns.
-          previous: (centers, bias) with a leading axis L before the change, or None.
+          previous: every FFN's `clustering()` before the change with a leading axis L, or None.
           fit: whether the biases are fitted to these tokens; False keeps them.
 
         Returns:
-          biases (L, S E) float32, and the share of tokens that meet another expert than under
-          `previous`, (L,) float32.
+          biases (L, ...) float32 by the names of their variables, and the share of tokens that meet
+          another expert than under `previous`, (L,) float32.
         """
         x = embed(self.embedding[...], tokens, compute_dtype(self.config))
         function = lambda block, *arguments: block.reroute(*arguments, fit)

@@ -14,7 +14,7 @@ from flax import nnx
 from sparsejax.nn.routed_ffn import RoutingUpdate
 from sparsejax.ops.packed_ffn import PackedFFN
 from sparsejax.ops.routed_ffn_fp8 import saturated_weights
-from sparsejax.routing import update_bias
+from sparsejax.routing import expert_counts, update_bias, update_within_experts
 from sparsejax.schedule import Phase
 from sparsejax.sharding import permute_rows
 from train import scopes
@@ -24,7 +24,7 @@ from train.loss import cross_entropy
 from train.mesh import FFN_AXES
 from train.optimizer import learning_rate_schedule
 from train.state import TrainState
-from train.tree import map_block_leaves, map_ffn_leaves, names
+from train.tree import LeafFunction, map_block_leaves, map_ffn_leaves, names
 
 Batch = dict[str, jax.Array]
 Metrics = dict[str, jax.Array]
@@ -87,6 +87,22 @@ def _accumulate(gradient: Callable[[Batch], Any], batch: Batch, parts: int) -> A
     return (loss / parts, stats), jax.tree.map(lambda g: g / parts, grads)
 
 
+def _evening(config: Config, phase: Phase) -> dict[str, LeafFunction]:
+    """What moves each bias of an FFN towards even loads: (bias, counts) to bias, by its name."""
+    rate, experts = config.sparsity.bias_rate, config.model.experts
+    if not experts:
+
+        def shards(bias: jax.Array, counts: jax.Array) -> jax.Array:
+            bias, counts = (a.reshape(config.sparsity.num_shards, -1) for a in (bias, counts))
+            return update_bias(bias, counts, rate).reshape(-1)
+
+        return {"bias": shards}
+    mixture = {"bias": lambda bias, n: update_bias(bias, expert_counts(n, experts), rate)}
+    if phase == "sparse":
+        mixture["cluster_bias"] = lambda bias, n: update_within_experts(bias, n, experts, rate)
+    return mixture
+
+
 def make_train_step(
     config: Config,
     graph: nnx.GraphDef,
@@ -144,13 +160,7 @@ def make_train_step(
         # The experts of a mixture are chosen, and their loads evened, in dense phases too.
         if config.model.experts or (phase == "sparse" and config.sparsity.routing):
             metrics["expert_load"] = stats.counts
-            rate, shards = config.sparsity.bias_rate, config.sparsity.num_shards
-
-            def even(bias: jax.Array, counts: jax.Array) -> jax.Array:
-                bias, counts = (a.reshape(shards, -1) for a in (bias, counts))
-                return update_bias(bias, counts, rate).reshape(-1)
-
-            routing = map_ffn_leaves(routing, {"bias": even}, stats.counts)
+            routing = map_ffn_leaves(routing, _evening(config, phase), stats.counts)
         return (
             dataclasses.replace(
                 state,

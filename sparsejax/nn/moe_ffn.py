@@ -6,6 +6,9 @@ experts and a token meets k of them. What is computed for a row and its expert i
 are the kernels: the neurons of all experts are stored as one network of H neurons in the order that
 `sparsejax.routing.interleave` makes, expert e in the columns 4 e to 4 e + 3 of every block of
 M = 4 E, and k T rows are routed instead of T.
+
+Neurons of a large expert can be routed further: clustered, as `RoutedFFN`'s are, into S clusters, a
+token meeting one cluster of each of its k experts (`sparsejax.routing.within_experts`).
 """
 
 from __future__ import annotations
@@ -26,7 +29,17 @@ from sparsejax.ops.packed_ffn import PackedFFN
 from sparsejax.ops.relu2 import relu2
 from sparsejax.ops.routed_ffn import pack_ffn, routed_ffn
 from sparsejax.prune import soft_threshold_beta
-from sparsejax.routing import fit_bias, from_expert_major, plan_tokens, to_expert_major
+from sparsejax.routing import (
+    choose_groups,
+    cluster_within_experts,
+    fit_bias,
+    fit_within_experts,
+    from_expert_major,
+    permute_ffn,
+    plan_tokens,
+    to_expert_major,
+    token_scores,
+)
 from sparsejax.spec import GROUP, Sparsity
 
 
@@ -48,7 +61,8 @@ class MoEFFN(nnx.Module):
 
     With packed weights the experts are sparse, without them dense; both route alike, so a change of
     phase changes no structure. Parameters: router (E, D); w1, w2 (H, D), H = E h, row n is neuron n
-    in interleaved order. State: bias (E,) and beta (3,) float32. On one device.
+    in interleaved order. State: bias (E,) and beta (3,) float32, and with S > 1 clusters in each
+    expert, met by sparse steps only, centers (E S, D) and cluster_bias (E S,). On one device.
     """
 
     def __init__(
@@ -71,8 +85,9 @@ class MoEFFN(nnx.Module):
         Args:
           width: D. hidden: H, of all experts together.
           num_experts: E. experts_per_token: k.
-          sparsity: what is sparse in the sparse phase: routing must be on, with M = 4 E. None for a
-            mixture that stays dense.
+          sparsity: what is sparse in the sparse phase: routing must be on, with M = 4 E S: S = 1
+            leaves experts whole, a larger power of two routes neurons further, S clusters of
+            256 neurons at least in each expert. None for a mixture that stays dense.
           dtype: of the products' operands. param_dtype: of the master weights.
           kernel_init: of the router (D, E) and of an expert's W1 (D, h); out_init: of its W2
             (h, D); LeCun normal where None. Called with (fan-in, fan-out) shapes.
@@ -91,11 +106,13 @@ class MoEFFN(nnx.Module):
         if not 1 <= experts_per_token <= num_experts:
             raise ValueError(f"{experts_per_token=} must be 1 to {num_experts=}")
         if sparsity is not None:
-            validate_sparsity(sparsity, width=width, hidden=hidden, num_experts=num_experts)
+            sparsity.validate(width=width, hidden=hidden)
+            sparsity.validate_experts(hidden=hidden, num_experts=num_experts)
         self.width = width
         self.hidden = hidden
         self.num_experts = num_experts
         self.experts_per_token = experts_per_token
+        self.clusters = 1 if sparsity is None else sparsity.num_experts // num_experts
         self.sparsity = sparsity
         self.dtype = jnp.dtype(dtype)
         self.grouped_backend = grouped_backend
@@ -114,11 +131,10 @@ class MoEFFN(nnx.Module):
         self.w2 = nnx.Param(experts(out_init, False))
         self.bias = RoutingState(jnp.zeros((num_experts,), jnp.float32))
         self.beta = RoutingState(jnp.ones((3,), jnp.float32))
-
-    @property
-    def centers(self) -> nnx.Param:
-        """The router, in the place of `RoutedFFN`'s cluster centres: (E, D)."""
-        return self.router
+        if self.clusters > 1:
+            groups = num_experts * self.clusters
+            self.centers = RoutingState(jnp.zeros((groups, width), jnp.float32))
+            self.cluster_bias = RoutingState(jnp.zeros((groups,), jnp.float32))
 
     def _sparsity(self) -> Sparsity:
         if self.sparsity is None:
@@ -132,13 +148,25 @@ class MoEFFN(nnx.Module):
 
     def route(self, x: Array) -> TopK:
         """(..., D) to the experts of each token, T the product of the leading axes."""
-        return self._choose(self._scores(self._flat(x)))
+        return self._choose(self._scores(self._flat(x)), self.bias[...])
 
-    def _choose(self, scores: Array) -> TopK:
-        preferred = jax.lax.stop_gradient(scores + self.bias[...])
+    def _choose(self, scores: Array, bias: Array) -> TopK:
+        preferred = jax.lax.stop_gradient(scores + bias)
         experts = jax.lax.top_k(preferred, self.experts_per_token)[1].astype(jnp.int32)
         gates = jnp.take_along_axis(scores, experts, axis=1)
         return TopK(experts, gates / jnp.maximum(jnp.sum(gates, axis=1, keepdims=True), 1e-9))
+
+    def _cluster_scores(self, x: Array, centers: Array) -> Array:
+        x, centers = jax.lax.stop_gradient((x, centers))
+        return token_scores(x, centers, self._sparsity().metric)
+
+    def _groups(self, x: Array, experts: Array) -> Array:
+        """The group of neurons (expert, or one of its clusters) of each row: (k T,) int32."""
+        if self.clusters > 1:
+            scores = self._cluster_scores(x, self.centers[...])
+            bias = jax.lax.stop_gradient(self.cluster_bias[...])
+            experts = choose_groups(scores, bias, experts, self.num_experts)
+        return experts.reshape(-1)
 
     def _flat(self, x: Array) -> Array:
         if x.ndim < 2 or x.shape[-1] != self.width:
@@ -154,24 +182,27 @@ class MoEFFN(nnx.Module):
         return pack_ffn(w1, w2, None, beta, self._sparsity(), dtype=self.dtype)
 
     def __call__(self, x: Array, packed: PackedFFN | None = None) -> tuple[Array, RoutingStats]:
-        """(..., D) to (..., D) in the compute dtype, and the experts' loads (k T in all).
+        """(..., D) to (..., D) in the compute dtype, and the loads, k T in all: of the E experts,
+        or where it is sparse of the E S groups, cluster s of expert e being group s E + e.
 
         Args:
           x: (..., D), any floating dtype; the leading axes are tokens.
           packed: `pack()` of these parameters for sparse experts, None for dense ones.
         """
         rows, k = self._flat(x), self.experts_per_token
-        chosen = self._choose(self._scores(rows))
-        expert = chosen.experts.reshape(-1)
+        chosen = self._choose(self._scores(rows), self.bias[...])
         if packed is None:
-            y, counts = self._dense(rows, expert)
+            y, counts = self._dense(rows, chosen.experts.reshape(-1))
         else:
             sparsity = self._sparsity()
-            if self.num_experts == 1:
+            if sparsity.num_experts == 1:
                 plan, counts = None, jnp.full((1,), rows.shape[0], jnp.int32)
             else:
                 plan = plan_tokens(
-                    expert, self.num_experts, sparsity.v, spread=sparsity.spread_tokens
+                    self._groups(rows, chosen.experts),
+                    sparsity.num_experts,
+                    sparsity.v,
+                    spread=sparsity.spread_tokens,
                 )
                 counts = plan.counts
             repeated = jnp.repeat(rows, k, axis=0)
@@ -190,51 +221,79 @@ class MoEFFN(nnx.Module):
         return product(y2, by_expert(self.w2[...]))[inverse], counts
 
     def begin_sparse(self) -> RoutingUpdate:
-        """Sets beta: what the first sparse step needs. Experts are what they are: no neuron moves.
+        """Sets beta and, with S > 1, clusters each expert's neurons: what the first sparse step
+        needs. Experts are what they are: no neuron leaves its own.
 
         The interface of `RoutedFFN.begin_sparse`.
         """
-        beta = jnp.ones((3,), jnp.float32)
-        if self._sparsity().weights:
-            w1, w2 = (soft_threshold_beta(w[...], 1) for w in (self.w1, self.w2))
-            beta = jnp.stack([w1, w2, jnp.float32(1)])
-        return self._update(beta)
+        return self._update(None, self._beta())
+
+    def _beta(self) -> Array:
+        if not self._sparsity().weights:
+            return jnp.ones((3,), jnp.float32)
+        w1, w2 = (soft_threshold_beta(w[...], 1) for w in (self.w1, self.w2))
+        return jnp.stack([w1, w2, jnp.float32(1)])
 
     def refresh(self) -> RoutingUpdate:
-        """As `begin_sparse`, but beta stays as it is, unless `Sparsity.reestimate_beta`."""
-        if self._sparsity().reestimate_beta:
-            return self.begin_sparse()
-        return self._update(self.beta[...])
+        """As `begin_sparse`, from the centres as they are; beta stays as it is, unless
+        `Sparsity.reestimate_beta`."""
+        beta = self._beta() if self._sparsity().reestimate_beta else self.beta[...]
+        return self._update(self.centers[...] if self.clusters > 1 else None, beta)
 
-    def _update(self, beta: Array) -> RoutingUpdate:
-        identity = jnp.arange(self.hidden, dtype=jnp.int32)
-        return RoutingUpdate(self.router[...], beta, identity, jnp.float32(0))
+    def _update(self, centers: Array | None, beta: Array) -> RoutingUpdate:
+        if self.clusters == 1:
+            identity = jnp.arange(self.hidden, dtype=jnp.int32)
+            return RoutingUpdate(self.router[...], beta, identity, jnp.float32(0))
+        permutation, centers, churn = cluster_within_experts(
+            self.w1[...],
+            self.num_experts,
+            self.clusters,
+            metric=self._sparsity().metric,
+            iterations=self._sparsity().kmeans_iterations,
+            init_centers=centers,
+        )
+        return RoutingUpdate(centers, beta, permutation, churn)
+
+    def apply_update(self, update: RoutingUpdate) -> None:
+        """Puts an update into effect on this module, in place, as `RoutedFFN.apply_update`."""
+        self.beta[...] = update.beta
+        if self.clusters > 1:
+            self.w1[...], self.w2[...], _ = permute_ffn(
+                self.w1[...], self.w2[...], update.permutation
+            )
+            self.centers[...] = update.centers
+
+    def clustering(self) -> tuple[Array, Array] | None:
+        """What `reroute` takes as `previous`: centers and cluster_bias, or None where S is 1."""
+        return (self.centers[...], self.cluster_bias[...]) if self.clusters > 1 else None
 
     def reroute(
         self, x: Array, previous: tuple[Array, Array] | None = None, *, fit: bool = True
-    ) -> tuple[Array, Array]:
-        """The biases that go on, and zero: learned experts do not move at a refresh.
+    ) -> tuple[dict[str, Array], Array]:
+        """The biases that go on, by the names of their variables, and what a refresh moved.
 
-        The interface of `RoutedFFN.reroute`. Loads are even already where the dense phase before
-        evened them; `fit` starts them even where there was none (for a token's first choice).
+        As `RoutedFFN.reroute`. Experts' loads are even already where the dense phase before evened
+        them; `fit` starts them even where there was none (for a token's first choice), and those of
+        the clusters within each expert in any case.
+
+        Returns:
+          bias (E,) and, with S > 1, cluster_bias (E S,), float32; and the share of rows, each a
+          token and one of its experts, that meet another cluster than under `previous`, scalar
+          float32, zero without.
         """
-        del previous
-        bias = self.bias[...]
+        x, bias, moved = self._flat(x), self.bias[...], jnp.float32(0)
+        scores = jax.lax.stop_gradient(self._scores(x))
         if fit:
-            scores = jax.lax.stop_gradient(self._scores(self._flat(x)))
             bias = jnp.where(jnp.any(bias != 0), bias, fit_bias(scores, bias))
-        return bias, jnp.float32(0)
-
-
-def validate_sparsity(sparsity: Sparsity, *, width: int, hidden: int, num_experts: int) -> None:
-    """Refuses a sparsity that a mixture cannot have.
-
-    Raises:
-      ValueError: one line that names the value.
-    """
-    sparsity.validate(width=width, hidden=hidden)
-    if not sparsity.routing or sparsity.m != GROUP * num_experts or sparsity.num_shards != 1:
-        raise ValueError(
-            f"routing={sparsity.routing}, m={sparsity.m}, shards={sparsity.num_shards} must be "
-            f"True, {GROUP * num_experts} and 1 for {num_experts} experts"
-        )
+        if self.clusters == 1:
+            return {"bias": bias}, moved
+        experts = self._choose(scores, bias).experts
+        scores, own = self._cluster_scores(x, self.centers[...]), self.cluster_bias[...]
+        if fit:
+            own = fit_within_experts(scores, own, experts, self.num_experts)
+        if previous is not None:
+            centers, before = previous
+            was = choose_groups(self._cluster_scores(x, centers), before, experts, self.num_experts)
+            now = choose_groups(scores, own, experts, self.num_experts)
+            moved = jnp.mean(now != was, dtype=jnp.float32)
+        return {"bias": bias, "cluster_bias": own}, moved

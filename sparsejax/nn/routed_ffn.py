@@ -274,6 +274,10 @@ class RoutedFFN(nnx.Module):
         self.centers[...] = update.centers
         self.beta[...] = update.beta
 
+    def clustering(self) -> tuple[Array, Array]:
+        """What `reroute` takes as `previous`: centers and bias."""
+        return self.centers[...], self.bias[...]
+
     def reroute(
         self, x: Array, previous: tuple[Array, Array] | None = None, *, fit: bool = True
     ) -> tuple[Array, Array]:

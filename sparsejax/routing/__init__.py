@@ -10,14 +10,25 @@ from sparsejax.routing.tokens import (
     token_scores,
     update_bias,
 )
+from sparsejax.routing.within_experts import (
+    choose_groups,
+    cluster_within_experts,
+    expert_counts,
+    fit_within_experts,
+    update_within_experts,
+)
 
 __all__ = [
     "Clusters",
     "TokenPlan",
     "assign_tokens",
     "balanced_assignment",
+    "choose_groups",
     "cluster_neurons",
+    "cluster_within_experts",
+    "expert_counts",
     "fit_bias",
+    "fit_within_experts",
     "from_expert_major",
     "interleave",
     "permute_ffn",
@@ -25,4 +36,5 @@ __all__ = [
     "to_expert_major",
     "token_scores",
     "update_bias",
+    "update_within_experts",
 ]

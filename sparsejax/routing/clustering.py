@@ -37,7 +37,9 @@ def _unit(x: Array, axis: int) -> Array:
     return x * _inverse(jnp.linalg.norm(x, axis=axis, keepdims=True))
 
 
-def balancing_prices(scores: Array, prices: Array, sweeps: int) -> Array:
+def balancing_prices(
+    scores: Array, prices: Array, sweeps: int, members: Array | None = None
+) -> Array:
     """Coordinate ascent on the dual of the balanced assignment problem.
 
     An expert's price is set to the value at which exactly its share of the neurons (or tokens)
@@ -47,20 +49,27 @@ def balancing_prices(scores: Array, prices: Array, sweeps: int) -> Array:
       scores: (E, N) float32, larger is better; N at least E.
       prices: (E,) float32 to start from.
       sweeps: passes over all experts.
+      members: (N,) bool, the neurons (or tokens) that count; None for all. With fewer than E of
+        them prices stay.
 
     Returns:
       (E,) float32 of mean zero; `argmax(scores - prices[:, None], axis=0)` is about balanced.
     """
     num_experts, size = scores.shape
-    share = size // num_experts
+    count = size if members is None else jnp.sum(members, dtype=jnp.int32)
+    share = count // num_experts
 
     def set_price(i: Array, prices: Array) -> Array:
         expert = i % num_experts
         own = jnp.arange(num_experts) == expert
         net = jnp.where(own[:, None], -jnp.inf, scores - prices[:, None])
-        gap = jnp.sort(scores[expert] - jnp.max(net, axis=0))
+        gap = scores[expert] - jnp.max(net, axis=0)
+        # Who does not count comes never: below all others, where no price is looked for.
+        gap = jnp.sort(gap if members is None else jnp.where(members, gap, -jnp.inf))
         # Between the last neuron that should come and the first that should not.
         price = 0.5 * (gap[size - share] + gap[size - share - 1])
+        if members is not None:
+            price = jnp.where(share > 0, price, prices[expert])
         return prices.at[expert].set(price)
 
     prices = jax.lax.fori_loop(0, sweeps * num_experts, set_price, prices)

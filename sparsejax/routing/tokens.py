@@ -144,7 +144,7 @@ def update_bias(bias: Array, counts: Array, rate: ArrayLike) -> Array:
     return bias - jnp.mean(bias, axis=-1, keepdims=True)
 
 
-def fit_bias(scores: Array, bias: Array) -> Array:
+def fit_bias(scores: Array, bias: Array, members: Array | None = None) -> Array:
     """The biases under which these tokens load all experts evenly.
 
     Where `update_bias` takes many steps, this takes one: the prices of the balanced assignment
@@ -154,6 +154,8 @@ def fit_bias(scores: Array, bias: Array) -> Array:
     Args:
       scores: (T, E) from `token_scores`, of a batch that is like those to come; T at least E.
       bias: (E,) float32 to start from.
+      members: (T,) bool, the tokens that count; None for all. Fewer than E leave the biases as they
+        are.
 
     Returns:
       (E,) float32 of mean zero.
@@ -168,7 +170,7 @@ def fit_bias(scores: Array, bias: Array) -> Array:
         raise ValueError(f"{tokens=} must be at least {experts=}")
     if experts == 1:
         return bias
-    return -balancing_prices(scores.T, -bias, _SWEEPS)
+    return -balancing_prices(scores.T, -bias, _SWEEPS, members)
 
 
 @partial(jax.jit, static_argnames=("num_experts", "v", "spread"))

@@ -20,6 +20,7 @@ pytestmark = pytest.mark.core
 # D, H, T, M, V
 LLAMA1B = [(2048, 8192, 16384, m, 128) for m in (8, 16, 32)]
 SMALL = [(64, 1024, 300, 32, 128), (192, 768, 1000, 8, 256), (320, 128, 128, 4, 128)]
+MANY = [(64, 4096, 300, 64, 128), (64, 8192, 300, 128, 128)]  # experts, 16 and 32
 
 
 def arguments(
@@ -81,7 +82,7 @@ def lower(name: str, args: tuple, options: dict) -> tuple[str, tuple]:
     return text, tuple(o.shape for o in jax.tree.leaves(traced.out_info))
 
 
-@pytest.mark.parametrize("sizes", LLAMA1B + SMALL, ids=str)
+@pytest.mark.parametrize("sizes", LLAMA1B + SMALL + MANY, ids=str)
 def test_lowers_for_cuda(sizes):
     for name, call in arguments(*sizes).items():
         text, shapes = lower(name, *call)

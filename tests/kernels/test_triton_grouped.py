@@ -13,7 +13,7 @@ from kernels import reference, reference_grouped
 from kernels.triton import grouped24, grouped_common, grouped_neurons, ptx
 from kernels.triton.spmm24 import Spmm24Config
 from tests.kernels.ptx_words import floats, interpret
-from tests.kernels.test_grouped import LLAMA1B, SMALL, result_shapes
+from tests.kernels.test_grouped import LLAMA1B, MANY, SMALL, result_shapes
 from tests.kernels.test_grouped import arguments as all_arguments
 from tests.kernels.test_grouped_reference import layout
 from tests.kernels.test_triton import an_h100
@@ -40,7 +40,7 @@ def lower(name: str, args: tuple, options: dict) -> tuple[str, tuple]:
 
 
 @pytest.mark.core
-@pytest.mark.parametrize("sizes", [LLAMA1B[1], *SMALL, (64, 512, 300, 32, 64)], ids=str)
+@pytest.mark.parametrize("sizes", [LLAMA1B[1], *SMALL, *MANY, (64, 512, 300, 32, 64)], ids=str)
 def test_lowers_for_cuda(sizes):
     for name, call in arguments(*sizes).items():
         text, shapes = lower(name, *call)

@@ -8,11 +8,12 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from kernels.hopper.grouped_common import PART
 from sparsejax.nn import MoEFFN
 from sparsejax.ops.grouped_dot import group_rows, grouped_dot
-from sparsejax.prune import soft_threshold, top2_of_4
-from sparsejax.routing import to_expert_major, update_bias
-from sparsejax.spec import Sparsity
+from sparsejax.prune import select24, soft_threshold, top2_of_4
+from sparsejax.routing import choose_groups, to_expert_major, token_scores, update_bias
+from sparsejax.spec import SMALLEST_CLUSTER, Sparsity
 
 pytestmark = pytest.mark.core
 
@@ -80,6 +81,133 @@ def test_sparse_experts(weights, activations):
     reference = expected(moe, x, by_expert(w1), by_expert(w2), activations)
     np.testing.assert_allclose(y, reference, rtol=1e-4, atol=1e-5)
     np.testing.assert_array_equal(stats.counts, moe(x)[1].counts)
+
+
+def clustered(experts: int, clusters: int, **options) -> MoEFFN:
+    """A mixture with its neurons clustered, with biases at both levels."""
+    sparsity = Sparsity(m=4 * experts * clusters, v=8, backend="reference", **options)
+    hidden = SMALLEST_CLUSTER * experts * clusters
+    moe = MoEFFN(
+        D,
+        hidden,
+        num_experts=experts,
+        experts_per_token=min(2, experts),
+        sparsity=sparsity,
+        dtype=jnp.float32,
+        rngs=nnx.Rngs(params=0),
+    )
+    moe.apply_update(moe.begin_sparse())
+    keys = jax.random.split(jax.random.key(5))
+    moe.bias[...] = 0.1 * jax.random.normal(keys[0], (experts,))
+    moe.cluster_bias[...] = 0.1 * jax.random.normal(keys[1], (experts * clusters,))
+    return moe
+
+
+@pytest.mark.parametrize(
+    ("experts", "clusters", "metric"),
+    # M = 64 and 128 among them.
+    [(4, 2, "l2"), (8, 2, "cosine"), (8, 4, "cosine"), (1, 4, "l2")],
+)
+def test_experts_routed_further(experts, clusters, metric):
+    """A token meets one cluster of each of its experts: the oracle goes token by token."""
+    moe, x = clustered(experts, clusters, metric=metric), inputs()
+    k = moe.experts_per_token
+    y, stats = nnx.jit(lambda m, x: m(x, m.pack()))(moe, x)
+    w1, w2 = (
+        by_expert(b * soft_threshold(w[...], 1), experts * clusters)
+        for b, w in zip(moe.beta[...], (moe.w1, moe.w2), strict=False)
+    )
+    rows, centers = float64(x).reshape(-1, D), float64(moe.centers[...])
+    norms = np.linalg.norm(centers, axis=1)
+    counts, out = np.zeros(experts * clusters, int), np.zeros((T, D))
+    for t, row in enumerate(rows):
+        scores = 1 / (1 + np.exp(-float64(moe.router[...]) @ row))
+        chosen = np.argsort(-(scores + float64(moe.bias[...])), kind="stable")[:k]
+        for e in chosen:
+            length = np.linalg.norm(row)
+            near = centers @ row / (norms * length)
+            if metric == "l2":
+                near = (centers @ row - norms**2 / 2) / (length * norms.mean())
+            g = e + experts * np.argmax((near + float64(moe.cluster_bias[...]))[e::experts])
+            counts[g] += 1
+            y2 = float64(top2_of_4(jnp.asarray(np.maximum(w1[g] @ row, 0) ** 2, jnp.float32)))
+            out[t] += scores[e] / scores[chosen].sum() * (y2 @ w2[g])
+    np.testing.assert_array_equal(stats.counts, counts)
+    np.testing.assert_allclose(y, out.reshape(x.shape), rtol=1e-4, atol=1e-5)
+
+
+def test_clustering_leaves_the_dense_mixture_what_it_is():
+    sparsity = Sparsity(m=32, v=8, backend="reference")
+    moe = MoEFFN(D, 2048, num_experts=4, sparsity=sparsity, dtype=jnp.float32,
+                 rngs=nnx.Rngs(params=0))  # fmt: skip
+    structure, x = jax.tree.structure(nnx.state(moe)), inputs()
+    assert not np.asarray(moe.centers[...]).any()
+    before, y = by_expert(moe.w1[...]), moe(x)[0]
+    update = moe.begin_sparse()
+    moe.apply_update(update)
+    assert float(update.churn) > 0.2
+    np.testing.assert_allclose(moe(x)[0], y, rtol=1e-4, atol=1e-5)
+    # Each expert has its neurons, in another order.
+    for old, new in zip(before, by_expert(moe.w1[...]), strict=True):
+        np.testing.assert_array_equal(np.sort(old, axis=0), np.sort(new, axis=0))
+    assert jax.tree.structure(nnx.state(moe)) == structure
+    again = moe.refresh()
+    np.testing.assert_array_equal(again.beta, moe.beta[...])
+    assert float(again.churn) < 0.1
+    # Clusters keep their identity.
+    assert (np.sum(again.centers * moe.centers[...], axis=1) > 0.85).all()
+
+
+def test_biases_of_both_levels():
+    moe, x = clustered(4, 4), jax.random.normal(jax.random.key(3), (512, D)) + 0.5
+    moe.bias[...] = jnp.zeros(4)
+    loads = lambda: np.asarray(moe(x, moe.pack())[1].counts).reshape(4, 4)
+    before, previous = loads(), moe.clustering()
+    kept, churn = moe.reroute(x, previous, fit=False)
+    assert float(churn) == 0
+    np.testing.assert_array_equal(kept["cluster_bias"], previous[1])
+    biases, churn = moe.reroute(x, previous)
+    assert 0.05 < float(churn) < 1
+    for name, bias in biases.items():
+        getattr(moe, name)[...] = bias
+    after = loads()
+    assert (before.max(0) / before.mean(0)).max() > 1.5
+    assert (after.max(0) / after.mean(0)).max() < 1.2
+    # Experts have biases now, which stay, and were zero before.
+    assert np.asarray(biases["bias"]).any()
+    np.testing.assert_array_equal(moe.reroute(x)[0]["bias"], biases["bias"])
+
+
+def test_gradients_of_experts_routed_further_are_those_of_the_rows():
+    """Of whole experts whose other clusters' activations are masked out."""
+    moe, x = clustered(4, 2, weights=False), inputs().reshape(-1, D)
+    graph, params, rest = nnx.split(moe, nnx.Param, ...)
+
+    def ours(params, x):
+        m = nnx.merge(graph, params, rest)
+        return jnp.sum(m(x, m.pack())[0] ** 2)
+
+    experts = moe.route(x).experts
+    near = token_scores(x, moe.centers[...]) + moe.cluster_bias[...]
+    group = choose_groups(near, moe.cluster_bias[...] * 0, experts, 4)
+
+    def masked(params, x):
+        w1, w2, router = (params[n][...] for n in ("w1", "w2", "router"))
+        y2 = jnp.square(jax.nn.relu(jnp.einsum("td,ghd->tgh", x, to_expert_major(w1, 0, 8))))
+        y2 = jnp.where(jax.lax.stop_gradient(select24(y2)), y2, 0)
+        y = jnp.einsum("tgh,ghd->tgd", y2, to_expert_major(w2, 0, 8))
+        mine = jnp.take_along_axis(jax.nn.sigmoid(x @ router.T), experts, 1)
+        gates = mine / jnp.sum(mine, 1, keepdims=True)
+        picked = jnp.take_along_axis(y, group[..., None], 1)
+        return jnp.sum(jnp.sum(gates[..., None] * picked, 1) ** 2)
+
+    for a, b in zip(*(jax.tree.leaves(jax.jit(jax.grad(f, argnums=(0, 1)))(params, x))
+                      for f in (ours, masked)), strict=True):  # fmt: skip
+        np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4)
+
+
+def test_the_smallest_cluster_is_the_tile_of_the_kernels():
+    assert SMALLEST_CLUSTER == 2 * PART
 
 
 def test_a_sparse_network_without_sparsity_is_the_dense_one():
@@ -154,10 +282,10 @@ def test_interface_of_the_routed_network():
     assert float(update.churn) == 0
     assert 1.2 < float(update.beta[0]) < 1.8
     np.testing.assert_array_equal(moe.refresh().beta, np.ones(3))
-    bias, churn = moe.reroute(x, None)
-    assert (bias.shape, float(churn)) == ((E,), 0)
+    biases, churn = moe.reroute(x, None)
+    assert ({n: b.shape for n, b in biases.items()}, float(churn)) == ({"bias": (E,)}, 0)
     moe.bias[...] = jnp.arange(4.0)
-    np.testing.assert_array_equal(moe.reroute(x, None)[0], np.arange(4.0))
+    np.testing.assert_array_equal(moe.reroute(x, None)[0]["bias"], np.arange(4.0))
     with pytest.raises(ValueError, match="sparsity=None"):
         make(sparsity=None).pack()
 
@@ -185,7 +313,9 @@ def test_group_rows():
     [
         ({"num_experts": 3}, "num_experts=3"),
         ({"experts_per_token": 5}, "experts_per_token=5"),
-        ({"sparsity": Sparsity(m=32, v=8)}, "m=32"),
+        ({"sparsity": Sparsity(m=8, v=8)}, "m=8"),
+        ({"sparsity": Sparsity(m=32, v=8)}, "m=32 makes 2 clusters of 16 neurons"),
+        ({"num_experts": 2, "sparsity": Sparsity(m=256, v=8)}, "m=256"),
         ({"sparsity": Sparsity(m=16, v=8, routing=False)}, "routing=False"),
         ({"sparsity": Sparsity(m=16, v=8, shards=2)}, "shards=2"),
     ],

@@ -43,10 +43,10 @@ def test_grouped_dot_and_its_gradients(sizes):
         assert relative_error(got, reference) < 1e-2
 
 
-def gradients(backend):
-    sparsity = Sparsity(m=4 * E, v=128, backend=backend)
+def gradients(backend, clusters):
+    sparsity = Sparsity(m=4 * E * clusters, v=128, backend=backend)
     module = MoEFFN(D, H, num_experts=E, sparsity=sparsity, rngs=nnx.Rngs(params=0))
-    module.beta[...] = module.begin_sparse().beta
+    module.apply_update(module.begin_sparse())
     graph, params, rest = nnx.split(module, nnx.Param, ...)
     packed = jax.jit(lambda: nnx.merge(graph, params, rest).pack())()
     x = jax.random.normal(jax.random.key(1), (T, D), jnp.bfloat16)
@@ -61,6 +61,9 @@ def gradients(backend):
     return jax.tree.leaves(run(params, x, packed))
 
 
-def test_sparse_experts_equal_the_reference():
-    for got, expected in zip(gradients("hopper"), gradients("reference"), strict=True):
+@pytest.mark.parametrize("clusters", [1, 2])
+def test_sparse_experts_equal_the_reference(clusters):
+    """Two clusters of 256 neurons in each of eight experts are M = 64."""
+    found = (gradients(backend, clusters) for backend in ("hopper", "reference"))
+    for got, expected in zip(*found, strict=True):
         assert relative_error(got, expected) < 2e-2

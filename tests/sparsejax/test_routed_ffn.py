@@ -221,7 +221,7 @@ def test_the_path_follows_the_device():
 
 
 @pytest.mark.parametrize("gated", [False, True])
-@pytest.mark.parametrize("m", [8, 16, 32])
+@pytest.mark.parametrize("m", [8, 16, 32, 64])
 @pytest.mark.parametrize("distribution", EXPERTS)
 def test_any_distribution_of_tokens(gated, m, distribution):
     """Skewed and empty experts, T no multiple of V."""

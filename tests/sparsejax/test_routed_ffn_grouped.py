@@ -56,11 +56,13 @@ def value_and_gradients(x, dy, w1, w2, plan, *, sparsity, dtype, kernels, remat=
 
 
 @pytest.mark.parametrize("distribution", ["even", "skewed", "all_to_last"])
-@pytest.mark.parametrize("m", [4, 8, 16, 32])
-def test_kernels_compose_to_the_network(m, distribution):
+@pytest.mark.parametrize(
+    ("m", "hidden"), [(4, H), (8, H), (16, H), (32, H), (64, 1024), (128, 2048)]
+)
+def test_kernels_compose_to_the_network(m, hidden, distribution):
     """In float32 against float64: skewed and empty experts, T no multiple of V."""
     sparsity = Sparsity(m=m, v=V)
-    data = problem(m)
+    data = problem(m, hidden=hidden)
     x, dy, w1, w2 = float64(data)
     expert = experts_of(distribution, m // 4)
     plan = make_plan(expert, sparsity)
@@ -70,7 +72,7 @@ def test_kernels_compose_to_the_network(m, distribution):
     w1, w2 = (float(b) * oracle_threshold(w) for b, w in zip(BETAS, (w1, w2), strict=False))
     y, gradients = oracle_ffn(x, dy, w1, w2, None, expert, sparsity)
     assert_close(got, [y, *gradients], 1e-5)
-    idle = ~np.isin(np.arange(H) % m // 4, expert)
+    idle = ~np.isin(np.arange(hidden) % m // 4, expert)
     assert not np.asarray(got[2])[idle].any()
     assert not np.asarray(got[3])[idle].any()
 
@@ -295,7 +297,7 @@ def test_lowers_for_a_gpu_on_any_machine(capability, target, downs, spare, optio
 @pytest.mark.gpu
 @pytest.mark.parametrize("backend", ["hopper", "triton"])
 @pytest.mark.parametrize("distribution", ["even", "skewed", "all_to_last"])
-@pytest.mark.parametrize("m", [4, 8, 16, 32])
+@pytest.mark.parametrize("m", [4, 8, 16, 32, 64])
 @pytest.mark.parametrize("option", ["dense", "tokens24"])
 def test_backends_on_a_gpu(backend, m, distribution, option):
     """Named kernels against the path in jax.numpy, T no multiple of V; and bit for bit twice."""

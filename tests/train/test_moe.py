@@ -6,6 +6,7 @@ import re
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from flax import nnx
 
@@ -19,6 +20,7 @@ from train.mesh import check_mesh, make_mesh
 from train.optimizer import make_optimizer
 from train.state import init_state, model_graph
 from train.step import make_train_step
+from train.tree import block_leaf
 
 MODEL = ModelConfig(
     width=32, num_layers=2, num_heads=2, compute_dtype="float32", experts=4, experts_per_token=2
@@ -82,6 +84,68 @@ def test_all_phases_train_the_same_state():
     assert not np.array_equal(router, np.asarray(fresh.params["blocks"]["ffn"]["router"][...]))
 
 
+@pytest.mark.core
+@pytest.mark.parametrize("scan_layers", [True, False])
+def test_experts_routed_further_in_all_phases(scan_layers):
+    """Neurons and their moments move within experts, both levels of biases even their loads."""
+    model = dataclasses.replace(MODEL, hidden=2048, scan_layers=scan_layers)
+    sparsity = Sparsity(m=32, v=8, bias_rate=0.01)
+    config = resolve(
+        dataclasses.replace(BASE, model=model, sparsity=sparsity), tokenizer_vocab_size=50
+    )
+    optimizer, graph = make_optimizer(config), model_graph(config)
+    state = init_state(config, optimizer, make_mesh(MeshConfig(), config.batch_size))
+    structure = jax.tree.structure(state)
+    step = {p: jax.jit(make_train_step(config, graph, optimizer, p)) for p in ("dense", "sparse")}
+    leaf = lambda tree, name: np.asarray(block_leaf(tree, "ffn", name))
+    moment = lambda state: leaf(optax.tree.get(state.opt_state, "mu"), "w2")
+
+    for _ in range(3):
+        state, metrics = step["dense"](state, batch(3))
+    assert metrics["expert_load"].shape == (2, 4)
+    assert not leaf(state.routing, "cluster_bias").any()
+    assert np.abs(leaf(state.routing, "bias")).max() > 0
+    before, mu = leaf(state.params, "w2"), moment(state)
+
+    state, metrics = jax.jit(make_cluster_event(config, graph, "begin"))(state, batch(3))
+    assert (np.asarray(metrics["neuron_churn"]) > 0.2).all()
+    after, moved = leaf(state.params, "w2"), moment(state)
+    expert = np.arange(2048) % 16 // 4
+    for layer in range(2):
+        row = {w.tobytes(): i for i, w in enumerate(before[layer])}
+        old = np.asarray([row[w.tobytes()] for w in after[layer]])
+        np.testing.assert_array_equal(np.sort(old), np.arange(2048))
+        np.testing.assert_array_equal(expert[old], expert)
+        np.testing.assert_array_equal(moved[layer], mu[layer][old])
+    centers, fitted = leaf(state.routing, "centers"), leaf(state.routing, "cluster_bias")
+    np.testing.assert_allclose(np.linalg.norm(centers, axis=-1), 1, rtol=1e-5)
+    assert fitted.shape == (2, 8)
+    assert np.abs(fitted).max() > 0
+
+    losses = []
+    for _ in range(10):
+        state, metrics = step["sparse"](state, batch(3))
+        losses.append(float(metrics["loss"]))
+    load = np.asarray(metrics["expert_load"]).reshape(2, 2, 4)
+    assert (load.sum((1, 2)) == 128).all()
+    assert losses[-1] < losses[0]
+    assert not np.array_equal(leaf(state.routing, "cluster_bias"), fitted)
+    np.testing.assert_allclose(
+        leaf(state.routing, "cluster_bias").reshape(2, 2, 4).sum(1), 0, atol=1e-6
+    )
+
+    own = leaf(state.routing, "bias")
+    state, metrics = jax.jit(make_cluster_event(config, graph, "refresh"))(state, batch(3))
+    np.testing.assert_array_equal(leaf(state.routing, "bias"), own)
+    churn = np.asarray(metrics["token_churn"])
+    assert churn.shape == (2,)
+    assert ((churn >= 0) & (churn < 0.9)).all()
+    kept = leaf(state.routing, "cluster_bias")
+    state, _ = step["dense"](state, batch(3))
+    np.testing.assert_array_equal(leaf(state.routing, "cluster_bias"), kept)
+    assert jax.tree.structure(state) == structure
+
+
 def test_a_run_without_a_sparse_phase_evens_loads_too():
     config = resolve(dataclasses.replace(BASE, schedule=ScheduleConfig()), tokenizer_vocab_size=50)
     optimizer, graph = make_optimizer(config), model_graph(config)
@@ -109,6 +173,13 @@ def test_counts_are_those_of_the_model():
     # Four of six products halve.
     assert accounting.sparse_flops(CONFIG).ffn * 6 == dense.ffn * 4
     assert accounting.padded_tokens(CONFIG) >= 2 * CONFIG.tokens_per_step
+    # Two clusters an expert: half of the neurons, and a similarity to each of eight centres.
+    model, further = dataclasses.replace(MODEL, hidden=2048), Sparsity(m=32, v=8)
+    larger = resolve(dataclasses.replace(BASE, model=model), tokenizer_vocab_size=50)
+    parts = resolve(dataclasses.replace(larger, sparsity=further), tokenizer_vocab_size=50)
+    whole, parts = accounting.sparse_flops(larger), accounting.sparse_flops(parts)
+    assert 2 * parts.ffn == whole.ffn
+    assert parts.router - whole.router == 2 * 2 * CONFIG.tokens_per_step * 8 * 32
 
 
 @pytest.mark.parametrize("name", ["moe-tiny", "moe1b"])
@@ -127,8 +198,10 @@ def test_configurations(name):
         ({"hidden": 200}, {}, "model.hidden=200 must be a multiple of 4 model.experts=16"),
         ({"experts": -1}, {}, "model.experts=-1"),
         ({}, {"mesh": MeshConfig(tensor=2)}, "mesh.tensor=2 must be 1"),
-        ({}, {"sparsity": Sparsity(m=8, v=8)}, "sparsity.m=8"),
-        ({}, {"sparsity": Sparsity(m=16, v=8, routing=False)}, "sparsity.routing=False"),
+        ({}, {"sparsity": Sparsity(m=8, v=8)}, "m=8, "),
+        ({}, {"sparsity": Sparsity(m=16, v=8, routing=False)}, "routing=False"),
+        ({}, {"sparsity": Sparsity(m=32, v=8)}, "m=32 makes 2 clusters of 32 neurons"),
+        ({"hidden": 2048}, {"sparsity": Sparsity(m=64, v=8)}, "4 clusters of 128 neurons"),
     ],
 )
 def test_refusals_name_the_value(model, changes, message):
