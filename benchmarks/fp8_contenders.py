@@ -91,17 +91,17 @@ def _rounded(x: Array, contracted: int, dtype: Any, scaling: fp8.Scaling) -> fp8
     return fp8.quantize(_contracted_last(x, contracted), dtype, scaling=scaling)
 
 
+@jax.jit
+def _packed(sparse: Sparse24) -> Sparse24:
+    # 2:4 already: packing by magnitude keeps what it keeps.
+    options: dict[str, Any] = {"mode": "magnitude", "dtype": fp8.FORWARD, "backend": "reference"}
+    return pack(sparse.unpack(), axis=sparse.axis, **options)
+
+
 def build(product: Product) -> Operands:
     """Rounds the operands of a product."""
     shape = Fp8Shape(product.shape)
-    # 2:4 already: packing by magnitude keeps what it keeps.
-    sparse = pack(
-        product.sparse.unpack(),
-        axis=product.sparse.axis,
-        mode="magnitude",
-        dtype=fp8.FORWARD,
-        backend="reference",
-    )
+    sparse = _packed(product.sparse)
     b = _rounded(product.b, product.shape.b_layout.index("k"), shape.b_dtype, "row")
     left, right = product.dense_operands
     dense = (

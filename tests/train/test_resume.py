@@ -147,8 +147,8 @@ def test_killed_runs_continue_bit_for_bit(area, undisturbed):
     before, newest = checkpoints(area, "killed")[-2:]
     assert newest in (12, 15)
 
-    # A damaged checkpoint costs some steps, and a warning: back to one from before the flip. SIGTERM
-    # costs nothing.
+    # A damaged checkpoint costs some steps, and a warning: back to one from before the flip.
+    # SIGTERM costs nothing.
     folder = area / "killed" / "tiny" / "checkpoints" / f"{newest:08d}"
     largest = max((p for p in folder.rglob("*") if p.is_file()), key=lambda p: p.stat().st_size)
     data = bytearray(largest.read_bytes())
