@@ -11,9 +11,8 @@ from sparsejax.ops.routed_ffn_grouped import Sizes, choose
 from tests.rig import kill_rig
 from train import main
 
-pytestmark = pytest.mark.slow
 
-
+@pytest.mark.processes
 def test_four_kills_cost_nothing(tmp_path):
     """At the places and with the signal that `tests/train/test_resume.py` leaves out: this seed
     draws a step, anywhere, a file operation, and SIGTERM while restoring."""

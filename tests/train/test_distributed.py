@@ -162,7 +162,7 @@ class Job:
         return {r["step"]: r["loss"] for r in records if r["kind"] == "train"}
 
 
-@pytest.mark.slow
+@pytest.mark.processes
 def test_two_processes_killed_stopped_and_resumed_on_other_meshes(tmp_path):
     """Nothing is lost: every step's loss is that of one undisturbed process on one device."""
     alone = tmp_path / "alone"
