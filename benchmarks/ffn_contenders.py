@@ -13,6 +13,7 @@ from jax import Array
 from benchmarks.ffn_problem import GatedOperands, Operands
 from sparsejax.ops import pack_ffn, routed_ffn
 from sparsejax.ops.dense import product
+from sparsejax.ops.packed_ffn import PackedFFN
 from sparsejax.ops.relu2 import relu2_of_kept
 from sparsejax.routing import assign_tokens, plan_tokens, to_expert_major
 from sparsejax.spec import Precision, Sparsity
@@ -84,20 +85,23 @@ def relu2_gated(backward: bool) -> Network:
     return dense_relu2_gated
 
 
+def _routed(o: Operands, packed: PackedFFN, sparsity: Sparsity) -> Callable[..., Array]:
+    """Routing and the routed network, a function of x, W1, W2 and, gated, Wg."""
+
+    def network(x: Array, w1: Array, w2: Array, wg: Array | None = None) -> Array:
+        expert = assign_tokens(x, o.centers, o.bias, sparsity.metric)
+        plan = plan_tokens(expert, sparsity.num_experts, sparsity.v, spread=sparsity.spread_tokens)
+        return routed_ffn(x, w1, w2, wg, packed, plan, sparsity)
+
+    return network
+
+
 def sparse_gated(sparsity: Sparsity, backward: bool) -> Network:
     """Routing, packing and the gated routed network on one backend's kernels."""
 
     def routed_24_gated(o: tuple[Operands, Array]) -> Any:
         own, wg = o
-        packed = pack_ffn(own.w1, own.w2, wg, own.betas, sparsity)
-
-        def network(x: Array, w1: Array, w2: Array, wg: Array) -> Array:
-            expert = assign_tokens(x, own.centers, own.bias, sparsity.metric)
-            plan = plan_tokens(
-                expert, sparsity.num_experts, sparsity.v, spread=sparsity.spread_tokens
-            )
-            return routed_ffn(x, w1, w2, wg, packed, plan, sparsity)
-
+        network = _routed(own, pack_ffn(own.w1, own.w2, wg, own.betas, sparsity), sparsity)
         inputs = own.x, own.w1, own.w2, wg
         return _both(network, own.dy, *inputs) if backward else network(*inputs)
 
@@ -109,14 +113,7 @@ def sparse(sparsity: Sparsity, backward: bool, precision: Precision = "compute")
 
     def routed_24(o: Operands) -> Any:
         packed = pack_ffn(o.w1, o.w2, None, o.betas, sparsity, precision=precision)
-
-        def network(x: Array, w1: Array, w2: Array) -> Array:
-            expert = assign_tokens(x, o.centers, o.bias, sparsity.metric)
-            plan = plan_tokens(
-                expert, sparsity.num_experts, sparsity.v, spread=sparsity.spread_tokens
-            )
-            return routed_ffn(x, w1, w2, None, packed, plan, sparsity)
-
+        network = _routed(o, packed, sparsity)
         return _both(network, o.dy, o.x, o.w1, o.w2) if backward else network(o.x, o.w1, o.w2)
 
     return routed_24

@@ -8,7 +8,7 @@ from typing import Any
 
 import configs
 from sparsejax.spec import Sparsity
-from train.config import CheckpointConfig, Config, Ffn, ScheduleConfig
+from train.config import CheckpointConfig, Config, Ffn, LogConfig, ScheduleConfig
 from train.study.definition import Factor, Options, Run
 
 EVAL_WINDOWS = 0
@@ -61,13 +61,7 @@ def base(options: Options, *, default: str = "small", tokens: float | None = Non
         schedule=DENSE,
         # A run of a minute starts over when it is lost.
         checkpoint=CheckpointConfig(every=0, keep=1, final=False),
-        log=dataclasses.replace(
-            config.log,
-            every=max(config.steps // 140, 1),
-            eval_every=-(-config.steps // 2),
-            eval_windows=EVAL_WINDOWS,
-            tensorboard=False,
-        ),
+        log=dataclasses.replace(_logged(config), eval_windows=EVAL_WINDOWS, tensorboard=False),
     )
 
 
@@ -100,6 +94,12 @@ def of_tokens(config: Config, tokens: float) -> Config:
     )
 
 
+def _logged(config: Config) -> LogConfig:
+    """A curve of 140 points and two evaluations, whatever the number of steps."""
+    every, eval_every = max(config.steps // 140, 1), -(-config.steps // 2)
+    return dataclasses.replace(config.log, every=every, eval_every=eval_every)
+
+
 def with_batch(config: Config, batch_size: int) -> Config:
     """As many tokens with another batch: fewer or more steps, the evaluations at the same
     tokens."""
@@ -109,11 +109,7 @@ def with_batch(config: Config, batch_size: int) -> Config:
     return dataclasses.replace(
         scaled,
         optimizer=dataclasses.replace(config.optimizer, warmup_steps=warmup),
-        log=dataclasses.replace(
-            config.log,
-            every=max(scaled.steps // 140, 1),
-            eval_every=-(-scaled.steps // 2),
-        ),
+        log=_logged(scaled),
     )
 
 

@@ -18,42 +18,30 @@ RATES: tuple[tuple[float, tuple[float, ...]], ...] = (
 """Batches, in batches of the base, and the peak learning rates at each, the likeliest first. At a
 whole batch all forms were worse in an earlier sweep (docs/quality.md)."""
 SMALLER_INIT = (0.5, 1.5e-3, 0.5)
-"""Factor on the initial weights of the blocks, and the rate and batch at which it is tried."""
+"""Batch and rate, as above, at which a smaller factor on the blocks' initial weights is tried, and
+that factor."""
 
 
 def study(options: Options) -> Study:
     """Four rates for each of three forms, three at a smaller batch, one other initialisation."""
     config = base(options, tokens=25e6)
+    points: list[tuple[float, float, float | None]]
+    points = [(share, rate, None) for share, rates in RATES for rate in rates]
     variants: Variants = {}
-    for share, rates in RATES:
+    for share, rate, scale in [*points, SMALLER_INIT]:
         batch = max(round(share * config.batch_size), 1)
-        for rate in rates:
-            for ffn in FFNS:
-                varied = with_batch(tuned(config, ffn, options), batch)
-                factors: dict[str, Factor] = {
-                    "ffn": ffn,
-                    "learning_rate": rate,
-                    "batch_size": batch,
-                }
-                variants[f"{ffn} lr{rate:g} b{batch}"] = (
-                    changed(varied, optimizer={"learning_rate": rate}),
-                    factors,
-                )
-    scale, rate, share = SMALLER_INIT
-    batch = max(round(share * config.batch_size), 1)
-    for ffn in FFNS:
-        varied = changed(
-            with_batch(tuned(config, ffn, options), batch),
-            model={"init_scale": scale},
-            optimizer={"learning_rate": rate},
-        )
-        factors = {
-            "ffn": ffn,
-            "learning_rate": rate,
-            "batch_size": batch,
-            "init_scale": scale,
-        }
-        variants[f"{ffn} lr{rate:g} b{batch} init{scale:g}"] = (varied, factors)
+        for ffn in FFNS:
+            varied = changed(
+                with_batch(tuned(config, ffn, options), batch),
+                optimizer={"learning_rate": rate},
+            )
+            label = f"{ffn} lr{rate:g} b{batch}"
+            factors: dict[str, Factor] = {"ffn": ffn, "learning_rate": rate, "batch_size": batch}
+            if scale is not None:
+                varied = changed(varied, model={"init_scale": scale})
+                label += f" init{scale:g}"
+                factors["init_scale"] = scale
+            variants[label] = (varied, factors)
     return Study(
         name="tuning",
         question="Which learning rate, batch and initialisation, for each form?",

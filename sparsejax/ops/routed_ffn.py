@@ -115,13 +115,12 @@ def _pack(w1, w2, wg, betas, sparsity, *, dtype, kernels) -> PackedFFN:
     return PackedFFN(pack(w1, 0), pack(w2, 1), pack(wg, 2), kernels)  # type: ignore[arg-type]
 
 
-def _path(kernels: registry.Backend | None, packed: PackedFFN | None = None):
-    if kernels is not None and packed is not None and packed.precision == "fp8":
+def _path(kernels: registry.Backend | None, packed: PackedFFN):
+    if kernels is None:
+        return routed_ffn_blocks if registry.target_capability() is None else routed_ffn_masked
+    if packed.precision == "fp8":
         return routed_ffn_fp8
-    if kernels is not None:
-        gated = packed is not None and packed.wg is not None
-        return routed_ffn_gated if gated else routed_ffn_grouped
-    return routed_ffn_blocks if registry.target_capability() is None else routed_ffn_masked
+    return routed_ffn_grouped if packed.wg is None else routed_ffn_gated
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(6, 7))

@@ -215,9 +215,11 @@ def test_masked_dense_products_are_the_same_function(
 
 
 def test_the_path_follows_the_device():
-    assert ops._path(None) is routed_ffn_blocks
+    _, _, w1, w2, wg = problem(gated=False)
+    packed = pack_ffn(w1, w2, wg, jnp.array(BETAS), Sparsity(m=16, v=V))
+    assert ops._path(None, packed) is routed_ffn_blocks
     with registry.assume_capability((8, 0)):
-        assert ops._path(None) is routed_ffn_masked
+        assert ops._path(None, packed) is routed_ffn_masked
 
 
 @pytest.mark.parametrize("gated", [False, True])
