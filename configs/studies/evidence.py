@@ -3,7 +3,8 @@
 Everything is compared with dense relu^2 of the same seed: tuned SwiGLU, the recipe at equal tokens
 and at equal wall-clock (as `equal_time`), the share of sparse steps, M, parts of the recipe, and
 what happens around the changes of phase. 66 M tokens a run. What decides most has five seeds and
-runs first; `--tuned` gives learning rates and batch, `--speedup-from` the speed of a sparse step.
+runs first, what may become a default has three; `--tuned` gives learning rates and batch,
+`--speedup-from` the speed of a sparse step.
 """
 
 from configs.studies._base import Variants, base, changed, runs, sparse, tuned
@@ -11,19 +12,15 @@ from train.config import Config
 from train.study.definition import Options, Run, Study
 from train.study.equal_time import SUFFIX, equal_time
 
+GATED = "gated M16"
+"""The gated recipe, whose sparse step has a speed of its own."""
+
 ROUNDS: tuple[tuple[str, int], ...] = (
-    ("verdict", 0),
-    ("verdict", 1),
-    ("shares", 0),
-    ("verdict", 2),
-    ("parts", 0),
-    ("verdict", 3),
-    ("verdict", 4),
-    ("shares", 1),
-    ("parts", 1),
-    ("slow", 0),
-    ("shares", 2),
-    ("parts", 2),
+    *(("verdict", seed) for seed in range(5)),
+    *(("leading", seed) for seed in range(3)),
+    ("gated", 0),
+    ("rates", 0),
+    *(("others", seed) for seed in range(2)),
 )
 """Which variants with which seed, in the order in which they run."""
 
@@ -38,65 +35,82 @@ def _verdict(dense: Config, swiglu: Config, options: Options) -> Variants:
     }
 
 
-def _shares(dense: Config, options: Options) -> Variants:
-    longer = sparse(dense, share=0.7)
-    return {
-        "M16 70%": longer,
-        "M16 70%" + SUFFIX: equal_time(longer, dense, options.speedups.required("M16 70%")),
-        "M8 50%": sparse(dense, m=8),
-        "M32 50%": sparse(dense, m=32),
-        "M16 25%": sparse(dense, share=0.25),
+def _leading(config: Config, dense: Config, options: Options) -> Variants:
+    """What may become a default, and the gated form if a sweep got that far."""
+    variants: Variants = {
         "M16 80%": sparse(dense, share=0.8, warmup=0.05),
-        "M16 90%": sparse(dense, share=0.9, warmup=0.05),
-        "weights only 50%": sparse(dense, routing=False, activations=False),
+        "M16 50%, warm-up 2%": sparse(dense, warmup=0.02),
+        "M32 50%": sparse(dense, m=32),
+        "M16 70%": sparse(dense, share=0.7),
+    }
+    if options.tuned is None or "relu2_gated" in options.tuned.learning_rate:
+        gated = tuned(config, "relu2_gated", options)
+        variants |= {"relu2_gated": gated, GATED + " 50%": sparse(gated)}
+    return variants
+
+
+def _gated(leading: Variants, options: Options) -> Variants:
+    """The gated recipe at equal wall-clock, where its own speed was measured."""
+    gated, recipe = (leading.get(label) for label in ("relu2_gated", GATED + " 50%"))
+    speedup = options.speedups.by_label.get(GATED)
+    if not isinstance(gated, Config) or not isinstance(recipe, Config) or speedup is None:
+        return {}
+    return {GATED + " 50%" + SUFFIX: equal_time(recipe, gated, speedup)}
+
+
+def _rates(*forms: Config) -> Variants:
+    """Whether the rates that a shorter sweep found are right for runs of this length."""
+    return {
+        f"{form.model.ffn}, {name} rate": changed(
+            form, optimizer={"learning_rate": factor * form.optimizer.learning_rate}
+        )
+        for form in forms
+        for name, factor in (("lower", 2 / 3), ("higher", 3 / 2))
     }
 
 
-def _parts(dense: Config) -> Variants:
-    recipe = sparse(dense)
+def _others(dense: Config, options: Options) -> Variants:
+    recipe, longer = sparse(dense), sparse(dense, share=0.7)
     steps = lambda share: max(round(share * dense.steps), 1)
     rewarmed = lambda at, **more: changed(
         recipe, optimizer={"rewarm_steps": steps(0.03), "rewarm_at": at, **more}
     )
     return {
         "M16 50%, rewarm at dense": rewarmed("dense"),
-        "M16 50%, rewarm at both": rewarmed("both"),
-        "M16 50%, moments reset at dense": rewarmed("dense", reset_moments="dense"),
-        "M16 50%, rescaled at dense": changed(recipe, schedule={"rescale_dense": True}),
-        "M16 50%, warm-up 2%": sparse(dense, warmup=0.02),
-        "M16 50%, warm-up 25%": sparse(dense, warmup=0.25),
         "M16 50%, refresh 10%": sparse(dense, refresh_every=steps(0.1)),
+        "M16 90%": sparse(dense, share=0.9, warmup=0.05),
+        "M16 25%": sparse(dense, share=0.25),
+        "M8 50%": sparse(dense, m=8),
+        "weights only 50%": sparse(dense, routing=False, activations=False),
+        "no routing 50%": sparse(dense, routing=False),
+        "M16 50%, rescaled at dense": changed(recipe, schedule={"rescale_dense": True}),
+        "M16 50%, moments reset at dense": rewarmed("dense", reset_moments="dense"),
+        "M16 50%, L2 router": sparse(dense, metric="l2"),
+        "M16 50%, warm-up 25%": sparse(dense, warmup=0.25),
+        "M16 50%, rewarm at both": rewarmed("both"),
         "M16 50%, refresh 10%, beta anew": sparse(
             dense, refresh_every=steps(0.1), reestimate_beta=True
         ),
-        "M16 50%, L2 router": sparse(dense, metric="l2"),
-        "no routing 50%": sparse(dense, routing=False),
-        "tokens24 M16 50%": sparse(dense, weight_gradient="tokens24"),
+        "M16 70%" + SUFFIX: equal_time(longer, dense, options.speedups.required("M16 70%")),
         "M32 70%": sparse(dense, m=32, share=0.7),
+        "tokens24 M16 50%": sparse(dense, weight_gradient="tokens24"),
         "M16 50%, attention projections 2:4": sparse(dense, attention_projections=True),
         "M16 50%, FFN in 8 bits": changed(recipe, model={"ffn_precision": "fp8"}),
+        "four inside M16 50%": sparse(dense, activations=False),
     }
 
 
-def _slow(config: Config, options: Options) -> Variants:
-    """What no kernel serves, and dense gated relu^2 beside it, if a sweep got that far."""
-    four = sparse(tuned(config, "relu2", options), activations=False)
-    variants: Variants = {"four inside M16 50%": four}
-    if options.tuned is None or "relu2_gated" in options.tuned.learning_rate:
-        gated = tuned(config, "relu2_gated", options)
-        variants |= {"relu2_gated": gated, "gated M16 50%": sparse(gated)}
-    return variants
-
-
 def study(options: Options) -> Study:
-    """Dense relu^2 beside 28 others; five seeds of the verdict, three or one of the rest."""
+    """Dense relu^2 beside 32 others; five seeds of the verdict, three to one of the rest."""
     config = base(options, tokens=66e6)
     dense, swiglu = (tuned(config, ffn, options) for ffn in ("relu2", "swiglu"))
+    leading = _leading(config, dense, options)
     groups = {
         "verdict": _verdict(dense, swiglu, options),
-        "shares": _shares(dense, options),
-        "parts": _parts(dense),
-        "slow": _slow(config, options),
+        "leading": leading,
+        "gated": _gated(leading, options),
+        "rates": _rates(dense, swiglu),
+        "others": _others(dense, options),
     }
     rounds = ROUNDS
     if options.seeds:

@@ -90,7 +90,8 @@ def test_studies_start_from_what_was_tuned():
     for run in definition.get("evidence", options).runs:
         assert run.config.batch_size == 16
         model = run.config.model
-        assert run.config.optimizer.learning_rate == rates[model.ffn]
+        factor = {"lower": 2 / 3, "higher": 3 / 2}.get(run.label.rpartition(", ")[2].split()[0], 1)
+        assert run.config.optimizer.learning_rate == factor * rates[model.ffn]
         assert model.init_scale == (0.5 if model.ffn == "swiglu" else 1.0)
         assert run.config.optimizer.final_fraction == 0
     plain = definition.get("evidence", Options(speedups=Speedups(1.4)))
