@@ -25,8 +25,6 @@ scratch=${SCRATCH:-$(mktemp -d)}
 speedups=${SPEEDUPS:-benchmarks/results/step_h100_llama1b.json}
 gpus=${GPUS:-$(nvidia-smi --list-gpus | wc -l)}
 export PYTHONUNBUFFERED=1
-# As in the step benchmark; and there is less to try out while compiling.
-export XLA_FLAGS=${XLA_FLAGS---xla_gpu_enable_triton_gemm=false}
 
 for name in tuning.json evidence.json tuned.json speedups.json; do
   [ -e "$out/$name" ] || [ ! -e "$from/$name" ] || cp "$from/$name" "$out/$name"

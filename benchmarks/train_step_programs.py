@@ -22,7 +22,7 @@ import train.main
 from sparsejax.nn.routed_ffn import RoutingState
 from sparsejax.schedule import Event, Phase
 from train import accounting, hardware
-from train.compiler import step_options
+from train.compiler import compile_program
 from train.config import Config, MeshConfig, resolve
 from train.data.pipeline import Data, open_data
 from train.flip import lower_cluster_event
@@ -328,8 +328,7 @@ class Session:
             lowered = jitted.lower(state, self._abstract_batch(config))
 
         def finish() -> Program:
-            options = step_options(self.mesh.size) | whole.compiler_options
-            compiled = lowered.compile(compiler_options=options)
+            compiled = compile_program(lowered, self.mesh.size, whole.compiler_options)
             seconds = time.perf_counter() - began
             text = lambda: compiled.as_text() or ""
             return Program(spec, config, self.mesh, compiled, text, seconds, _memory(compiled))

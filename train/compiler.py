@@ -1,4 +1,4 @@
-"""Options of XLA's compiler that a fast run wants."""
+"""How the programs of a run are compiled: with the options of XLA that a fast run wants."""
 
 from __future__ import annotations
 
@@ -20,8 +20,21 @@ AHEAD: Options = {"xla_gpu_memory_limit_slop_factor": "150"}
 while a run takes nearly all of it (docs/scaling.md)."""
 
 
-def step_options(devices: int) -> Options:
-    """What the trainer's steps are compiled with; nothing but on a GPU.
+def compile_program(
+    lowered: jax.stages.Lowered, devices: int, more: Options | None = None
+) -> jax.stages.Compiled:
+    """Compiles a step, an evaluation, a clustering or a flip: whatever may hold a product.
+
+    Args:
+      lowered: the traced program.
+      devices: of its mesh.
+      more: options over those of `program_options`.
+    """
+    return lowered.compile(compiler_options=program_options(devices) | (more or {}))
+
+
+def program_options(devices: int) -> Options:
+    """What the trainer's programs are compiled with; nothing but on a GPU.
 
     An option that is named in XLA_FLAGS is left to those, one that this version of XLA does not
     know is left out, with a warning.

@@ -13,6 +13,7 @@ from flax import nnx
 from sparsejax.prune import soft_threshold_beta
 from sparsejax.schedule import Event, Phase
 from sparsejax.spec import Sparsity
+from train.compiler import compile_program
 from train.config import Config, flips
 from train.layers import compile_moves, stacked, stacked_config, unstacked
 from train.model import sparse_weights
@@ -97,7 +98,7 @@ def lower_cluster_event(
     lowered = jitted.lower(arguments, batch)
 
     def compile_event() -> EventFunction:
-        program: Any = lowered.compile()
+        program: Any = compile_program(lowered, placed.mesh.size)
         if config.model.scan_layers:
             return program
         compile_moves(like, arguments)

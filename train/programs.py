@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from sparsejax.schedule import Event, Phase
-from train.compiler import step_options
+from train.compiler import compile_program
 from train.config import CheckpointConfig, Config, LogConfig, ProfileConfig
 from train.data.config import DataConfig
 from train.flip import lower_cluster_event, make_flip_step
@@ -109,7 +109,6 @@ def compile_programs(
     shardings = jax.tree.map(lambda leaf: leaf.sharding, state)
     everywhere: Any = shardings.step  # every process reads the metrics
     shared = {} if shared is None else shared
-    compiler_options = step_options(everywhere.mesh.size)
 
     def once(name: str, depends_on: Config, make: Callable[[], Callable]) -> Callable:
         key = name, depends_on, everywhere.mesh
@@ -122,7 +121,7 @@ def compile_programs(
 
     def compiled(function: Callable, *arguments: Any, **options: Any) -> Callable:
         lowered = jax.jit(function, **options).lower(*arguments)
-        return lowered.compile(compiler_options=compiler_options)
+        return compile_program(lowered, everywhere.mesh.size)
 
     def step(phase: Phase) -> Callable:
         def make() -> Callable:
