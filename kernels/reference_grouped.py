@@ -517,10 +517,6 @@ def check_up24(*args, **kwargs) -> None:
     """The reference serves every device and shape."""
 
 
-def check_up24_linear(*args, **kwargs) -> None:
-    """The reference serves every device and shape."""
-
-
 def check_down24(*args, **kwargs) -> None:
     """The reference serves every device and shape."""
 

@@ -7,7 +7,7 @@ from kernels.hopper.grouped_dw import check_weight_gradient, weight_gradient
 from kernels.hopper.grouped_dw24 import check_weight_gradient24, weight_gradient24
 from kernels.hopper.grouped_neurons import row_order
 from kernels.hopper.grouped_pack import check_pack_weight24, pack_weight24
-from kernels.hopper.grouped_up import check_up24, check_up24_linear, up24, up24_linear
+from kernels.hopper.grouped_up import check_up24, up24, up24_linear
 from kernels.hopper.grouped_up_backward import check_up24_backward, up24_backward
 
 __all__ = [
@@ -17,7 +17,6 @@ __all__ = [
     "check_pack_weight24",
     "check_up24",
     "check_up24_backward",
-    "check_up24_linear",
     "check_weight_gradient",
     "check_weight_gradient24",
     "down24",

@@ -244,11 +244,11 @@ def up24_linear(
 ) -> jax.Array:
     """`kernels.reference_grouped.up24_linear` for weights packed by this backend's `pack_weight24`.
 
-    Raises ValueError for shapes that do not fit and NotImplementedError where `check_up24_linear`
-    does.
+    Raises ValueError for shapes that do not fit and NotImplementedError where `check_up24` does, or
+    where the stages of a configuration do not fit.
     """
     arguments = (values, metadata, x_p, offsets, block_expert)
-    check_up24_linear(*arguments, config=config)
+    check_up24(*arguments)
     (y,) = _run(arguments, _linear_tile, _rounding, config or common.GroupedConfig())
     return y
 
@@ -313,26 +313,9 @@ def check_up24(
 ) -> None:
     """Raises NotImplementedError if this device, shape or dtype is not served, else returns None.
 
-    Arguments that contradict one another raise ValueError.
+    Of `up24_linear` as well, but for a configuration, whose stages fit more easily there. Arguments
+    that contradict one another raise ValueError.
     """
     _, v, live = reference_grouped.up_dims(values, metadata, x_p, offsets, block_expert)
     common.check_shapes(v, live, x_p.shape[1], values.dtype)
     _tile(live, values.dtype, config or common.GroupedConfig())
-
-
-def check_up24_linear(
-    values: jax.Array,
-    metadata: jax.Array,
-    x_p: jax.Array,
-    offsets: jax.Array,
-    block_expert: jax.Array,
-    *,
-    config: common.GroupedConfig | None = None,
-) -> None:
-    """Raises NotImplementedError if this device, shape or dtype is not served, else returns None.
-
-    Arguments that contradict one another raise ValueError.
-    """
-    _, v, live = reference_grouped.up_dims(values, metadata, x_p, offsets, block_expert)
-    common.check_shapes(v, live, x_p.shape[1], values.dtype)
-    _linear_tile(live, values.dtype, config or common.GroupedConfig())

@@ -9,7 +9,7 @@ from kernels.triton.grouped_down import check_down24, down24
 from kernels.triton.grouped_dw import GradientConfig, check_weight_gradient, weight_gradient
 from kernels.triton.grouped_neurons import row_order
 from kernels.triton.grouped_pack import check_pack_weight24, pack_weight24
-from kernels.triton.grouped_up import check_up24, check_up24_linear, up24, up24_linear
+from kernels.triton.grouped_up import check_up24, up24, up24_linear
 from kernels.triton.grouped_up_backward import check_up24_backward, up24_backward
 
 __all__ = [
@@ -19,7 +19,6 @@ __all__ = [
     "check_pack_weight24",
     "check_up24",
     "check_up24_backward",
-    "check_up24_linear",
     "check_weight_gradient",
     "down24",
     "pack_weight24",

@@ -62,12 +62,11 @@ def up24_linear(
 
     config, interpret: as for `up24`, whose table of tilings it shares.
 
-    Raises ValueError for shapes that do not fit and NotImplementedError where `check_up24_linear`
-    does.
+    Raises ValueError for shapes that do not fit and NotImplementedError where `check_up24` does.
     """
     arguments = (values, metadata, x_p, offsets, block_expert)
     if not interpret:
-        check_up24_linear(*arguments, config=config)
+        check_up24(*arguments, config=config)
     (y,) = _up24("up24_linear", arguments, config, interpret)
     return y
 
@@ -175,26 +174,8 @@ def check_up24(
 ) -> None:
     """Raises NotImplementedError if this device, shape or dtype is not served, else returns None.
 
-    Arguments that contradict one another raise ValueError.
+    Of `up24_linear` as well. Arguments that contradict one another raise ValueError.
     """
     del config
     _, v, live = reference_grouped.up_dims(values, metadata, x_p, offsets, block_expert)
     common.check("up24", v, live, x_p.shape[1], values.dtype)
-
-
-def check_up24_linear(
-    values: jax.Array,
-    metadata: jax.Array,
-    x_p: jax.Array,
-    offsets: jax.Array,
-    block_expert: jax.Array,
-    *,
-    config: Spmm24Config | None = None,
-) -> None:
-    """Raises NotImplementedError if this device, shape or dtype is not served, else returns None.
-
-    Arguments that contradict one another raise ValueError.
-    """
-    del config
-    _, v, live = reference_grouped.up_dims(values, metadata, x_p, offsets, block_expert)
-    common.check("up24_linear", v, live, x_p.shape[1], values.dtype)

@@ -155,12 +155,11 @@ def check(kernels: registry.Backend, sparsity: Sparsity, sizes: Sizes, *, gated:
         master, num_experts=experts, m=_m(sparsity), scale=1.0, dtype=dtype
     )
     functions.check_down24(half, kept, dense, *layout)
+    functions.check_up24(*weight, x, *layout)  # of `up24_linear` too
     if gated:
-        functions.check_up24_linear(*weight, x, *layout)
         _, check_pack24 = registry.load("pack24", kernels)
         check_pack24(y2, axis=1, mode="magnitude", dtype=dtype)
     else:
-        functions.check_up24(*weight, x, *layout)
         functions.check_up24_backward(*weight, x, y2, kept, *layout)
     if sparsity.weight_gradient == "dense":
         functions.check_weight_gradient(y2, x, layout[0], num_experts=experts)
