@@ -16,8 +16,8 @@ def main(argv: list[str] | None = None) -> int:
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
     try:
-        # The harness finds models in its registry only, and loads no plug-ins: so the process that
-        # runs it must have imported ours.
+        # The harness knows models that were imported, or (after 0.4.13) that an installed package
+        # offers, which the trainer is not: so the process that runs it must have imported ours.
         from lm_eval.__main__ import cli_evaluate
 
         import train.lm_eval.model  # noqa: F401
