@@ -393,6 +393,18 @@ def test_one_file_is_enough_to_report_and_to_go_on(done, tmp_path, capsys):
         exact, rounded = results(done)[name]["curve"], record["curve"]
         assert rounded["loss"] == pytest.approx(exact["loss"], rel=1e-5)
         assert rounded["phase"] == exact["phase"]
+    # Two machines' shares of the runs, joined in one file.
+    whole = json.loads(file.read_text())
+    shares = []
+    for i, run in enumerate(whole["runs"]):
+        write(tmp_path / f"share{i}.json", whole | {"runs": [run]})
+        shares.append(str(tmp_path / f"share{i}.json"))
+    joined = tmp_path / "joined.json"
+    argv = ["smoke", "--report", "--output", str(tmp_path / "join"), "--export", str(joined)]
+    assert main([*argv, "--also", *shares]) == 0
+    assert json.loads(joined.read_text()) == whole
+    assert main([*argv, "--also", "nowhere.json"]) == 2
+    assert capsys.readouterr().err == "error: --also nowhere.json: no such file\n"
     # What is there already stays, and another study's file is refused.
     assert unpack(file, done) == 0
     header = json.loads((done / "study.json").read_text())

@@ -63,6 +63,9 @@ class Arguments:
     export: Annotated[Path | None, tyro.conf.arg(metavar="FILE.json")] = None
     """All results as one small file, to commit: written after each run, and read first, so that the
     file alone is enough to continue from or to report."""
+    also: Annotated[tuple[Path, ...], tyro.conf.arg(metavar="FILE.json ...")] = ()
+    """Exported results of the same study from elsewhere, read first as well: other machines' shares
+    of its labels and seeds. With --report, --export joins them all in one file."""
     replace: bool = False
     """Run again what has a result of another configuration, instead of refusing."""
     speedup: float | None = None
@@ -107,8 +110,9 @@ def run(arguments: Arguments, console: Console) -> int:
     output = arguments.output or Path("runs") / "studies" / arguments.name
     speedups = _speedups(arguments)
     if arguments.report:
-        if arguments.export is not None:
-            unpack(arguments.export, output)
+        _gather(arguments, output)
+        if arguments.also and arguments.export is not None:
+            export(output, arguments.export)
         make_report(output, console, speedups)
         return 0
     folders = Folders(output, arguments.scratch or output / "scratch")
@@ -122,8 +126,7 @@ def run(arguments: Arguments, console: Console) -> int:
     )
     study = definition.get(arguments.name, options)
     runs = select(study, arguments.only)
-    if arguments.export is not None:
-        unpack(arguments.export, output)
+    _gather(arguments, output)
     if arguments.list:
         _list_runs(study, runs, folders, console)
         return 0
@@ -152,6 +155,16 @@ def run(arguments: Arguments, console: Console) -> int:
     if outcome.done or outcome.failed:
         make_report(output, console)
     return 1 if outcome.failed else 0
+
+
+def _gather(arguments: Arguments, output: Path) -> None:
+    """Puts results of earlier calls, here and elsewhere, into the study's folder."""
+    if arguments.export is not None:
+        unpack(arguments.export, output)
+    for file in arguments.also:
+        if not file.is_file():
+            raise ValueError(f"--also {file}: no such file")
+        unpack(file, output)
 
 
 def _speedups(arguments: Arguments) -> Speedups:
