@@ -473,9 +473,9 @@ def _activation_bytes(config: Config, mesh: MeshShape, size: int, sparse: bool) 
     if sparse:
         live = s.live_neurons(hidden)
         products = live * (2 if m.gated else 1) * size
-        # The gated form keeps the chosen halves, and a byte for each group to say which; on
-        # kernels, which it has by name only, both products.
-        halves = m.gated and s.activations and s.backend in (None, "reference")
+        # Kernels keep both products of the gated form, jax.numpy the chosen halves and a byte for
+        # each group to say which: less, and certain only where it is named.
+        halves = m.gated and s.activations and s.backend == "reference"
         ffn = products / 2 + live / GROUP if halves else products
         ffn *= padded_tokens(config, mesh.size) / config.tokens_per_step
         outputs = products * m.active_experts

@@ -195,27 +195,6 @@ def report(refusals: list[str], *key: Any, what: str = _MISSED) -> None:
         )
 
 
-GATED_BY_NAME_ONLY = True
-"""Whether kernels serve the gated form only where `Sparsity.backend` names them.
-
-No GPU has run that path yet: what lowers and compiles may still be wrong or slow. Set this to False
-once `pytest -m gpu tests/kernels/test_grouped_gpu.py tests/sparsejax/test_routed_ffn_gated.py` has
-passed on one; nothing else decides it (`train.accounting` and docs/howto_model.md say so too).
-"""
-
-
-def check_unnamed(
-    kernels: registry.Backend, sparsity: Sparsity, sizes: Sizes, *, gated: bool
-) -> None:
-    """`check`, and whether a backend that nobody named may be taken."""
-    check(kernels, sparsity, sizes, gated=gated)
-    if gated and GATED_BY_NAME_ONLY:
-        raise NotImplementedError(
-            "its kernels for the gated form are untried on GPUs: "
-            f"`--sparsity.backend {kernels}` tries them"
-        )
-
-
 def choose(sparsity: Sparsity, sizes: Sizes, *, gated: bool) -> registry.Backend | None:
     """The backend whose kernels serve this network; None for the path in jax.numpy.
 
@@ -229,8 +208,7 @@ def choose(sparsity: Sparsity, sizes: Sizes, *, gated: bool) -> registry.Backend
         check(named, sparsity, sizes, gated=gated)
         return named
     candidates = [name for name in registry.available_backends() if name != "reference"]
-    serves = partial(check_unnamed, gated=gated)
-    kernels, refusals = first_serving(candidates, serves, sparsity, sizes)
+    kernels, refusals = first_serving(candidates, partial(check, gated=gated), sparsity, sizes)
     if kernels is None:
         report(refusals, sparsity, sizes, gated)
     return kernels

@@ -139,19 +139,16 @@ def test_what_is_saved_for_the_backward_pass():
         given.remove(size)
 
 
-def test_kernels_can_be_taken_by_name_only(monkeypatch):
+def test_the_fastest_kernels_that_serve_are_taken():
     sparsity = Sparsity(v=128)
-    monkeypatch.setattr(routed_ffn_grouped, "_reported", set())
-    monkeypatch.setattr(routed_ffn_grouped, "GATED_BY_NAME_ONLY", True)
-    with registry.assume_capability((9, 0)), an_h100():
-        for name in ("hopper", "triton"):
-            named = replace(sparsity, backend=name)
-            assert routed_ffn_grouped.choose(named, SIZES, gated=True) == name
-            assert routed_ffn_grouped.recheck(name, named, SIZES, gated=True) == name
-        with pytest.warns(registry.FallbackWarning, match=r"--sparsity\.backend hopper. tries"):
-            assert routed_ffn_grouped.choose(sparsity, SIZES, gated=True) is None
-        monkeypatch.setattr(routed_ffn_grouped, "GATED_BY_NAME_ONLY", False)
-        assert routed_ffn_grouped.choose(sparsity, SIZES, gated=True) == "hopper"
+    with an_h100():
+        with registry.assume_capability((9, 0)):
+            for name in (None, "hopper", "triton"):
+                named, taken = replace(sparsity, backend=name), name or "hopper"
+                assert routed_ffn_grouped.choose(named, SIZES, gated=True) == taken
+                assert routed_ffn_grouped.recheck(taken, named, SIZES, gated=True) == taken
+        with registry.assume_capability((8, 0)):
+            assert routed_ffn_grouped.choose(sparsity, SIZES, gated=True) == "triton"
 
 
 @pytest.mark.parametrize(

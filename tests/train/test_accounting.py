@@ -267,6 +267,22 @@ def test_memory_of_a_sparse_step():
     assert sparse.weight_copies - dense.weight_copies == packed
 
 
+def test_memory_of_a_gated_sparse_step():
+    base = llama1b()
+    model = dataclasses.replace(base.model, ffn="relu2_gated", hidden=5632)
+
+    def activations(backend):
+        sparsity = dataclasses.replace(base.sparsity, backend=backend)
+        config = llama1b(model=model, sparsity=sparsity)
+        return accounting.memory(config, sparse=True).activations
+
+    assert activations(None) == activations("hopper") == activations("triton")
+    # Kernels keep two whole products of 1,408 neurons, and not halves and a byte for each four; the
+    # block at hand counts twice.
+    rows = accounting.padded_tokens(base)
+    assert activations(None) - activations("reference") == 26 * rows * (2 * 1408 - 1408 // 4)
+
+
 @pytest.mark.parametrize(
     ("mesh", "devices", "message"),
     [
