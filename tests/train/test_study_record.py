@@ -7,7 +7,14 @@ import math
 import pytest
 
 from sparsejax.spec import Sparsity
-from train.config import CheckpointConfig, Config, LogConfig, OptimizerConfig, ScheduleConfig
+from train.config import (
+    CheckpointConfig,
+    Config,
+    LogConfig,
+    ModelConfig,
+    OptimizerConfig,
+    ScheduleConfig,
+)
 from train.data.config import DataConfig
 from train.study import record
 from train.study.record import config_hash, differences
@@ -27,7 +34,7 @@ from train.study.record import config_hash, differences
 def test_convenience_makes_no_other_run(change):
     config = dataclasses.replace(Config(), **change)
     assert config_hash(config) == config_hash(Config())
-    assert differences(dataclasses.asdict(Config()), config) == []
+    assert differences({"config": dataclasses.asdict(Config())}, config) == []
 
 
 @pytest.mark.parametrize(
@@ -47,24 +54,36 @@ def test_what_decides_the_result_makes_another_run(change, line):
     config = dataclasses.replace(Config(), **change)
     assert config_hash(config) != config_hash(Config())
     stored = json.loads(json.dumps(dataclasses.asdict(Config())))
-    assert differences(stored, config) == [line]
+    assert differences({"config": stored}, config) == [line]
 
 
 def test_a_new_switch_counts_as_its_default():
     stored = dataclasses.asdict(Config())
     del stored["optimizer"]["rewarm_steps"]
-    assert differences(stored, Config()) == []
+    assert differences({"config": stored}, Config()) == []
     sparse = dataclasses.replace(Config(), schedule=ScheduleConfig(sparse_fraction=0.5))
     stored = dataclasses.asdict(sparse)
     del stored["optimizer"]["rewarm_steps"]
-    assert differences(stored, sparse) == []
+    assert differences({"config": stored}, sparse) == []
     config = dataclasses.replace(sparse, optimizer=OptimizerConfig(rewarm_steps=4))
-    assert differences(stored, config) == ["optimizer.rewarm_steps: 0, now 4"]
+    assert differences({"config": stored}, config) == ["optimizer.rewarm_steps: 0, now 4"]
     config = dataclasses.replace(sparse, sparsity=Sparsity(m=8))
-    assert "sparsity.m: 16, now 8" in differences(stored, config)
+    assert "sparsity.m: 16, now 8" in differences({"config": stored}, config)
     assert config_hash(config) != config_hash(sparse)
     stored = dataclasses.asdict(Config())
-    assert differences({**stored, "gone": 1}, Config()) == ["gone: 1, now None"]
+    assert differences({"config": {**stored, "gone": 1}}, Config()) == ["gone: 1, now None"]
+
+
+def test_stating_what_a_size_was_makes_no_other_run():
+    open_ = dataclasses.replace(Config(), model=ModelConfig(ffn="relu2_gated"))
+    stated = dataclasses.replace(open_, model=dataclasses.replace(open_.model, hidden=384))
+    of_128 = {"config": dataclasses.asdict(open_), "model": {"hidden": 384, "parameters": 1}}
+    assert differences(of_128, stated) == []
+    other = dataclasses.replace(open_, model=dataclasses.replace(open_.model, hidden=512))
+    assert differences(of_128, other) == ["model.hidden: 384, now 512"]
+    for unknown in ({"model": None}, {}):
+        found = differences({"config": dataclasses.asdict(open_), **unknown}, stated)
+        assert found == ["model.hidden: None, now 384"]
 
 
 def test_files_are_strict_json_and_whole(tmp_path):

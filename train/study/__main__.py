@@ -189,7 +189,7 @@ def _list_runs(study: Study, runs: Sequence[Run], folders: Folders, console: Con
             return "to do"
         if record["status"] == "failed":
             return "failed"
-        if differences(record["config"], run.config):
+        if differences(record, run.config):
             return "of another configuration"
         return "done" if record["status"] == "finished" else "not finite"
 

@@ -103,13 +103,17 @@ def config_hash(config: Config) -> str:
     return hashlib.sha256(found.encode()).hexdigest()[:16]
 
 
-def differences(stored: Mapping[str, Any], config: Config) -> list[str]:
-    """What a stored configuration computes otherwise than this one, as "name: then, now".
+def differences(record: Mapping[str, Any], config: Config) -> list[str]:
+    """What the configuration of a record computes otherwise than this one, as "name: then, now".
 
     A field that did not exist when the run was made counts as its present default, so that a new
-    switch of the trainer does not make old results worthless.
+    switch of the trainer does not make old results worthless. Nor does stating of the model what
+    was left open: None then is what the record's `model` says it became.
     """
-    then, now = decisive(stored), decisive(dataclasses.asdict(config))
+    then, now = decisive(record["config"]), decisive(dataclasses.asdict(config))
+    became = {f"model.{name}": value for name, value in (record.get("model") or {}).items()}
+    left_open = [name for name in then if then[name] is None and now.get(name) is not None]
+    then |= {name: became.get(name) for name in left_open}
     defaults = dict(leaves(dataclasses.asdict(Config())))
     pairs = {name: (then.get(name, defaults[name]), value) for name, value in now.items()}
     pairs |= {name: (then[name], None) for name in sorted(then.keys() - now.keys())}

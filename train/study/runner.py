@@ -94,7 +94,7 @@ def plan(study: Study, runs: Sequence[Run], folders: Folders, *, replace: bool =
         record = read(path)
         if record is None or record["status"] == "failed":
             outcome.left.append(run)
-        elif not (changed := differences(record["config"], run.config)):
+        elif not (changed := differences(record, run.config)):
             outcome.done.append(record)
         elif replace:
             outcome.left.append(run)
