@@ -37,8 +37,11 @@ class ModelConfig:
     ffn: Ffn = "relu2"
     """Feed-forward form: relu2 (two matrices), relu2_gated or swiglu (three matrices)."""
     hidden: int | None = None
-    """FFN neurons H; None means 4 D for relu2 and 8/3 D, rounded up to a multiple of 128, for
-    the gated forms. Of a mixture all experts' together; None gives a token 4 D of them."""
+    """FFN neurons H; None means 4 D for relu2 and 8/3 D for the gated forms, rounded up to a
+    multiple of 128 for swiglu and of 512 for relu2_gated. Sparse kernels take multiples of 128
+    neurons of an expert (M/4 experts), so that 512 serves sparsity.m up to 16, and 32 may need
+    another H; it does not follow sparsity.m, on which no model's size should depend. Of a mixture
+    all experts' together; None gives a token 4 D of them."""
     experts: int = 0
     """Experts of a mixture in the place of each FFN (ffn=relu2, on one device); 0 for one network.
     A sparse phase takes a power of two up to 32, and sparsity.m four times as large; twice that, or
@@ -129,7 +132,8 @@ class ModelConfig:
             return self.hidden
         if not self.gated:
             return 4 * self.width * max(self.experts, 1) // max(self.active_experts, 1)
-        return -(-8 * self.width // 3 // 128) * 128
+        multiple = 512 if self.ffn == "relu2_gated" else 128
+        return -(-8 * self.width // 3 // multiple) * multiple
 
 
 @dataclass(frozen=True)

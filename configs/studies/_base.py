@@ -68,10 +68,16 @@ def base(options: Options, *, default: str = "small", tokens: float | None = Non
 def tuned(config: Config, ffn: Ffn, options: Options) -> Config:
     """`config` with an FFN of this form and the settings that were found best for it.
 
+    Gated relu^2 gets as many neurons as SwiGLU, so that forms are compared at equal parameters: its
+    own default is larger (1536 for 1408 in `small`), for the sake of kernels.
+
     Raises:
       ValueError: the options' sweep has no rate for this form.
     """
     config = changed(changed(config, **TUNED[ffn]), model={"ffn": ffn})
+    if ffn == "relu2_gated":
+        swiglu = dataclasses.replace(config.model, ffn="swiglu")
+        config = changed(config, model={"hidden": swiglu.ffn_hidden})
     if options.tuned is None:
         return config
     if ffn not in options.tuned.learning_rate:

@@ -155,7 +155,7 @@ def test_the_fastest_kernels_that_serve_are_taken():
     ("backend", "hidden"), [("hopper", "5120 or 5632"), ("triton", "5376 or 5632")]
 )
 def test_sizes_that_kernels_do_not_serve(backend, hidden):
-    # The trainer's default for D = 2048.
+    # SwiGLU's default for D = 2048.
     sizes = SIZES._replace(width=2048, hidden=5504)
     sparsity = Sparsity(m=16, v=128, backend=backend)
     message = f"hidden={hidden} would do"

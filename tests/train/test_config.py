@@ -108,6 +108,21 @@ def test_swiglu_trains_densely_and_has_two_thirds_of_the_neurons():
     assert config.model.hidden == 384
 
 
+def test_the_default_size_of_the_gated_form_is_served_by_kernels():
+    sizes = {}
+    for name in ("tiny", "small", "medium", "llama1b", "llama7b"):
+        config = changed(configs.get(name), model__ffn="relu2_gated")
+        other = changed(config, sparsity__m=32)
+        sizes[name] = config.model.ffn_hidden
+        assert other.model.ffn_hidden == sizes[name]
+        assert config.sparsity.live_neurons(sizes[name]) % 128 == 0
+    assert sizes == {
+        "tiny": 512, "small": 1536, "medium": 2048, "llama1b": 5632, "llama7b": 11_264,
+    }  # fmt: skip
+    # What a run, a checkpoint or an imported model says is what it is.
+    assert changed(config, model__hidden=11_008).model.ffn_hidden == 11_008
+
+
 def test_published_shapes():
     one, seven = configs.get("llama1b"), configs.get("llama7b")
     shape = lambda c: (c.model.width, c.model.num_layers, c.model.num_heads, c.sequence_length)

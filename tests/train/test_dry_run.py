@@ -12,7 +12,7 @@ from sparsejax.spec import Sparsity
 from train import accounting
 from train.config import Config, ModelConfig, ScheduleConfig
 from train.data.config import DataConfig
-from train.dry_run import _pallas_names, dry_run, flops_plot, resolve_vocabulary
+from train.dry_run import _pallas_names, _traced_kernels, dry_run, flops_plot, resolve_vocabulary
 from train.optimizer import phase_schedule
 
 
@@ -126,6 +126,16 @@ def test_a_hopper_kernel_is_found():
         jaxpr = jax.make_jaxpr(product)(values, metadata, b).jaxpr
     (name,) = _pallas_names(jaxpr)
     assert "spmm24" in name
+
+
+def test_the_gated_form_takes_kernels_at_its_default_size():
+    model = ModelConfig(width=512, num_layers=1, num_heads=8, vocab_size=512, ffn="relu2_gated")
+    config = small(model=model, sequence_length=1024, sparsity=Sparsity(m=16, v=128))
+    found = _traced_kernels(config, (9, 0))
+    for name in ("pack_weight24", "up24_linear", "pack24", "down24", "weight_gradient"):
+        assert f"{name}_hopper x 3" in found
+    at_swiglus = dataclasses.replace(config, model=dataclasses.replace(model, hidden=1408))
+    assert "no sparse tensor cores" in _traced_kernels(at_swiglus, (9, 0))
 
 
 def test_the_vocabulary_of_a_run_whose_data_is_elsewhere():

@@ -13,6 +13,7 @@ from train.study.definition import Axis, Options, Run, Study
 from train.study.equal_time import Speedups
 
 SPEEDUPS = Speedups(1.3)
+EVERY_SPEED = {"M16": 1.2, "gated M16": 1.4, "M32": 1.3, "M16 70%": 1.1}
 
 
 def run(label="a", seed=0, **factors):
@@ -84,7 +85,7 @@ def test_equal_time_needs_a_speed_and_spends_it():
         definition.get("equal_time", Options())
     with pytest.raises(ValueError, match=r"'gated M16 50%' is needed"):
         definition.get("equal_time", Options(speedups=Speedups(None, {"M16": 1.2, "M32": 1.3})))
-    speedups = Speedups(None, {"M16": 1.2, "gated M16": 1.4, "M32": 1.3, "M16 70%": 1.1})
+    speedups = Speedups(None, EVERY_SPEED)
     study = definition.get("equal_time", Options(speedups=speedups))
     tokens = {run.label: run.tokens for run in study.runs}
     for label, share, s in (
@@ -139,6 +140,16 @@ def test_what_was_tuned_is_where_comparisons_start(monkeypatch):
     star = definition.get("dense_sweep", Options()).runs
     rates = [run.factors["learning_rate"] for run in star if run.factors["ffn"] == "relu2"]
     assert rates.count(7e-3) == len(rates) - len(dense_sweep.SWEEPS["learning_rate"])
+
+
+def test_forms_are_compared_at_equal_parameters():
+    for name in ("evidence", "gated", "tuning", "dense_sweep", "equal_time"):
+        runs = definition.get(name, Options(speedups=Speedups(None, EVERY_SPEED))).runs
+        hidden = {run.config.model.ffn: run.config.model.ffn_hidden for run in runs}
+        assert hidden == {"relu2": 2048, "swiglu": 1408, "relu2_gated": 1408}, name
+    # A base that says how many neurons it has keeps them.
+    base = _base.changed(configs.get("small"), model={"hidden": 1536})
+    assert _base.tuned(base, "relu2_gated", Options()).model.hidden == 1536
 
 
 def test_kernels_can_be_named():
