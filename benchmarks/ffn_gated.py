@@ -99,7 +99,11 @@ def measure(
     sampling: Sampling,
     failures: Failures,
 ) -> list[dict[str, Any]]:
-    """Rows of one size: contender, passes, times, errors."""
+    """Rows of one size: contender, passes, times, errors.
+
+    Errors are measured once for each backend, on the results of forward and backward, the output
+    among them: None in the rows of the forward pass alone.
+    """
     rows: list[dict[str, Any]] = []
     built: dict[tuple[str, str], tuple[Any, Any]] = {}
     for name, passes, make in _each(t, hidden, m, v, backends):
