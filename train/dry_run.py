@@ -432,7 +432,8 @@ def _traced_kernels(config: Config, capability: tuple[int, int] | None) -> str:
     kernels = Counter(_pallas_names(jaxpr))
     if not kernels:
         return "reference: jax.numpy, compiled by XLA; no sparse tensor cores"
-    return ", ".join(f"{name} x {n}" if n > 1 else name for name, n in kernels.items())
+    named = ((name if "hopper" in name else f"{name}_triton", n) for name, n in kernels.items())
+    return ", ".join(f"{name} x {n}" if n > 1 else name for name, n in named)
 
 
 def _pallas_names(jaxpr: Any) -> Iterator[str]:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import jax
 
+from kernels import registry
+
 
 def require_capability(op: str, minimum: float) -> None:
     """Raises NotImplementedError unless the target is an NVIDIA GPU of this compute capability."""
@@ -21,16 +23,13 @@ def kind() -> str:
 
 
 def compute_capability() -> float | None:
-    """Of the GPU that JAX compiles for, 0 for anything else; None for an abstract GPU."""
+    """Of the GPU that JAX compiles for, or that `registry.assume_capability` names; 0 for anything
+    else, None for an abstract GPU."""
     abstract = jax.sharding.get_abstract_mesh().abstract_device
     if abstract is not None and abstract.platform == "gpu":
         return None
-    device = _default_device()
-    major, dot, minor = str(getattr(device, "compute_capability", "")).partition(".")
-    # ROCm reports names such as gfx90a here.
-    if device.platform != "gpu" or not (dot and major.isdigit() and minor.isdigit()):
-        return 0.0
-    return float(f"{major}.{minor}")
+    capability = registry.target_capability()
+    return 0.0 if capability is None else float(f"{capability[0]}.{capability[1]}")
 
 
 def small_shared_memory() -> bool:

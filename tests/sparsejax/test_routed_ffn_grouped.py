@@ -196,7 +196,7 @@ def test_the_backend_without_a_gpu():
         ({"weights": False}, False, "weights=False"),
         ({"activations": False}, True, "activations=False"),
         ({"v": 96}, False, "v=96"),
-        ({"m": 32}, True, "64: hidden=1024 would do .* not 512"),
+        ({"m": 64}, True, "32: hidden=2048 would do .* not 512"),
     ],
 )
 def test_options_without_kernels_fall_back_visibly(changes, gated, reason):

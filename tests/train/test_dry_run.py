@@ -134,6 +134,10 @@ def test_the_gated_form_takes_kernels_at_its_default_size():
     found = _traced_kernels(config, (9, 0))
     for name in ("pack_weight24", "up24_linear", "pack24", "down24", "weight_gradient"):
         assert f"{name}_hopper x 3" in found
+    a100 = _traced_kernels(config, (8, 0))
+    for name in ("pack_weight24", "up24_linear", "pack24", "down24", "weight_gradient"):
+        assert f"{name}_triton x 3" in a100
+    assert "no sparse tensor cores" in _traced_kernels(config, (7, 5))
     at_swiglus = dataclasses.replace(config, model=dataclasses.replace(model, hidden=1408))
     assert "no sparse tensor cores" in _traced_kernels(at_swiglus, (9, 0))
 
