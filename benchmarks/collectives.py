@@ -12,7 +12,8 @@ compiler may still combine, split or move collectives.
 What is counted: a ring's traffic for each device. A gather or scatter of n bytes among g devices
 sends n (g - 1) / g, an all-reduce twice that. An all-reduce whose result is only sliced is counted
 as the reduce-scatter that XLA makes of it on a GPU. The sparse step is laid out for kernels
-(`--packed`: 2:4 values and metadata beside bf16 rows) or for jax.numpy (bf16 rows alone).
+(`--packed`: 2:4 values and metadata beside bf16 rows; `--fp8`: beside columns, all in 8 bits) or for
+jax.numpy (bf16 rows alone).
 """
 
 from __future__ import annotations
@@ -34,9 +35,9 @@ from typing import Any
 
 KINDS = ("all-gather", "reduce-scatter", "all-reduce", "all-to-all", "collective-permute")
 
-_BYTES = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "s16": 2, "u16": 2, "s32": 4,
+_BYTES = {"pred": 1, "s8": 1, "u8": 1, "f8e4m3fn": 1, "f8e5m2": 1, "bf16": 2, "f16": 2, "s16": 2, "u16": 2, "s32": 4,
           "u32": 4, "f32": 4, "s64": 8, "u64": 8, "f64": 8}  # fmt: skip
-_SHAPE = re.compile(r"\b([a-z]+[0-9]*)\[([\d,]*)\]")
+_SHAPE = re.compile(r"\b([a-z]+\w*)\[([\d,]*)\]")
 _COMPUTATION = re.compile(r"^(?:ENTRY )?%?([\w.\-]+) \(.*\) -> .* \{$")
 _INSTRUCTION = re.compile(r"^\s*(ROOT )?%?([\w.\-]+) = (.*?) ([\w\-]+)\((.*)$")
 _CALLS = re.compile(r"(?:to_apply|calls|body|branch_computations)=\{?((?:%?[\w.\-]+(?:, )?)+)")
@@ -375,6 +376,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--tensor", type=int, default=1)
     parser.add_argument("--rows", type=int, default=4, help="sequences of a device's micro-batch")
     parser.add_argument("--packed", action="store_true", help="lay weights out for kernels")
+    parser.add_argument("--fp8", action="store_true", help="the FFN's products in 8 bits")
     parser.add_argument("--out", type=Path)
     arguments = parser.parse_args(argv)
     _simulate(arguments.devices)
@@ -388,6 +390,9 @@ def main(argv: list[str] | None = None) -> int:
             fsdp=arguments.fsdp,
             tensor=arguments.tensor,
         )
+        if arguments.fp8:
+            model = dataclasses.replace(config.model, ffn_precision="fp8")
+            config = dataclasses.replace(config, model=model)
         with contextlib.redirect_stdout(sys.stderr):
             result = analyse(config, arguments.devices, packed=arguments.packed)
     except ValueError as error:

@@ -26,11 +26,12 @@ device, everything here computes the same function locally.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, get_args
 
 import jax
 import jax.numpy as jnp
@@ -42,8 +43,8 @@ from jax.typing import DTypeLike
 
 from kernels import registry
 from sparsejax.ops import routed_ffn_fp8, routed_ffn_grouped
-from sparsejax.ops.packed_ffn import PackedFFN, PackedMatrix
-from sparsejax.ops.routed_ffn import _check_weights, _pack, _path
+from sparsejax.ops.packed_ffn import PackedFFN, PackedMatrix, PackedMatrix8
+from sparsejax.ops.routed_ffn import _check_weights, _pack, _path, _serving
 from sparsejax.remat import keep
 from sparsejax.routing import (
     assign_tokens,
@@ -53,7 +54,7 @@ from sparsejax.routing import (
     plan_tokens,
     token_scores,
 )
-from sparsejax.spec import GROUP, Sparsity
+from sparsejax.spec import GROUP, Precision, Sparsity
 
 
 @dataclass(frozen=True)
@@ -203,12 +204,18 @@ class _Layout:
         """Matrices (H, D), values (H, D / 2)."""
         return weight_spec(self.axes)
 
-    def packed_specs(self, packed_by: registry.Backend | None, gated: bool) -> PackedFFN:
+    def packed_specs(
+        self, packed_by: registry.Backend | None, gated: bool, precision: Precision
+    ) -> PackedFFN:
         tensor, shard = self.axes.tensor, self.axes.shard
         matrix: Any = PackedMatrix(P(tensor, None, shard))  # type: ignore[arg-type]
-        if packed_by is not None and not self.packs_gathered:
-            matrix = matrix._replace(values=P(tensor, shard), metadata=P(tensor, shard, None))
-        return PackedFFN(matrix, matrix, matrix if gated else None, packed_by)
+        packed: Any = {"values": P(tensor, shard), "metadata": P(tensor, shard, None)}
+        if precision == "fp8":
+            of_groups: Any = {"scale": P(tensor), "norm": P(tensor)}
+            matrix = PackedMatrix8(P(tensor, shard, None), **packed, **of_groups)  # type: ignore[arg-type]
+        elif packed_by is not None and not self.packs_gathered:
+            matrix = matrix._replace(**packed)
+        return PackedFFN(matrix, matrix, matrix if gated else None, packed_by, precision)
 
     def spmd(self, function: Callable, in_specs: Any, out_specs: Any) -> Callable:
         """`function` on every device; itself where there is one."""
@@ -287,64 +294,85 @@ def pack_ffn(
     sparsity: Sparsity,
     *,
     dtype: DTypeLike = jnp.bfloat16,
+    precision: Precision = "compute",
     axes: MeshAxes | None = MeshAxes(),
 ) -> PackedFFN:
     """`ops.pack_ffn` where the weights live: every device packs the part that it stores.
 
     2:4 groups and tiles of metadata lie within a device's columns, so that packed parts joined
-    along the width are the packed whole, and nothing moves.
+    along the width are the packed whole, and nothing moves. Of 8-bit weights the scale and the norm
+    of a group of neurons are agreed on over the shard axis (`routed_ffn_fp8`).
 
     Args:
       w1, w2: (H, D) and wg: (H, D) or None, as parameters are placed: P(tensor, shard).
       betas: (3,) float32.
       sparsity: what is sparse.
       dtype: of the packed weights.
+      precision: as of `ops.pack_ffn`; 8-bit weights are gathered packed only (`Sparsity.gather`).
       axes: the mesh's axes.
 
     Returns:
-      `PackedFFN` of G groups: dense (G E, H / (G E), D), values (H, D / 2), metadata.
+      `PackedFFN` of G groups: dense (G E, H / (G E), D), values (H, D / 2), metadata; or in 8 bits
+      columns (G E, D, H / (G E)), values, metadata, scale (G,) and norm (G,).
 
     Raises:
-      ValueError: sizes that the mesh does not divide.
+      ValueError: sizes that the mesh does not divide, or another precision.
       NotImplementedError: the named backend does not serve a device's part.
     """
     width, hidden = _check_weights(w1, w2, wg, sparsity)
     layout = _layout(sparsity, axes, width, hidden)
+    if precision not in get_args(Precision):
+        raise ValueError(f"{precision=} must be one of {get_args(Precision)}")
+    shard, gated = layout.size(layout.axes.shard), wg is not None
     rows = hidden // layout.groups
-    sizes = routed_ffn_grouped.Sizes(width=width, hidden=rows, dtype=jnp.dtype(dtype))
-    kernels = routed_ffn_grouped.choose(sparsity, sizes, gated=wg is not None)
-    columns = width // layout.size(layout.axes.shard)
-    if kernels is not None and columns % 64:
-        refusal = f"{kernels}: the {columns} columns of a device must be a multiple of 64"
-        if sparsity.backend is not None:
-            raise NotImplementedError(refusal)
-        routed_ffn_grouped.report([refusal], sparsity, sizes, wg is not None)
-        kernels = None
+    sizes = routed_ffn_grouped.Sizes(
+        width=width, hidden=rows, dtype=jnp.dtype(dtype), columns=width // shard
+    )
+    kernels = _kernels_of_8_bits(layout, sizes, gated) if precision == "fp8" else None
+    if kernels is None:
+        precision = "compute"
+        kernels = routed_ffn_grouped.choose(sparsity, sizes, gated=gated)
+
+    def pack(w1: Array, w2: Array, wg: Array | None, betas: Array | None) -> PackedFFN:
+        if precision == "fp8":
+            assert kernels is not None
+            assert betas is not None
+            axis = layout.axes.shard if shard > 1 else None
+            part = routed_ffn_fp8.pack_network(w1, w2, betas, sparsity, kernels=kernels, axis=axis)
+            of_group = lambda w: w._replace(scale=w.scale[None], norm=w.norm[None])
+            return dataclasses.replace(part, w1=of_group(part.w1), w2=of_group(part.w2))
+        part = _pack(w1, w2, wg, betas, sparsity, dtype=dtype, kernels=kernels)
+        return _rows_alone(part) if layout.packs_gathered else part
 
     def local(w1: Array, w2: Array, wg: Array | None, betas: Array | None) -> PackedFFN:
         parts = []
         for g in range(layout.local_groups):
-            part = jax.tree.map(lambda w, g=g: w[g * rows : (g + 1) * rows], (w1, w2, wg))
-            one, two, gate = part
-            part = _pack(one, two, gate, betas, sparsity, dtype=dtype, kernels=kernels)
-            parts.append(_rows_alone(part) if layout.packs_gathered else part)
+            own = jax.tree.map(lambda w, g=g: w[g * rows : (g + 1) * rows], (w1, w2, wg))
+            parts.append(pack(*own, betas))
         return parts[0] if len(parts) == 1 else jax.tree.map(lambda *a: jnp.concatenate(a), *parts)
 
     spec = layout.weight_spec
-    out = layout.packed_specs(kernels, wg is not None)
+    out = layout.packed_specs(kernels, gated, precision)
     return layout.spmd(local, (spec, spec, spec, P()), out)(w1, w2, wg, betas)
 
 
-def refuse_fp8(sparsity: Sparsity) -> None:
-    """Says that the sparse network of a mesh, or of several shards, is not in 8 bits.
+def _kernels_of_8_bits(
+    layout: _Layout, sizes: routed_ffn_grouped.Sizes, gated: bool
+) -> registry.Backend | None:
+    """The backend that packs and multiplies in 8 bits; None, with a warning, where none does.
 
     Raises:
       NotImplementedError: a named backend is strict.
     """
-    refusal = "8-bit products serve one device and one shard"
+    sparsity = layout.sparsity
+    if not layout.packs_gathered:
+        return routed_ffn_fp8.choose(sparsity, sizes, gated=gated)
+    # Rows of 8 bits would be as many bytes as what is packed in 16, and would be packed again.
+    refusal = f"gather={sparsity.gather!r} moves rows of 16 bits; weights in 8 move packed"
     if sparsity.backend is not None:
         raise NotImplementedError(f"backend={sparsity.backend!r}: {refusal}")
-    routed_ffn_fp8.report([refusal], sparsity)
+    routed_ffn_fp8.report([refusal], sparsity, sizes, gated)
+    return None
 
 
 def _rows_alone(packed: PackedFFN) -> PackedFFN:
@@ -357,12 +385,18 @@ def _gather(packed: PackedFFN, layout: _Layout) -> PackedFFN:
     """Whole rows of the packed weights on every device of the shard axis.
 
     What moves is what was packed once for the optimiser step, thresholded and rounded: 2:4 values
-    and metadata for the products that read them, and bf16 rows for the others; or such rows alone,
-    packed here (`Sparsity.gather`). XLA drops what a pass does not read.
+    and metadata for the products that read them, and bf16 rows (8-bit columns) for the others; or
+    such rows alone, packed here (`Sparsity.gather`). XLA drops what a pass does not read.
     """
     kernels = packed.kernels
 
-    def whole(matrix: PackedMatrix) -> PackedMatrix:
+    def whole(matrix: Any) -> Any:
+        if isinstance(matrix, PackedMatrix8):
+            parts = {
+                name: layout.all_gather(getattr(matrix, name), layout.axes.shard, 1)
+                for name in ("columns", "values", "metadata")
+            }
+            return matrix._replace(**parts)
         dense = layout.all_gather(matrix.dense, layout.axes.shard, 2)
         if kernels is not None and layout.packs_gathered:
             return PackedMatrix(dense, *routed_ffn_grouped.pack_rows(dense, kernels=kernels))
@@ -375,19 +409,21 @@ def _gather(packed: PackedFFN, layout: _Layout) -> PackedFFN:
         )
 
     gate = None if packed.wg is None else whole(packed.wg)
-    return PackedFFN(whole(packed.w1), whole(packed.w2), gate, packed.kernels)
+    return dataclasses.replace(packed, w1=whole(packed.w1), w2=whole(packed.w2), wg=gate)
 
 
 def _group(packed: PackedFFN, g: int, groups: int) -> PackedFFN:
     """The weights of one group of neurons of this device."""
-    if groups == 1:
-        return packed
 
     def rows(a: Array) -> Array:
         size = a.shape[0] // groups
         return a[g * size : (g + 1) * size]
 
-    return jax.tree.map(rows, packed)
+    part = packed if groups == 1 else jax.tree.map(rows, packed)
+    if part.precision != "fp8":
+        return part
+    alone = lambda w: w._replace(scale=w.scale.reshape(()), norm=w.norm.reshape(()))
+    return dataclasses.replace(part, w1=alone(part.w1), w2=alone(part.w2))
 
 
 def routed_ffn(
@@ -408,7 +444,8 @@ def routed_ffn(
     this device's tokens and neurons; the packed weights as they are stored, not gathered.
 
     Args:
-      x: (B, ..., D), the dtype of `packed`; the leading axis over the batch axes.
+      x: (B, ..., D), the dtype of `packed` (bfloat16 of one in 8 bits); the leading axis over the
+        batch axes.
       w1, w2: (H, D). wg: (H, D) or None. They receive gradients, in their own dtype; what is summed
         over devices is rounded to x's dtype first, as in a dense layer.
       packed: `pack_ffn` of these weights.
@@ -431,8 +468,8 @@ def routed_ffn(
         raise ValueError(f"{x.shape=} must end in {width=}")
     if x.shape[0] % devices:
         raise ValueError(f"{x.shape=}: the leading axis must be a multiple of {devices=}")
-    if packed.w1.dense.dtype != x.dtype:
-        raise ValueError(f"packed dtype={packed.w1.dense.dtype} must be {x.dtype=}")
+    if packed.dtype != x.dtype:
+        raise ValueError(f"packed dtype={packed.dtype} must be {x.dtype=}")
     experts = sparsity.num_shards * sparsity.num_experts
     if centers.shape != (experts, width) or bias.shape != (experts,):
         raise ValueError(f"{centers.shape=} and {bias.shape=} must be of {experts=}, {width=}")
@@ -442,7 +479,7 @@ def routed_ffn(
         dtype=x.dtype,
         tokens=math.prod(x.shape[:-1]) // devices,
     )
-    kernels = routed_ffn_grouped.recheck(packed.kernels, sparsity, sizes, gated=wg is not None)
+    kernels = _serving(packed, sparsity, sizes, gated=wg is not None)
     return _routed_ffn(x, w1, w2, wg, packed, centers, bias, kernels, layout)
 
 
@@ -481,7 +518,7 @@ def _routed_ffn_fwd(x, w1, w2, wg, packed, centers, bias, kernels, layout):
         local,
         (
             batch,
-            layout.packed_specs(packed.kernels, wg is not None),
+            layout.packed_specs(packed.kernels, wg is not None, packed.precision),
             layout.router_spec,
             layout.router_spec,
         ),
@@ -519,7 +556,11 @@ def _routed_ffn_bwd(kernels, layout, residuals, cotangents):
     gated = dtypes[2] is not None
     function = layout.spmd(
         local,
-        (batch, layout.packed_specs(packed.kernels, gated), P(layout.axes.names)),
+        (
+            batch,
+            layout.packed_specs(packed.kernels, gated, packed.precision),
+            P(layout.axes.names),
+        ),
         (batch, [spec, spec, spec if gated else None]),
     )
     dx, dw = function(cotangents[0], packed, saved)

@@ -255,7 +255,8 @@ def check_pack_weight24_fp8(
     Arguments that are never allowed raise ValueError.
     """
     live, width = reference.pack_dims(w, num_experts, m, scale)
-    common.check_shapes_fp8(common.TOKENS, live, width)
+    # Not `check_shapes_fp8`: that is for the products, and a device of a mesh packs its part.
+    common.check_shapes(common.TOKENS, live, width, jnp.bfloat16)
     if w.dtype != jnp.float32:
         raise NotImplementedError(f"{w.dtype=} is not float32")
     if w.size >= 1 << 31:

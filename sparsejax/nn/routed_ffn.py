@@ -103,8 +103,7 @@ class RoutedFFN(nnx.Module):
           dtype: of the products' operands. param_dtype: of the master weights.
           precision: "fp8" rounds the operands of products to 8 bits: all of the dense network
             (`sparsejax.ops.dense`), and of the sparse one those with a 2:4 operand, where kernels
-            serve it (`sparsejax.ops.routed_ffn_fp8`). On a mesh the sparse network stays in
-            `dtype`, which a warning says.
+            serve it (`sparsejax.ops.routed_ffn_fp8`); on a mesh its weights are gathered in 8 bits.
           kernel_init: of W1 and Wg (D, H); out_init: of W2 (H, D); LeCun normal where None. Called
             with (fan-in, fan-out) shapes.
           axes: what the axes of the mesh mean; None where tokens and weights are not sharded by us.
@@ -162,10 +161,13 @@ class RoutedFFN(nnx.Module):
         sparsity = self._sparsity()
         weights = jax.lax.stop_gradient(self._weights())
         if not self._local():
-            if self.precision == "fp8":
-                sharding.refuse_fp8(sparsity)
             return sharding.pack_ffn(
-                *weights, self.beta[...], sparsity, dtype=self.dtype, axes=self.axes
+                *weights,
+                self.beta[...],
+                sparsity,
+                dtype=self.dtype,
+                precision=self.precision,
+                axes=self.axes,
             )
         return pack_ffn(
             *weights, self.beta[...], sparsity, dtype=self.dtype, precision=self.precision

@@ -6,6 +6,7 @@ import dataclasses
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 from jax import Array
 
 from kernels import registry
@@ -33,9 +34,11 @@ class PackedMatrix8(NamedTuple):
     metadata: Array
     """(H / 64, D / 64, 128) int32, as 8-bit instructions want them."""
     scale: Array
-    """Scalar float32, a power of two."""
+    """Scalar float32, a power of two; of `sharding.pack_ffn` (G,), one for each group of
+    neurons."""
     norm: Array
-    """Scalar float32: what the neurons' norms are reckoned to be below (`routed_ffn_fp8`)."""
+    """Float32, like `scale`: what the neurons' norms are reckoned to be below
+    (`routed_ffn_fp8`)."""
 
 
 @jax.tree_util.register_dataclass
@@ -53,3 +56,8 @@ class PackedFFN:
     kernels: registry.Backend | None = dataclasses.field(default=None, metadata={"static": True})
     """Backend that packed `values`; None where there are none and no kernel is called."""
     precision: Precision = dataclasses.field(default="compute", metadata={"static": True})
+
+    @property
+    def dtype(self) -> jnp.dtype:
+        """Of the activations that these weights multiply."""
+        return jnp.dtype(jnp.bfloat16 if self.precision == "fp8" else self.w1.dense.dtype)

@@ -93,8 +93,7 @@ def pack_ffn(
         kernels = routed_ffn_fp8.choose(sparsity, sizes, gated=wg is not None)
         if kernels is not None:
             assert betas is not None
-            pack = partial(routed_ffn_fp8.pack_weight, sparsity=sparsity, kernels=kernels)
-            return PackedFFN(pack(w1, betas[0]), pack(w2, betas[1]), None, kernels, precision)
+            return routed_ffn_fp8.pack_network(w1, w2, betas, sparsity, kernels=kernels)
     kernels = routed_ffn_grouped.choose(sparsity, sizes, gated=wg is not None)
     return _pack(w1, w2, wg, betas, sparsity, dtype=dtype, kernels=kernels)
 
@@ -113,6 +112,25 @@ def _pack(w1, w2, wg, betas, sparsity, *, dtype, kernels) -> PackedFFN:
         return PackedMatrix(to_expert_major(w.astype(dtype), 0, sparsity.num_experts))
 
     return PackedFFN(pack(w1, 0), pack(w2, 1), pack(wg, 2), kernels)  # type: ignore[arg-type]
+
+
+def _serving(
+    packed: PackedFFN,
+    sparsity: Sparsity,
+    sizes: routed_ffn_grouped.Sizes,
+    *,
+    gated: bool,
+) -> registry.Backend | None:
+    """The backend for these weights, now that the number of tokens is known.
+
+    Raises:
+      NotImplementedError: a backend that was named, or that packed in 8 bits, does not serve them.
+    """
+    if packed.precision != "fp8":
+        return routed_ffn_grouped.recheck(packed.kernels, sparsity, sizes, gated=gated)
+    assert packed.kernels is not None
+    routed_ffn_fp8.check(packed.kernels, sparsity, sizes, gated=gated)
+    return packed.kernels
 
 
 def _path(kernels: registry.Backend | None, packed: PackedFFN):
@@ -202,9 +220,8 @@ def routed_ffn(
         raise ValueError(f"packed w1 and w2 of {shapes=} must hold {experts} experts of {live=}")
     if (wg is None) != (packed.wg is None):
         raise ValueError("packed weights and wg must both have a gate, or neither")
-    dtype = jnp.dtype(jnp.bfloat16) if in_8_bits else arrays[0].dtype
-    if dtype != x.dtype:
-        raise ValueError(f"packed {dtype=} must be {x.dtype=}")
+    if packed.dtype != x.dtype:
+        raise ValueError(f"packed dtype={packed.dtype} must be {x.dtype=}")
     if experts == 1:
         plan = None
     elif plan is None:
@@ -218,10 +235,5 @@ def routed_ffn(
                 f"{experts} experts and v={sparsity.v}"
             )
     sizes = routed_ffn_grouped.Sizes(width=width, hidden=hidden, dtype=x.dtype, tokens=x.shape[0])
-    if in_8_bits:
-        assert packed.kernels is not None
-        routed_ffn_fp8.check(packed.kernels, sparsity, sizes, gated=wg is not None)
-        kernels: registry.Backend | None = packed.kernels
-    else:
-        kernels = routed_ffn_grouped.recheck(packed.kernels, sparsity, sizes, gated=wg is not None)
+    kernels = _serving(packed, sparsity, sizes, gated=wg is not None)
     return _routed_ffn(x, w1, w2, wg, packed, plan, sparsity, kernels)

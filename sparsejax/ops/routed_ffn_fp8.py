@@ -28,13 +28,15 @@ norms, and what exceeds the bound then saturates.
 Weights: one scale for each, with room for eight times the largest magnitude of a sample, every
 eighth block of 64 features of all neurons. A weight above saturates. The norms come from that
 sample as well, before thresholding: beta S(w) with the best beta is a projection of w, and all in
-all no longer.
+all no longer. Where a mesh spreads the width, devices sample their own parts of those blocks and
+agree on scale and norm: two small reductions for a matrix, and the numbers of one device.
 
 `saturated` counts what did.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
@@ -105,9 +107,8 @@ def check(
     columns = array(experts, width, live, dtype=weight)
     order, scale = array(rows, dtype=i32), array(rows, dtype=f32)
     factors = array(rows, 2, dtype=f32)
-    functions.check_pack_weight24_fp8(
-        array(hidden, width, dtype=f32), num_experts=experts, m=4 * experts, scale=1.0
-    )
+    master = array(hidden, sizes.packed_columns, dtype=f32)
+    functions.check_pack_weight24_fp8(master, num_experts=experts, m=4 * experts, scale=1.0)
     y2 = array(rows, live, dtype=jnp.bfloat16)
     for dtype in (FORWARD, GRADIENT):
         functions.check_stack_fp8(array(tokens, width, dtype=jnp.bfloat16), order, dtype=dtype)
@@ -142,32 +143,75 @@ def report(refusals: list[str], *key: Any) -> None:
     grouped.report(refusals, "fp8", *key, what=what)
 
 
-def _sample(w: Array) -> tuple[Array, Array]:
+def _sample(w: Array, axis: str | None = None) -> tuple[Array, Array]:
     """Largest magnitude of a part of w (H, D), and a bound of its neurons' norms.
 
     The bound is the largest norm that the sample suggests, but at most `_OUTLYING` times the root
     of the mean square.
+
+    Args:
+      w: (H, D), or under `shard_map` the columns of this device.
+      axis: of the mesh, over which the columns of all are spread; None if w is whole. The sample is
+        that of the whole, and so are the results, the same on every device.
     """
-    hidden, width = w.shape
-    blocks = width // _BLOCK
+    hidden, own = w.shape[0], w.shape[1] // _BLOCK
+    blocks = own if axis is None else own * lax.axis_size(axis)
     every = max(1, min(_EVERY, blocks // _FEWEST))
+    # The device's first block need not be one of the sample: then more are read than are taken.
+    step = every if axis is None else math.gcd(every, own)
     # Whole blocks, so that a sample reads whole lines of memory.
-    sample = w.reshape(hidden, blocks, _BLOCK)[:, ::every]
+    sample = w.reshape(hidden, own, _BLOCK)[:, ::step]
+    if step < every:
+        place = lax.axis_index(axis) * own + step * jnp.arange(sample.shape[1])
+        sample = jnp.where((place % every == 0)[:, None], sample, 0.0)
     of_rows = jnp.max(jnp.abs(sample), axis=(1, 2)), jnp.sum(sample * sample, axis=(1, 2))
     # Otherwise XLA makes the first one over all rows at once, in two passes of its own.
     largest, squares = lax.optimization_barrier(of_rows)
-    squares = squares * (blocks / sample.shape[1])
+    if axis is not None:
+        # Before anything is decided: a norm is of a whole row. No device has another scale than
+        # those whose columns it will gather.
+        squares = lax.psum(squares, axis)
+    squares = squares * (blocks / -(-blocks // every))
     bound = jnp.minimum(jnp.max(squares), _OUTLYING**2 * jnp.mean(squares))
-    return jnp.max(largest), jnp.sqrt(bound)
+    largest = jnp.max(largest)
+    return largest if axis is None else lax.pmax(largest, axis), jnp.sqrt(bound)
+
+
+def pack_network(
+    w1: Array,
+    w2: Array,
+    betas: Array,
+    sparsity: Sparsity,
+    *,
+    kernels: registry.Backend,
+    axis: str | None = None,
+) -> PackedFFN:
+    """Both matrices (H, D) of a network in 8 bits.
+
+    Args:
+      w1, w2: (H, D), or under `shard_map` the columns of this device; floating point.
+      betas: (3,) float32.
+      sparsity: what is sparse.
+      kernels: a backend that `choose` found.
+      axis: as of `pack_weight`.
+    """
+    weight = partial(pack_weight, sparsity=sparsity, kernels=kernels, axis=axis)
+    return PackedFFN(weight(w1, betas[0]), weight(w2, betas[1]), None, kernels, "fp8")
 
 
 def pack_weight(
-    w: Array, beta: Array, sparsity: Sparsity, *, kernels: registry.Backend
+    w: Array,
+    beta: Array,
+    sparsity: Sparsity,
+    *,
+    kernels: registry.Backend,
+    axis: str | None = None,
 ) -> PackedMatrix8:
-    """beta S(w) of a matrix (H, D) in 8 bits."""
+    """beta S(w) of a matrix (H, D) in 8 bits; of this device's columns if `axis` of the mesh
+    spreads them, with the scale and norm of the whole."""
 
     def pack(w: Array, beta: Array) -> PackedMatrix8:
-        largest, norm = _sample(w)
+        largest, norm = _sample(w, axis)
         scale = scale_for(_HEADROOM * beta * largest, FORWARD)
         functions, experts = grouped.Functions(module(kernels)), sparsity.num_experts
         values, metadata, columns = functions.pack_weight24_fp8(
@@ -334,10 +378,15 @@ def saturated(
 
     Args:
       x: (T, D) bfloat16. dy: (T, D), the gradient of the loss by the network's output.
-      packed: of `pack_ffn(precision="fp8")`. plan, sparsity: as for `routed_ffn`.
+      packed: of `ops.pack_ffn(precision="fp8")`. plan, sparsity: as for `routed_ffn`.
+
+    Raises:
+      ValueError: the weights are not in 8 bits, or are those of `sharding.pack_ffn`.
     """
     if packed.precision != "fp8" or packed.kernels is None:
         raise ValueError(f"packed.precision={packed.precision!r} must be 'fp8'")
+    if packed.w1.scale.ndim:
+        raise ValueError(f"{packed.w1.scale.shape=} must be one scale, not those of groups")
     functions = grouped.Functions(module(packed.kernels))
     tokens = x.shape[0]
     layout = grouped.layout_of(tokens, plan, sparsity)

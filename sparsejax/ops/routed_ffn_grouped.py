@@ -47,6 +47,13 @@ class Sizes(NamedTuple):
     dtype: jnp.dtype
     tokens: int | None = None
     """T; None while packing, before there are tokens."""
+    columns: int | None = None
+    """Of the width, those that packing sees: a device's of a mesh; None for all."""
+
+    @property
+    def packed_columns(self) -> int:
+        """The columns that packing sees."""
+        return self.width if self.columns is None else self.columns
 
 
 class Saved(NamedTuple):
@@ -126,6 +133,11 @@ def check(kernels: registry.Backend, sparsity: Sparsity, sizes: Sizes, *, gated:
         raise NotImplementedError(
             f"backend={kernels!r} serves multiples of 64, not {width=} and v={sparsity.v}"
         )
+    if sizes.packed_columns % 64:
+        raise NotImplementedError(
+            f"backend={kernels!r} packs multiples of 64 columns of the width, not the "
+            f"{sizes.columns} of a device"
+        )
     functions = module(kernels)
     if live % functions.NEURONS:
         step = functions.NEURONS * experts
@@ -150,7 +162,7 @@ def check(kernels: registry.Backend, sparsity: Sparsity, sizes: Sizes, *, gated:
     x, y2 = array(rows, width), array(rows, live)
     half, kept = array(rows, live // 2), metadata(rows, live)
     dense = array(experts, live, width)
-    master = array(sizes.hidden, width, dtype=jnp.float32)
+    master = array(sizes.hidden, sizes.packed_columns, dtype=jnp.float32)
     functions.check_pack_weight24(
         master, num_experts=experts, m=_m(sparsity), scale=1.0, dtype=dtype
     )

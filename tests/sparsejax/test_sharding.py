@@ -14,55 +14,62 @@ from sparsejax.spec import Sparsity
 from tests.train.simulated import run_script
 
 COMPARE = """
-    import dataclasses
+    import dataclasses, functools, math
     import jax, jax.numpy as jnp, numpy as np
-    from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
+    from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec as P
     from sparsejax import sharding
-    from sparsejax.ops import pack_ffn, routed_ffn, routed_ffn_grouped
+    from sparsejax.ops import pack_ffn, routed_ffn, routed_ffn_fp8, routed_ffn_grouped
     from sparsejax.routing import assign_tokens, plan_tokens
     from sparsejax.spec import Sparsity
 
     BETAS = jnp.array([1.5, 1.4, 1.3])
 
-    def plain(x, dy, w1, w2, wg, centers, bias, sparsity, groups):
-        # The definition: the sum over groups of consecutive neurons, one plain op each.
-        e, rows = sparsity.num_experts, w1.shape[0] // groups
-        def total(x, w1, w2, wg):
-            y, counts = 0, []
-            tokens = x.reshape(-1, x.shape[-1])
-            for g in range(groups):
-                part = [None if w is None else w[g * rows : (g + 1) * rows] for w in (w1, w2, wg)]
-                own = slice(0, e) if sparsity.num_shards == 1 else slice(g * e, (g + 1) * e)
-                plan = None
-                if e > 1:
-                    plan = plan_tokens(
-                        assign_tokens(tokens, centers[own], bias[own]), e, sparsity.v)
-                    counts.append(plan.counts)
-                one = dataclasses.replace(sparsity, shards=1)
-                weights = pack_ffn(*part, BETAS, one, dtype=x.dtype)
-                weights = jax.lax.stop_gradient(weights)
-                y = y + routed_ffn(tokens, *part, weights, plan, one)
-            return y.reshape(x.shape), counts
-        y, vjp, counts = jax.vjp(total, x, w1, w2, wg, has_aux=True)
-        return y, vjp(dy), counts
+    @functools.partial(jax.jit, static_argnums=(7, 8))
+    def alone(x, dy, w1, w2, wg, centers, bias, sparsity, precision):
+        # One group of neurons: the plain op.
+        tokens, plan = x.reshape(-1, x.shape[-1]), None
+        if sparsity.num_experts > 1:
+            expert = assign_tokens(tokens, centers, bias)
+            plan = plan_tokens(expert, sparsity.num_experts, sparsity.v)
+        packed = pack_ffn(w1, w2, wg, BETAS, sparsity, dtype=x.dtype, precision=precision)
+        op = lambda *network: routed_ffn(*network, packed, plan, sparsity)
+        y, vjp = jax.vjp(op, tokens, w1, w2, wg)
+        dx, *dw = vjp(dy.reshape(tokens.shape))
+        return y.reshape(x.shape), dx.reshape(x.shape), dw, plan and plan.counts, packed
 
-    def spread(x, dy, w1, w2, wg, centers, bias, sparsity):
-        packed = sharding.pack_ffn(w1, w2, wg, BETAS, sparsity, dtype=x.dtype)
+    def plain(x, dy, w1, w2, wg, centers, bias, sparsity, groups, precision):
+        # The definition: the sum over groups of consecutive neurons.
+        e, rows, parts = sparsity.num_experts, w1.shape[0] // groups, []
+        one = dataclasses.replace(sparsity, shards=1, gather="packed")
+        for g in range(groups):
+            part = [None if w is None else w[g * rows : (g + 1) * rows] for w in (w1, w2, wg)]
+            own = slice(0, e) if sparsity.num_shards == 1 else slice(g * e, (g + 1) * e)
+            parts.append(alone(x, dy, *part, centers[own], bias[own], one, precision))
+        y, dx, dw, counts, packed = zip(*parts)
+        join = lambda *w: jnp.concatenate(w)
+        return sum(y), (sum(dx), *jax.tree.map(join, *dw)), counts, packed
+
+    def spread(x, dy, w1, w2, wg, centers, bias, sparsity, precision):
+        packed = sharding.pack_ffn(
+            w1, w2, wg, BETAS, sparsity, dtype=x.dtype, precision=precision)
         f = lambda x, w1, w2, wg: sharding.routed_ffn(
             x, w1, w2, wg, packed, centers, bias, sparsity)
         y, vjp, counts = jax.vjp(f, x, w1, w2, wg, has_aux=True)
-        return y, vjp(dy), counts, packed.w1
+        return y, vjp(dy), counts, packed
 
-    def check(mesh_shape, sparsity, b, s, d, h, gated, kernels=None):
+    def run(mesh_shape, sparsity, b, s, d, h, gated, kernels=None, precision="compute"):
         mesh = jax.make_mesh(mesh_shape, ("data", "fsdp", "tensor"),
-                             axis_types=(AxisType.Auto,) * 3)
+                             axis_types=(AxisType.Auto,) * 3,
+                             devices=jax.devices()[: math.prod(mesh_shape)])
         rng = np.random.default_rng(d + h)
         array = lambda *shape: jnp.array(rng.normal(size=shape), jnp.float32)
         experts = sparsity.num_shards * sparsity.num_experts
         data = [array(b, s, d), array(b, s, d), array(h, d), array(h, d),
                 array(h, d) if gated else None, array(experts, d), 0.1 * array(experts)]
+        if precision == "fp8":
+            data[:2] = [a.astype(jnp.bfloat16) for a in data[:2]]
         groups = max(sparsity.num_shards, mesh_shape[2])
-        want = jax.jit(plain, static_argnums=(7, 8))(*data, sparsity, groups)
+        want = plain(*data, sparsity, groups, precision)
         if kernels:
             # Kernels that run on a CPU stand in for those of a GPU: the same layouts.
             routed_ffn_grouped.choose = lambda *args, **kwargs: kernels
@@ -71,7 +78,13 @@ COMPARE = """
             specs = [P(("data", "fsdp"))] * 2 + [P("tensor", "fsdp")] * 3 + [P()] * 2
             put = [None if a is None else jax.device_put(a, NamedSharding(mesh, p))
                    for a, p in zip(data, specs)]
-            y, grads, counts, w1 = jax.jit(spread, static_argnums=7)(*put, sparsity)
+            got = jax.jit(spread, static_argnums=(7, 8))(*put, sparsity, precision)
+        return mesh, data, put, want, got
+
+    def check(mesh_shape, sparsity, *, d, h, gated, kernels=None, **sizes):
+        mesh, data, put, want, (y, grads, counts, packed) = run(
+            mesh_shape, sparsity, d=d, h=h, gated=gated, kernels=kernels, **sizes)
+        w1, experts = packed.w1, sparsity.num_shards * sparsity.num_experts
         alone = sparsity.gather == "rows" and mesh_shape[1] > 1
         assert (w1.values is None) == (kernels is None or alone)
         size = mesh_shape[1] * mesh_shape[2]
@@ -104,6 +117,62 @@ COMPARE = """
             assert 0 < float(churn) < 1
         print("ok", mesh_shape, sparsity.num_shards, gated, kernels)
 
+    def bits(a):
+        return np.asarray(a).view(np.uint8)
+
+    def distance(a, b):
+        a, b = (np.asarray(v, np.float64) for v in (a, b))
+        return np.linalg.norm(a - b) / np.linalg.norm(b)
+
+    def check_in_8_bits(mesh_shape, sparsity, **sizes):
+        _, _, _, want, (y, grads, counts, packed) = run(
+            mesh_shape, sparsity, gated=False, precision="fp8", **sizes)
+        assert packed.precision == "fp8" and packed.w1.columns.dtype.itemsize == 1
+        size = mesh_shape[1] * mesh_shape[2]
+        for name in ("w1", "w2"):
+            whole, parts = getattr(packed, name), [getattr(p, name) for p in want[3]]
+            # Scales are of the group, whoever holds its columns: all roundings are the same.
+            for field in ("values", "columns", "metadata"):
+                a = getattr(whole, field)
+                assert a.addressable_shards[0].data.size * size == a.size
+                expected = np.concatenate([np.asarray(getattr(p, field)) for p in parts])
+                np.testing.assert_array_equal(bits(a), bits(expected))
+            np.testing.assert_array_equal(whole.scale, [p.scale for p in parts])
+            np.testing.assert_allclose(whole.norm, [p.norm for p in parts], rtol=1e-6)
+            for a in (whole.scale, whole.norm):
+                copies = [(s.index, np.asarray(s.data)) for s in a.addressable_shards]
+                assert all((c == np.asarray(a)[i]).all() for i, c in copies)
+        # So the same numbers are multiplied: what is left is the order of sums (a bfloat16 is
+        # within 2^-9), and gradients of weights that are rounded to bfloat16 before they are
+        # summed. The rounding to 8 bits itself is 20 times as much.
+        for got, expected in zip((y, grads[0]), (want[0], want[1][0])):
+            assert distance(got, expected) < 2e-4, distance(got, expected)
+        for got, expected in zip(grads[1:3], want[1][1:3]):
+            assert distance(got, expected) < 2**-8, distance(got, expected)
+        n = sparsity.num_shards
+        np.testing.assert_array_equal(counts.sum(0), np.concatenate(want[2][:n]))
+        print("ok in 8 bits", mesh_shape, n)
+
+    def check_sample(blocks, devices):
+        w = np.random.default_rng(blocks).normal(size=(8, 64 * blocks)).astype(np.float32)
+        # Block i's largest number is i + 10: it tells which blocks were looked at.
+        w[0, ::64] = np.arange(blocks) + 10
+        mesh = Mesh(np.array(jax.devices()[:devices]), ("fsdp",))
+        sample = lambda w: jax.tree.map(lambda a: a[None], routed_ffn_fp8._sample(w, "fsdp"))
+        sample = jax.shard_map(
+            sample, mesh=mesh, in_specs=P(None, "fsdp"), out_specs=P("fsdp"), check_vma=False)
+        largest, norm = (np.asarray(a) for a in jax.jit(sample)(w))
+        alone = routed_ffn_fp8._sample(jnp.asarray(w))
+        assert (largest == alone[0]).all() and alone[0] < blocks + 9
+        assert (norm == norm[0]).all()
+        np.testing.assert_allclose(norm[0], alone[1], rtol=1e-6)
+        print("ok sample", blocks, devices)
+
+    check_in_8_bits((2, 2, 1), Sparsity(m=8, v=64), b=4, s=16, d=128, h=256)
+    check_in_8_bits((1, 2, 2), Sparsity(m=8, v=64, shards=2), b=4, s=16, d=128, h=512)
+    # Every second, fourth, sixth and eighth block: of 8, 2, 3 and 10 blocks on a device.
+    for blocks, devices in ((16, 2), (16, 8), (24, 8), (40, 4)):
+        check_sample(blocks, devices)
     small = dict(b=8, s=6, d=32, h=64)
     check((2, 2, 2), Sparsity(m=8, v=4, shards=2), gated=True, **small)
     check((1, 4, 2), Sparsity(m=8, v=4), gated=False, **small)
@@ -121,7 +190,7 @@ COMPARE = """
 @pytest.mark.slow
 def test_on_a_mesh_it_is_the_plain_op():
     out = run_script(COMPARE, devices=8)
-    assert out.count("ok ") == 7
+    assert out.count("ok ") == 7 + 2 + 4
 
 
 def network(width=16, hidden=64, shards=2):

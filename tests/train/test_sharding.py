@@ -2,7 +2,9 @@
 
 import dataclasses
 import json
+import re
 import types
+from collections import Counter
 
 import numpy as np
 import pytest
@@ -222,32 +224,45 @@ GPU = """
     from train.state import abstract_state, model_graph
     from train.step import make_train_step
 
-    config = resolve(
-        Config(
-            steps=40, batch_size=4, sequence_length=256, mesh=MeshConfig(fsdp=2, tensor=2),
-            model=ModelConfig(width=512, num_layers=2, num_heads=4, hidden=2048, remat="dots",
-                              compute_dtype="bfloat16", attention="xla"),
-            sparsity=Sparsity(m=16, v=128, backend="hopper"),
-            schedule=ScheduleConfig(warmup_steps=2, sparse_fraction=0.5),
-        ),
-        tokenizer_vocab_size=50,
-    )
-    mesh, optimizer = make_mesh(config.mesh, 4), make_optimizer(config)
-    with jax.set_mesh(mesh), registry.assume_capability((9, 0)):
-        state = abstract_state(config, optimizer, mesh)
-        ids = jax.ShapeDtypeStruct((4, 256), jnp.int32, sharding=NamedSharding(mesh, BATCH_SPEC))
-        step = make_train_step(config, model_graph(config), optimizer, "sparse")
-        traced = jax.jit(step).trace(state, {"inputs": ids, "targets": ids})
-        print(traced.lower(lowering_platforms=("cuda",)).as_text())
+    def lowered(width, precision):
+        config = resolve(
+            Config(
+                steps=40, batch_size=4, sequence_length=256, mesh=MeshConfig(fsdp=2, tensor=2),
+                model=ModelConfig(width=width, num_layers=2, num_heads=4, hidden=2048, remat="dots",
+                                  compute_dtype="bfloat16", attention="xla",
+                                  ffn_precision=precision),
+                sparsity=Sparsity(m=16, v=128, backend="hopper"),
+                schedule=ScheduleConfig(warmup_steps=2, sparse_fraction=0.5),
+            ),
+            tokenizer_vocab_size=50,
+        )
+        mesh, optimizer = make_mesh(config.mesh, 4), make_optimizer(config)
+        with jax.set_mesh(mesh), registry.assume_capability((9, 0)):
+            state = abstract_state(config, optimizer, mesh)
+            ids = jax.ShapeDtypeStruct(
+                (4, 256), jnp.int32, sharding=NamedSharding(mesh, BATCH_SPEC))
+            step = make_train_step(config, model_graph(config), optimizer, "sparse")
+            traced = jax.jit(step).trace(state, {"inputs": ids, "targets": ids})
+            print(traced.lower(lowering_platforms=("cuda",)).as_text())
+
+    lowered(512, "compute")
+    print("in 8 bits")
+    # Products want multiples of 256 columns; a device packs 128 of them.
+    lowered(256, "fp8")
 """
 
 
 def test_a_sharded_sparse_step_lowers_for_gpus_with_the_kernels_inside():
     """Lowered, not run: each layer's kernels and gathers are in the program."""
-    text = run_script(GPU, devices=4)
-    assert text.count("mosaic_gpu") > 5
-    assert "all_gather" in text
-    assert "reduce_scatter" in text
+    for text in (steps := run_script(GPU, devices=4).split("in 8 bits")):
+        assert text.count("mosaic_gpu") > 5
+        assert "all_gather" in text
+        assert "reduce_scatter" in text
+    exact, in_8_bits = (
+        Counter(re.findall(r"\"stablehlo.all_gather\".*-> tensor<\w+x(\w+)>", s)) for s in steps
+    )
+    assert exact["bf16"] == in_8_bits["f8E4M3FN"] > 0
+    assert set(in_8_bits) == {"f8E4M3FN", "i32"}  # nothing of 16 bits is gathered
 
 
 COLLECTIVES = """
@@ -263,7 +278,9 @@ COLLECTIVES = """
         base, sequence_length=128, model=model,
         sparsity=Sparsity(m=8, v=64, attention_projections=True))
     config = one_micro_batch(base, 4, 1, fsdp=4)
-    for phase in ("dense", "sparse"):
+    model = dataclasses.replace(config.model, ffn_precision="fp8")
+    in_8_bits = dataclasses.replace(config, model=model)
+    for config, phase in (config, "dense"), (config, "sparse"), (in_8_bits, "sparse"):
         text, mesh = partitioned(config, phase, 4, packed=phase == "sparse")
         sent = {}
         for c in collectives(text, mesh):
@@ -277,7 +294,8 @@ def test_what_a_step_moves():
     """Byte for byte: weights in bf16, once for each pass; packed ones in the sparse step. Without
     rematerialisation too, where gathered weights must not be kept for the backward pass."""
     out = run_script(COLLECTIVES, devices=4)
-    dense, sparse = (json.loads(line[5:]) for line in out.splitlines() if line[:4] == "sent")
+    sent = (json.loads(line[5:]) for line in out.splitlines() if line[:4] == "sent")
+    dense, sparse, in_8_bits = sent
     d, h, v, layers, tokens = 256, 1024, 384, 3, 128
     attention, ffn = layers * 4 * d * d, layers * 2 * h * d
     # Both passes gather the layers' weights; the head's loss has its gradient in one. Token ids
@@ -286,12 +304,18 @@ def test_what_a_step_moves():
     assert dense["all-gather"] == 3 / 4 * (2 * 2 * (attention + ffn) + rest)
     # A packed weight is 9/8 bytes, and is read in one of two passes.
     assert sparse["all-gather"] == 3 / 4 * (25 / 8 * (attention + ffn) + rest)
+    # In 8 bits 5/8 of one, and one where columns are read.
+    assert in_8_bits["all-gather"] == 3 / 4 * (25 / 8 * attention + 13 / 8 * ffn + rest)
     gradients = 3 / 4 * 2 * (attention + ffn + d * v)
     assert dense["reduce-scatter"] == sparse["reduce-scatter"] == gradients
     # Rows of the embedding, there and back.
     assert dense["all-to-all"] == sparse["all-to-all"] == 3 / 4 * 2 * 2 * tokens * d
     # What is left is small: norms, counts, sums.
     assert sparse["all-reduce"] < 0.01 * sparse["all-gather"] + 50_000
+    # In 8 bits, the squares of every neuron of both matrices too: float32, once a step.
+    squares = in_8_bits["all-reduce"] - sparse["all-reduce"]
+    assert 0 <= squares - 2 * 3 / 4 * layers * 2 * 4 * h < 1000
+    assert in_8_bits["reduce-scatter"] == gradients
 
 
 # Every collective of the two phases' steps with the operations right before and behind it, traced
