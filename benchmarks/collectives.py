@@ -12,8 +12,8 @@ compiler may still combine, split or move collectives.
 What is counted: a ring's traffic for each device. A gather or scatter of n bytes among g devices
 sends n (g - 1) / g, an all-reduce twice that. An all-reduce whose result is only sliced is counted
 as the reduce-scatter that XLA makes of it on a GPU. The sparse step is laid out for kernels
-(`--packed`: 2:4 values and metadata beside bf16 rows; `--fp8`: beside columns, all in 8 bits) or for
-jax.numpy (bf16 rows alone).
+(`--packed`: 2:4 values and metadata beside bf16 rows; `--fp8`: beside columns, all in 8 bits) or
+for jax.numpy (bf16 rows alone).
 """
 
 from __future__ import annotations
@@ -35,8 +35,8 @@ from typing import Any
 
 KINDS = ("all-gather", "reduce-scatter", "all-reduce", "all-to-all", "collective-permute")
 
-_BYTES = {"pred": 1, "s8": 1, "u8": 1, "f8e4m3fn": 1, "f8e5m2": 1, "bf16": 2, "f16": 2, "s16": 2, "u16": 2, "s32": 4,
-          "u32": 4, "f32": 4, "s64": 8, "u64": 8, "f64": 8}  # fmt: skip
+_BYTES = {"pred": 1, "s8": 1, "u8": 1, "f8e4m3fn": 1, "f8e5m2": 1, "bf16": 2, "f16": 2, "s16": 2,
+          "u16": 2, "s32": 4, "u32": 4, "f32": 4, "s64": 8, "u64": 8, "f64": 8}  # fmt: skip
 _SHAPE = re.compile(r"\b([a-z]+\w*)\[([\d,]*)\]")
 _COMPUTATION = re.compile(r"^(?:ENTRY )?%?([\w.\-]+) \(.*\) -> .* \{$")
 _INSTRUCTION = re.compile(r"^\s*(ROOT )?%?([\w.\-]+) = (.*?) ([\w\-]+)\((.*)$")

@@ -347,8 +347,9 @@ def pack_ffn(
     def local(w1: Array, w2: Array, wg: Array | None, betas: Array | None) -> PackedFFN:
         parts = []
         for g in range(layout.local_groups):
-            own = jax.tree.map(lambda w, g=g: w[g * rows : (g + 1) * rows], (w1, w2, wg))
-            parts.append(pack(*own, betas))
+            part = jax.tree.map(lambda w, g=g: w[g * rows : (g + 1) * rows], (w1, w2, wg))
+            one, two, gate = part
+            parts.append(pack(one, two, gate, betas))
         return parts[0] if len(parts) == 1 else jax.tree.map(lambda *a: jnp.concatenate(a), *parts)
 
     spec = layout.weight_spec

@@ -416,7 +416,8 @@ def memory(config: Config, *, devices: int | None = None, sparse: bool = False) 
         # All layers are packed once a step: a thresholded copy, and its packed form where weights
         # are 2:4.
         packed = size / 2 + METADATA_BYTES
-        copies += count.ffn * (size + (packed if s.weights else 0)) / sharded
+        of_ffn = 1.5 + METADATA_BYTES if _sparse_in_8_bits(config) else size + s.weights * packed
+        copies += count.ffn * of_ffn / sharded
         if packed_projections:
             copies += count.projections * (size + packed) / sharded
 
@@ -497,6 +498,22 @@ def _activation_bytes(config: Config, mesh: MeshShape, size: int, sparse: bool) 
         kept += 0 if m.attention == "xla" else size * query + statistics
     # One block at a time is differentiated, or made again: as much once more.
     return m.num_layers * kept + block
+
+
+def _sparse_in_8_bits(config: Config) -> bool:
+    """Whether a sparse step packs the FFN's weights in 8 bits where kernels run
+    (`sparsejax.ops.routed_ffn_fp8`)."""
+    m, s = config.model, config.sparsity
+    return (
+        m.ffn_precision == "fp8"
+        and m.ffn == "relu2"
+        and m.compute_dtype != "float32"
+        and s.weights
+        and s.activations
+        and m.width % 256 == 0
+        and s.v % 128 == 0
+        and (s.gather == "packed" or config.mesh.fsdp == 1)
+    )
 
 
 def _ffn_matrices(config: Config) -> int:

@@ -89,9 +89,9 @@ class ModelConfig:
     ffn_precision: Precision = "compute"
     """Operands of the FFN's products: of the compute dtype, or fp8, 8-bit floats (e4m3, gradients
     e5m2), which sm_89 and later multiply faster. Of dense steps all six, with a scale for each
-    tensor; of sparse ones the four with a 2:4 operand, on one device, where kernels serve them (on
-    Hopper, ffn=relu2), and a warning otherwise. What reads a finished run uses the compute
-    dtype."""
+    tensor; of sparse ones the four with a 2:4 operand, where kernels serve them (on Hopper,
+    ffn=relu2), whose weights then are gathered in 8 bits too, and a warning otherwise. What reads a
+    finished run uses the compute dtype."""
     loss_chunk: int = 2048
     """Tokens whose logits exist at the same time in the cross-entropy; bounds the memory of
     large vocabularies."""

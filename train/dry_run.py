@@ -395,6 +395,7 @@ def _traced_kernels(config: Config, capability: tuple[int, int] | None) -> str:
             gated=m.gated,
             sparsity=config.sparsity,
             dtype=dtype,
+            precision=m.ffn_precision,
             rngs=nnx.Rngs(0),
         )
     ]

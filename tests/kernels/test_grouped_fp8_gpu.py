@@ -88,6 +88,17 @@ def test_pack(problem):
     assert same(unpacked, columns.swapaxes(1, 2)[:, order])
 
 
+def test_columns_are_packed_apart_where_they_live(problem):
+    """Devices of a mesh pack what they store: multiples of 64, though products want 256."""
+    m, scale = 4 * problem.experts, jnp.float32(64)
+    pack = lambda w: problem.functions.pack_weight24_fp8(
+        w, num_experts=problem.experts, m=m, scale=scale
+    )
+    parts = [pack(problem.w[:, :64]), pack(problem.w[:, 64:])]
+    for whole, *joined in zip(problem.packed, *parts, strict=True):
+        assert same(jnp.concatenate(joined, axis=1), whole)
+
+
 @pytest.mark.parametrize("dtype", [E4M3, E5M2])
 @pytest.mark.parametrize(("tokens", "width"), [(700, 256), (1000, 2048), (130, 8192)])
 def test_stack(dtype, tokens, width):

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from jax.sharding import AbstractMesh, AxisType
 
 from kernels import registry
 from sparsejax import fp8, sharding
@@ -223,22 +224,56 @@ def test_module_takes_its_precision():
     assert module("compute").pack().precision == "compute"
 
 
-def test_a_mesh_is_refused_visibly(monkeypatch):
-    monkeypatch.setattr(routed_ffn_grouped, "_reported", set())
-    with pytest.warns(registry.FallbackWarning, match="not in 8 bits: 8-bit products serve one"):
-        sharding.refuse_fp8(SPARSITY)
-    with pytest.raises(NotImplementedError, match="backend='hopper'"):
-        sharding.refuse_fp8(replace(SPARSITY, backend="hopper"))
-    # Where several shards are routed, each on its own, as well.
+def test_shards_of_one_device():
+    """The sum of two networks, each of its own neurons, scales and clusters."""
+    sparsity = replace(SPARSITY, shards=2)
     module = RoutedFFN(
-        D, H, sparsity=replace(SPARSITY, shards=2), precision="fp8", rngs=nnx.Rngs(0)
+        D, H, sparsity=sparsity, dtype=jnp.bfloat16, precision="fp8", rngs=nnx.Rngs(0)
     )
+    module.centers[...] = jax.random.normal(jax.random.key(0), (4, D))
+    x = jax.random.normal(jax.random.key(1), (2, V, D), jnp.bfloat16)
+    packed = module.pack()
+    assert packed.w1.scale.shape == packed.w2.norm.shape == (2,)
+    y, _ = module(x, packed)
+    parts, flat = [], x.reshape(-1, D)
+    for s, expert in enumerate(module.route(x)):
+        w1, w2 = (w[...][s * H // 2 : (s + 1) * H // 2] for w in (module.w1, module.w2))
+        alone = pack_ffn(w1, w2, None, module.beta[...], SPARSITY, precision="fp8")
+        plan = plan_tokens(expert, 2, V)
+        parts.append(routed_ffn(flat, w1, w2, None, alone, plan, SPARSITY))
+    np.testing.assert_array_equal(y.reshape(-1, D), sum(parts))
+    with pytest.raises(ValueError, match=r"packed.w1.scale.shape=\(2,\) must be one scale"):
+        routed_ffn_fp8.saturated(flat, flat, packed, plan, SPARSITY)
+
+
+@pytest.mark.parametrize(
+    ("shape", "changes", "reason"),
+    [
+        # A device's 32 columns are too few to pack.
+        ((1, 4, 1), {}, "packs multiples of 64 columns of the width, not the 32 of a device"),
+        ((1, 2, 1), {"gather": "rows"}, "gather='rows' moves rows of 16 bits"),
+    ],
+)
+def test_what_a_mesh_refuses(shape, changes, reason, monkeypatch):
     monkeypatch.setattr(routed_ffn_grouped, "_reported", set())
-    with pytest.warns(registry.FallbackWarning, match="not in 8 bits"):
-        assert module.pack().precision == "compute"
+    mesh = AbstractMesh(shape, ("data", "fsdp", "tensor"), axis_types=(AxisType.Auto,) * 3)
+    sparsity = replace(SPARSITY, **changes)
+    array = lambda *s: jax.ShapeDtypeStruct(s, jnp.float32)
+
+    def pack(sparsity):
+        pack = partial(sharding.pack_ffn, sparsity=sparsity, precision="fp8")
+        return jax.eval_shape(pack, array(H, D), array(H, D), None, array(3))
+
+    with jax.sharding.use_abstract_mesh(mesh):
+        with pytest.warns(registry.FallbackWarning, match=f"not in 8 bits: .*{reason}"):
+            assert pack(sparsity).precision == "compute"
+        with pytest.raises(NotImplementedError, match=reason) as error:
+            pack(replace(sparsity, backend="reference"))
+        assert "\n" not in error.value.args[0]
 
 
 def test_refuses_a_precision(data):
     _, _, w1, w2, betas, _ = data
-    with pytest.raises(ValueError, match=r"^precision='int8'"):
-        pack_ffn(w1, w2, None, betas, SPARSITY, precision="int8")
+    for pack in (pack_ffn, partial(sharding.pack_ffn, axes=None)):
+        with pytest.raises(ValueError, match=r"^precision='int8'"):
+            pack(w1, w2, None, betas, SPARSITY, precision="int8")

@@ -14,7 +14,8 @@ from sparsejax.spec import Sparsity
 from tests.train.simulated import run_script
 
 COMPARE = """
-    import dataclasses, functools, math
+    import dataclasses, functools, math, re
+    from collections import Counter
     import jax, jax.numpy as jnp, numpy as np
     from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec as P
     from sparsejax import sharding
@@ -57,6 +58,10 @@ COMPARE = """
         y, vjp, counts = jax.vjp(f, x, w1, w2, wg, has_aux=True)
         return y, vjp(dy), counts, packed
 
+    @functools.partial(jax.jit, static_argnums=(2, 3))
+    def reroute(x, state, sparsity, hidden):
+        return sharding.reroute(x, state, *state, sparsity, hidden=hidden, fit=True)
+
     def run(mesh_shape, sparsity, b, s, d, h, gated, kernels=None, precision="compute"):
         mesh = jax.make_mesh(mesh_shape, ("data", "fsdp", "tensor"),
                              axis_types=(AxisType.Auto,) * 3,
@@ -78,12 +83,14 @@ COMPARE = """
             specs = [P(("data", "fsdp"))] * 2 + [P("tensor", "fsdp")] * 3 + [P()] * 2
             put = [None if a is None else jax.device_put(a, NamedSharding(mesh, p))
                    for a, p in zip(data, specs)]
-            got = jax.jit(spread, static_argnums=(7, 8))(*put, sparsity, precision)
-        return mesh, data, put, want, got
+            program = jax.jit(spread, static_argnums=(7, 8))
+            program = program.lower(*put, sparsity, precision).compile()
+        return mesh, data, put, want, program
 
     def check(mesh_shape, sparsity, *, d, h, gated, kernels=None, **sizes):
-        mesh, data, put, want, (y, grads, counts, packed) = run(
+        mesh, data, put, want, program = run(
             mesh_shape, sparsity, d=d, h=h, gated=gated, kernels=kernels, **sizes)
+        y, grads, counts, packed = program(*put)
         w1, experts = packed.w1, sparsity.num_shards * sparsity.num_experts
         alone = sparsity.gather == "rows" and mesh_shape[1] > 1
         assert (w1.values is None) == (kernels is None or alone)
@@ -104,11 +111,9 @@ COMPARE = """
         if sparsity.num_experts > 1:
             # Biases are fitted to the tokens of all devices.
             state = data[5], data[6]
-            reroute = lambda x, state: sharding.reroute(
-                x, state, *state, sparsity, hidden=h, fit=True)
-            alone = jax.jit(reroute)(data[0], state)
+            alone = reroute(data[0], state, sparsity, h)
             with jax.set_mesh(mesh):
-                bias, churn = jax.jit(reroute)(put[0], (put[5], put[6]))
+                bias, churn = reroute(put[0], (put[5], put[6]), sparsity, h)
             copies = [np.asarray(s.data) for s in bias.addressable_shards]
             assert all((c == np.asarray(bias)[s.index]).all()
                        for c, s in zip(copies, bias.addressable_shards))
@@ -125,8 +130,18 @@ COMPARE = """
         return np.linalg.norm(a - b) / np.linalg.norm(b)
 
     def check_in_8_bits(mesh_shape, sparsity, **sizes):
-        _, _, _, want, (y, grads, counts, packed) = run(
+        _, data, put, want, program = run(
             mesh_shape, sparsity, gated=False, precision="fp8", **sizes)
+        y, grads, counts, packed = program(*put)
+        # Of each matrix values and metadata in one pass, columns in the other, and no more; in 8
+        # bits, of which a compiler for CPUs may make 16.
+        moved = Counter()
+        gathers = re.findall(r"= (\\w+)\\[([\\d,]+)\\]\\S* all-gather", program.as_text())
+        for dtype, shape in gathers:
+            moved[dtype] += math.prod(map(int, shape.split(",")))
+        part = data[2].size // mesh_shape[2]
+        assert moved.pop("s32") == 2 * part // 32
+        assert moved.total() == 2 * part * 3 // 2 and "bf16" not in moved, moved
         assert packed.precision == "fp8" and packed.w1.columns.dtype.itemsize == 1
         size = mesh_shape[1] * mesh_shape[2]
         for name in ("w1", "w2"):

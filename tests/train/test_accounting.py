@@ -249,12 +249,20 @@ def test_memory_of_activations_falls_with_rematerialisation(norm):
 
 
 def test_memory_of_products_in_8_bits():
-    config = llama1b()
-    in_8_bits = llama1b(model=dataclasses.replace(config.model, ffn_precision="fp8"))
+    config = llama1b(sparsity=Sparsity(m=16, v=128))
+    model = dataclasses.replace(config.model, ffn_precision="fp8")
+    in_8_bits = dataclasses.replace(config, model=model)
     dense, more = (accounting.memory(c).activations for c in (config, in_8_bits))
     # A byte for each input of the two products; the block at hand counts twice.
     assert more - dense == 26 * 16_384 * (2048 + 8192)
-    assert accounting.memory(in_8_bits, sparse=True) == accounting.memory(config, sparse=True)
+    # A sparse step packs a byte, half of one and the metadata instead of twice as much.
+    exact, packed = (accounting.memory(c, sparse=True) for c in (config, in_8_bits))
+    ffn = accounting.parameters(config).ffn
+    assert exact.weight_copies - packed.weight_copies == ffn * (2 + 1) - ffn * 3 // 2
+    assert exact.activations == packed.activations
+    # What kernels do not serve stays as it is.
+    other = dataclasses.replace(in_8_bits, sparsity=Sparsity(m=16, v=64))
+    assert accounting.memory(other, sparse=True).weight_copies == exact.weight_copies
 
 
 def test_memory_of_a_sparse_step():

@@ -100,6 +100,38 @@ def test_one_and_four_devices_with_one_clustering():
     compare([[1, 1, 1, 1], [1, 2, 2, 1]])
 
 
+# The command line, in a process in which nothing may fall back.
+STRICT = """
+    import sys, warnings
+    from kernels.registry import FallbackWarning
+    from train.main import main
+
+    warnings.simplefilter("error", FallbackWarning)
+    sys.exit(main(sys.argv[1:]))
+"""
+
+
+@pytest.mark.processes
+def test_tiny_trains_in_8_bits_on_two_devices(tmp_path):
+    run_script(
+        STRICT,
+        *("--config", "tiny", "--output", tmp_path, "--steps", 4, "--batch-size", 2),
+        *("--sequence-length", 64, "--mesh.fsdp", 2, "--model.ffn-precision", "fp8"),
+        *("--model.compute-dtype", "bfloat16", "--model.attention", "xla"),
+        *("--model.num-layers", 1, "--model.hidden", 256, "--sparsity.m", 8, "--sparsity.v", 64),
+        *("--sparsity.kmeans-iterations", 1, "--sparsity.no-fit-bias"),
+        *("--schedule.warmup-steps", 1, "--schedule.sparse-fraction", 0.5),
+        *("--optimizer.warmup-steps", 1, "--log.every", 1, "--log.eval-every", 0),
+        *("--log.eval-windows", 2, "--checkpoint.every", 0, "--checkpoint.no-final"),
+        devices=2,
+    )
+    lines = (tmp_path / "tiny" / "metrics.jsonl").read_text().splitlines()
+    steps = [r for r in map(json.loads, lines) if r["kind"] == "train"]
+    assert [r["phase"] for r in steps] == ["dense", "sparse", "sparse", "dense"]
+    assert [r.get("saturated_weights") for r in steps] == [None, 0, 0, None]
+    assert steps[-1]["loss"] < steps[0]["loss"] - 1
+
+
 # One training step's worth of 2:4 attention projections, on one device and on four.
 PROJECTIONS = """
     import jax, jax.numpy as jnp, numpy as np
@@ -278,9 +310,7 @@ COLLECTIVES = """
         base, sequence_length=128, model=model,
         sparsity=Sparsity(m=8, v=64, attention_projections=True))
     config = one_micro_batch(base, 4, 1, fsdp=4)
-    model = dataclasses.replace(config.model, ffn_precision="fp8")
-    in_8_bits = dataclasses.replace(config, model=model)
-    for config, phase in (config, "dense"), (config, "sparse"), (in_8_bits, "sparse"):
+    for phase in ("dense", "sparse"):
         text, mesh = partitioned(config, phase, 4, packed=phase == "sparse")
         sent = {}
         for c in collectives(text, mesh):
@@ -294,8 +324,7 @@ def test_what_a_step_moves():
     """Byte for byte: weights in bf16, once for each pass; packed ones in the sparse step. Without
     rematerialisation too, where gathered weights must not be kept for the backward pass."""
     out = run_script(COLLECTIVES, devices=4)
-    sent = (json.loads(line[5:]) for line in out.splitlines() if line[:4] == "sent")
-    dense, sparse, in_8_bits = sent
+    dense, sparse = (json.loads(line[5:]) for line in out.splitlines() if line[:4] == "sent")
     d, h, v, layers, tokens = 256, 1024, 384, 3, 128
     attention, ffn = layers * 4 * d * d, layers * 2 * h * d
     # Both passes gather the layers' weights; the head's loss has its gradient in one. Token ids
@@ -304,18 +333,12 @@ def test_what_a_step_moves():
     assert dense["all-gather"] == 3 / 4 * (2 * 2 * (attention + ffn) + rest)
     # A packed weight is 9/8 bytes, and is read in one of two passes.
     assert sparse["all-gather"] == 3 / 4 * (25 / 8 * (attention + ffn) + rest)
-    # In 8 bits 5/8 of one, and one where columns are read.
-    assert in_8_bits["all-gather"] == 3 / 4 * (25 / 8 * attention + 13 / 8 * ffn + rest)
     gradients = 3 / 4 * 2 * (attention + ffn + d * v)
     assert dense["reduce-scatter"] == sparse["reduce-scatter"] == gradients
     # Rows of the embedding, there and back.
     assert dense["all-to-all"] == sparse["all-to-all"] == 3 / 4 * 2 * 2 * tokens * d
     # What is left is small: norms, counts, sums.
     assert sparse["all-reduce"] < 0.01 * sparse["all-gather"] + 50_000
-    # In 8 bits, the squares of every neuron of both matrices too: float32, once a step.
-    squares = in_8_bits["all-reduce"] - sparse["all-reduce"]
-    assert 0 <= squares - 2 * 3 / 4 * layers * 2 * 4 * h < 1000
-    assert in_8_bits["reduce-scatter"] == gradients
 
 
 # Every collective of the two phases' steps with the operations right before and behind it, traced

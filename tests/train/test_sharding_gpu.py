@@ -1,16 +1,21 @@
 """What XLA's GPU compiler makes of a step on two GPUs: arrays lie as they do on one."""
 
+import collections
+import math
 import re
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import AxisType, Mesh
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
 
-from sparsejax.spec import Sparsity
+from kernels import registry
+from sparsejax import sharding
+from sparsejax.spec import Precision, Sparsity
 from train.config import Config, ModelConfig, ScheduleConfig, resolve
-from train.mesh import AXES
+from train.mesh import AXES, BATCH_SPEC, SPECS
 from train.optimizer import make_optimizer
 from train.state import abstract_state, model_graph
 from train.step import make_train_step
@@ -18,11 +23,13 @@ from train.step import make_train_step
 BATCH, TOKENS, WIDTH, HIDDEN = 3, 256, 512, 2048
 """Sequences and tokens of one GPU; all four differ, so that shapes tell arrays apart."""
 
+PRECISIONS: tuple[Precision, Precision] = ("compute", "fp8")
+
 _RESULT = re.compile(r"^  (?:ROOT )?%?([\w.\-]+) = (\(?[a-z]\S*\[.*?) ([\w\-]+)\(")
 _SHAPE = re.compile(r"([a-z]+\d+)\[([\d,]*)\]\{([\d,]*)")
 
 
-def compiled_step(phase: str, devices: np.ndarray) -> str:
+def compiled_step(phase: str, devices: np.ndarray, precision: Precision = "compute") -> str:
     """HLO of the step of two layers on two devices, which need not be there."""
     config = resolve(
         Config(
@@ -38,6 +45,7 @@ def compiled_step(phase: str, devices: np.ndarray) -> str:
                 loss_chunk=TOKENS,
                 compute_dtype="bfloat16",
                 attention="cudnn",
+                ffn_precision=precision,
             ),
             sparsity=Sparsity(m=16, v=128),
             schedule=ScheduleConfig(sparse_fraction=0.5),
@@ -77,12 +85,90 @@ def turned(hlo: str) -> list[str]:
     return found
 
 
-@pytest.mark.gpu
-@pytest.mark.parametrize("phase", ["dense", "sparse"])
-def test_nothing_is_turned_on_two_gpus(phase):
+def gathered(hlo: str) -> dict[str, int]:
+    """Elements that a program's gathers make, by type."""
+    found: dict[str, int] = collections.Counter()
+    for result in re.findall(r" = (\S.*?) all-gather(?:-start)?\(", hlo):
+        # A gather that is started apart has its operands beside its results.
+        shapes = re.findall(r"([a-z]+\w*)\[([\d,]*)\]", result)
+        for dtype, shape in shapes[len(shapes) // 2 if result.startswith("(") else 0 :]:
+            found[dtype] += math.prod(map(int, shape.split(",")))
+    return found
+
+
+def two_gpus() -> np.ndarray:
     if len(jax.devices()) < 2:
         pytest.skip("needs two GPUs")
-    assert turned(compiled_step(phase, np.array(jax.devices()[:2]))) == []
+    return np.array(jax.devices()[:2])
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    ("phase", "precision"), [("dense", "compute"), ("sparse", "compute"), ("sparse", "fp8")]
+)
+def test_nothing_is_turned_on_two_gpus(phase, precision):
+    assert turned(compiled_step(phase, two_gpus(), precision)) == []
+
+
+@pytest.mark.gpu
+def test_a_sparse_step_gathers_8_bits_on_two_gpus():
+    devices = two_gpus()
+    require_hopper()
+    exact, in_8_bits = (gathered(compiled_step("sparse", devices, p)) for p in PRECISIONS)
+    # Two layers, two matrices, values in one pass and rows in the other.
+    ffn = 2 * 2 * HIDDEN * WIDTH * 3 // 2
+    assert exact["bf16"] - in_8_bits["bf16"] == ffn
+    assert in_8_bits["f8e4m3fn"] == ffn
+
+
+@pytest.mark.gpu
+def test_two_gpus_compute_in_8_bits_what_one_does():
+    devices = two_gpus()
+    require_hopper()
+    compare_in_8_bits(devices)
+
+
+def require_hopper() -> None:
+    if "hopper" not in registry.available_backends():
+        pytest.skip(f"hopper does not run on {jax.devices()[0].device_kind}")
+
+
+def compare_in_8_bits(devices: np.ndarray) -> None:
+    """The sparse network, forward and backward, on one device and on two."""
+    sparsity = Sparsity(m=16, v=128)
+    rng = np.random.default_rng(0)
+    draw = lambda *shape: jnp.asarray(rng.normal(size=shape), jnp.float32)
+    x, dy = (draw(2 * BATCH, TOKENS, WIDTH).astype(jnp.bfloat16) for _ in range(2))
+    w1, w2 = draw(HIDDEN, WIDTH) * WIDTH**-0.5, draw(HIDDEN, WIDTH) * HIDDEN**-0.5
+    arguments = (x, dy, w1, w2, draw(4, WIDTH))
+    betas = jnp.array([1.5, 1.4, 1.0])
+
+    @jax.jit
+    def step(x, dy, w1, w2, centers):
+        packed = sharding.pack_ffn(w1, w2, None, betas, sparsity, precision="fp8")
+        assert packed.precision == "fp8"
+        network = lambda x, w1, w2: sharding.routed_ffn(
+            x, w1, w2, None, packed, centers, jnp.zeros(4), sparsity
+        )[0]
+        y, vjp = jax.vjp(network, x, w1, w2)
+        return packed.w1, (y, *vjp(dy))
+
+    packed, one = step(*arguments)
+    mesh = Mesh(devices.reshape(1, 2, 1), AXES, axis_types=(AxisType.Auto,) * 3)
+    specs = (BATCH_SPEC, BATCH_SPEC, SPECS["w1"], SPECS["w2"], P())
+    with jax.set_mesh(mesh):
+        placed = zip(arguments, specs, strict=True)
+        put = (jax.device_put(a, NamedSharding(mesh, s)) for a, s in placed)
+        spread, two = step(*put)
+    wide = lambda a: np.asarray(a, np.float64)
+    for a, b in zip(spread[:4], packed[:4], strict=True):
+        np.testing.assert_array_equal(wide(a), wide(b))
+    np.testing.assert_allclose(spread.norm, packed.norm, rtol=1e-5)
+    # The same 8-bit numbers are multiplied, token by token. Weights' gradients are rounded to
+    # bfloat16 (2^-9 each) before two devices sum theirs.
+    bounds = (1e-3, 1e-3, 2**-8, 2**-8)
+    for a, b, bound in zip(two, one, bounds, strict=True):
+        assert np.linalg.norm(wide(a) - wide(b)) < bound * np.linalg.norm(wide(b))
 
 
 def test_arrays_that_are_turned_are_found():
