@@ -96,7 +96,7 @@ class Sparsity:
     gather: Gather = "packed"
     """What moves where parameters are fully sharded and kernels run: weights as each product reads
     them, packed or as rows; or the thresholded rows alone, which every device packs for each pass:
-    more to move and to do, and less to hold."""
+    more to move and to do, and less to hold. Weights in 8 bits move packed only."""
 
     @property
     def num_experts(self) -> int:

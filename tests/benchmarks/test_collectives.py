@@ -37,6 +37,8 @@ MODULE = """HloModule jit_step, is_scheduled=false
 
 ENTRY %main.4 (x: bf16[8,16]) -> bf16[8,16] {
   %loop = (s32[], bf16[8,16]{1,0}) while(%init), condition=%condition.3, body=%body.2
+  %eight = f8e4m3fn[16,64]{1,0} all-gather(%e), replica_groups=[2,4]<=[8], dimensions={1}
+  %used = f8e4m3fn[16,64]{1,0} copy(%eight)
   %part = f32[4,2]{1,0} reduce-scatter(%y), replica_groups=[2,4]<=[8], to_apply=%add.1
   ROOT %out = f32[4,2]{1,0} all-to-all(%part), replica_groups={{0,4},{1,5},{2,6},{3,7}}
 }
@@ -68,8 +70,11 @@ def test_no_groups_is_an_error():
 
 def test_what_a_program_sends():
     found = collectives(MODULE, {"data": 2, "fsdp": 4})
+    assert len(found) == 6
+    eight = next(c for c in found if c.kind == "all-gather" and c.times == 1)
+    assert (eight.axes, eight.size) == ("fsdp", 16 * 64)
+    found.remove(eight)
     seen = {(c.kind, c.axes): (c.group, c.size, c.times, c.sent) for c in found}
-    assert len(found) == 5
     # 8 x 64 bf16 gathered in each of 25 rounds; the second gather has no user.
     assert seen["all-gather", "fsdp"] == (4, 1024, 25, 25 * 1024 * 3 / 4)
     # Of one all-reduce only a slice is used; the other is whole, and counts twice.

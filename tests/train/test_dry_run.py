@@ -81,6 +81,14 @@ def test_kernels_of_the_reference_backend():
     assert text.count("reference: jax.numpy") == 3
 
 
+def test_kernels_of_products_in_8_bits():
+    model = ModelConfig(width=256, hidden=2048, num_layers=2, num_heads=4, ffn_precision="fp8")
+    config = small(model=model, sparsity=Sparsity(m=16, v=128))
+    line = next(line for line in printed(config, width=250).splitlines() if "sm_90" in line)
+    for name in ("pack_weight24_fp8_hopper x 2", "up24_fp8_hopper", "down24_fp8_hopper x 2"):
+        assert name in line
+
+
 def test_a_backend_that_refuses_is_named():
     text = printed(small(sparsity=Sparsity(m=16, v=32, backend="hopper")))
     line = next(line for line in text.splitlines() if "this machine" in line)
