@@ -168,8 +168,8 @@ def _sample(w: Array, axis: str | None = None) -> tuple[Array, Array]:
     # Otherwise XLA makes the first one over all rows at once, in two passes of its own.
     largest, squares = lax.optimization_barrier(of_rows)
     if axis is not None:
-        # Before anything is decided: a norm is of a whole row. No device has another scale than
-        # those whose columns it will gather.
+        # Before the largest is taken: a norm is of a whole row. Devices multiply columns that
+        # others packed, so they must have one scale; a maximum is the same in any order.
         squares = lax.psum(squares, axis)
     squares = squares * (blocks / -(-blocks // every))
     bound = jnp.minimum(jnp.max(squares), _OUTLYING**2 * jnp.mean(squares))

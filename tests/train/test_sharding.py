@@ -286,7 +286,8 @@ GPU = """
 
 def test_a_sharded_sparse_step_lowers_for_gpus_with_the_kernels_inside():
     """Lowered, not run: each layer's kernels and gathers are in the program."""
-    for text in (steps := run_script(GPU, devices=4).split("in 8 bits")):
+    steps = run_script(GPU, devices=4).split("in 8 bits")
+    for text in steps:
         assert text.count("mosaic_gpu") > 5
         assert "all_gather" in text
         assert "reduce_scatter" in text
