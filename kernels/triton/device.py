@@ -23,10 +23,11 @@ def kind() -> str:
 
 
 def compute_capability() -> float | None:
-    """Of the GPU that JAX compiles for, or that `registry.assume_capability` names; 0 for anything
+    """Of the GPU that `registry.assume_capability` names, or else JAX compiles for; 0 for anything
     else, None for an abstract GPU."""
     abstract = jax.sharding.get_abstract_mesh().abstract_device
-    if abstract is not None and abstract.platform == "gpu":
+    unnamed = registry.assume_capability.value is None
+    if unnamed and abstract is not None and abstract.platform == "gpu":
         return None
     capability = registry.target_capability()
     return 0.0 if capability is None else float(f"{capability[0]}.{capability[1]}")

@@ -1,12 +1,6 @@
 """The Triton backend on a GPU: numbers, repeatability and the instructions behind them."""
 
 import functools
-import pathlib
-import re
-import shutil
-import struct
-import subprocess
-from collections.abc import Iterator
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +8,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
+from benchmarks import device_code
 from kernels.triton.pack24 import MODES, Pack24Config, pack24
 from kernels.triton.spmm24 import Spmm24Config, spmm24
 from tests.kernels.test_triton import SMALL, assert_packed, sparse_operand
@@ -157,59 +152,8 @@ def test_pack24_tilings(tiles_k):
     assert_packed(packed, x, 1, "magnitude", 1.0)
 
 
-def machine_code(kernel: bytes) -> Iterator[bytes]:
-    """What look like device binaries of a kernel in this process's memory, some of them remains.
-
-    ELFs of machine 190, CUDA's. A serialized executable compresses them.
-    """
-    with open("/proc/self/maps") as maps, open("/proc/self/mem", "rb", buffering=0) as memory:
-        for line in maps:
-            place, mode, _, device, *_ = line.split()
-            if not mode.startswith("rw") or device != "00:00":
-                continue
-            low, high = (int(number, 16) for number in place.split("-"))
-            try:
-                memory.seek(low)
-                content = memory.read(high - low)
-            except (OSError, ValueError, OverflowError):
-                continue
-            for match in re.finditer(rb"\x7fELF\x02", content):
-                elf = content[match.start() :]
-                if len(elf) > 64 and struct.unpack_from("<H", elf, 18)[0] == 190:
-                    elf = elf[: _elf_size(elf)]
-                    if kernel in elf:
-                        yield elf
-
-
-def assembly(kernel: bytes, file: pathlib.Path) -> str:
-    """SASS of a kernel that this process has compiled."""
-    errors = []
-    for elf in machine_code(kernel):
-        file.write_bytes(elf)
-        dump = subprocess.run(["cuobjdump", "-sass", str(file)], capture_output=True, text=True)
-        if dump.returncode == 0 and "Function" in dump.stdout:
-            return dump.stdout
-        errors.append(dump.stderr)
-    raise AssertionError(f"no device binary of {kernel!r} in memory: {errors}")
-
-
-def _elf_size(elf: bytes) -> int:
-    segments, sections = struct.unpack_from("<QQ", elf, 32)
-    segment_size, segment_count, section_size, section_count = struct.unpack_from("<4H", elf, 54)
-    size = max(sections + section_size * section_count, segments + segment_size * segment_count)
-    for i in range(section_count):
-        header = sections + i * section_size
-        if header + section_size > len(elf):
-            break
-        kind = struct.unpack_from("<I", elf, header + 4)[0]
-        offset, length = struct.unpack_from("<QQ", elf, header + 24)
-        if kind != 8:  # SHT_NOBITS takes no room.
-            size = max(size, offset + length)
-    return size
-
-
-@pytest.mark.skipif(shutil.which("cuobjdump") is None, reason="needs cuobjdump of the CUDA toolkit")
-def test_spmm24_runs_on_sparse_tensor_cores(tmp_path: pathlib.Path):
+@pytest.mark.skipif(device_code.cuobjdump() is None, reason="needs cuobjdump of the CUDA toolkit")
+def test_spmm24_runs_on_sparse_tensor_cores():
     config = Spmm24Config()
     arguments = (
         jax.ShapeDtypeStruct((256, 128), jnp.bfloat16),
@@ -219,9 +163,10 @@ def test_spmm24_runs_on_sparse_tensor_cores(tmp_path: pathlib.Path):
     product = functools.partial(spmm24, b_layout="nk", config=config)
     operands = [jnp.zeros(a.shape, a.dtype) for a in arguments]
     jax.block_until_ready(jax.jit(product)(*operands))
-    sass = assembly(b"spmm24", tmp_path / "spmm24.cubin")
+    code = device_code.compiled("spmm24")
+    assert code is not None
     # Two k32 steps a round.
-    assert sass.count("HMMA.SP.16832.F32.BF16") >= 2 * config.frags_m * config.frags_n
-    assert "LDSM" in sass
-    assert "LDGSTS" in sass
-    assert "LDL" not in sass  # No spills.
+    assert code.count("HMMA.SP.16832.F32.BF16") >= 2 * config.frags_m * config.frags_n
+    assert "LDSM" in code.sass
+    assert "LDGSTS" in code.sass
+    assert code.stack_bytes == 0  # No spills.

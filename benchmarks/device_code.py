@@ -1,0 +1,145 @@
+"""The machine code of kernels that this process has compiled, and what it uses of a GPU."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import pathlib
+import re
+import shutil
+import struct
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+
+_CUDA = 190
+"""Machine of a device binary in an ELF's header."""
+_NOBITS = 8
+"""Type of a section that takes no room in the file."""
+_USAGE = re.compile(r"Function (\w+):\s*\n\s*REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)")
+
+
+@dataclasses.dataclass(frozen=True)
+class Code:
+    """A kernel as the assembler left it.
+
+    Attributes:
+      name: of its function.
+      registers: of a thread.
+      stack_bytes: of a thread's memory, which is what registers were spilled to.
+      static_shared_bytes: of a block, beside what a launch adds.
+      sass: its instructions as text.
+    """
+
+    name: str
+    registers: int
+    stack_bytes: int
+    static_shared_bytes: int
+    sass: str
+
+    def count(self, instruction: str) -> int:
+        """Instructions in the text whose name begins with this one; dense ones are not sparse."""
+        return len(re.findall(rf"\b{re.escape(instruction)}\b(?!\.SP)", self.sass))
+
+
+def cuobjdump() -> pathlib.Path | None:
+    """The CUDA toolkit's reader of device binaries, on the path or from a wheel; None without."""
+    if found := shutil.which("cuobjdump"):
+        return pathlib.Path(found)
+    for folder in sys.path:
+        for file in sorted(pathlib.Path(folder).glob("nvidia/cu*/bin/cuobjdump")):
+            return file
+    return None
+
+
+def machine_code(kernel: bytes) -> Iterator[bytes]:
+    """What look like device binaries of a kernel in this process's memory, some of them remains.
+
+    A serialised executable compresses them, so memory is where they can be read.
+
+    Args:
+      kernel: a part of its function's name.
+    """
+    with open("/proc/self/maps") as maps, open("/proc/self/mem", "rb", buffering=0) as memory:
+        for line in maps:
+            place, mode, _, device, *_ = line.split()
+            if not mode.startswith("rw") or device != "00:00":
+                continue
+            low, high = (int(number, 16) for number in place.split("-"))
+            try:
+                memory.seek(low)
+                content = memory.read(high - low)
+            except (OSError, ValueError, OverflowError):
+                continue
+            for match in re.finditer(rb"\x7fELF\x02", content):
+                elf = content[match.start() :]
+                if len(elf) > 64 and struct.unpack_from("<H", elf, 18)[0] == _CUDA:
+                    elf = elf[: _elf_size(elf)]
+                    if kernel in elf:
+                        yield elf
+
+
+def disassemble(elf: bytes) -> Code | None:
+    """What a device binary of one kernel holds; None if it is no whole one.
+
+    Raises:
+      FileNotFoundError: there is no cuobjdump.
+    """
+    tool = cuobjdump()
+    if tool is None:
+        raise FileNotFoundError("cuobjdump of the CUDA toolkit is not on the path")
+    with tempfile.TemporaryDirectory() as folder:
+        file = pathlib.Path(folder) / "kernel.cubin"
+        file.write_bytes(elf)
+        path = f"{tool.parent}{os.pathsep}{os.environ.get('PATH', '')}"  # nvdisasm lies beside it
+        dump = subprocess.run(
+            [tool, "-res-usage", "-sass", file],
+            capture_output=True,
+            text=True,
+            env={**os.environ, "PATH": path},
+        )
+    return parse(dump.stdout) if dump.returncode == 0 else None
+
+
+def parse(text: str) -> Code | None:
+    """`Code` from what `cuobjdump -res-usage -sass` prints; None if it names no function."""
+    found = _USAGE.search(text)
+    if found is None:
+        return None
+    registers, stack, shared, _ = map(int, found.groups()[1:])
+    return Code(found[1], registers, stack, shared, text)
+
+
+def compiled(kernel: str, seen: set[bytes] | None = None) -> Code | None:
+    """The code of a kernel that this process has compiled; None if none is found.
+
+    Args:
+      kernel: its function's name.
+      seen: binaries to leave out; those looked at are added, so that the next call finds what was
+        compiled since.
+    """
+    seen = set() if seen is None else seen
+    for elf in machine_code(kernel.encode()):
+        if elf in seen:
+            continue
+        seen.add(elf)
+        code = disassemble(elf)
+        if code is not None and code.name == kernel:
+            return code
+    return None
+
+
+def _elf_size(elf: bytes) -> int:
+    segments, sections = struct.unpack_from("<QQ", elf, 32)
+    segment_size, segment_count, section_size, section_count = struct.unpack_from("<4H", elf, 54)
+    size = max(sections + section_size * section_count, segments + segment_size * segment_count)
+    for i in range(section_count):
+        header = sections + i * section_size
+        if header + section_size > len(elf):
+            break
+        kind = struct.unpack_from("<I", elf, header + 4)[0]
+        offset, length = struct.unpack_from("<QQ", elf, header + 24)
+        if kind != _NOBITS:
+            size = max(size, offset + length)
+    return size

@@ -1,0 +1,59 @@
+"""Compiling for a GPU that is not here: what needs neither the GPU nor its compiler."""
+
+import jax
+import pytest
+
+from benchmarks import compile_for, device_code
+from kernels.registry import assume_capability
+
+DUMP = """
+Fatbin elf code:
+Resource usage:
+ Function up24:
+  REG:249 STACK:16 SHARED:1024 LOCAL:0 CONSTANT[0]:400
+        code for sm_80
+                Function : up24
+        /*0000*/  HMMA.SP.16832.F32.BF16 R4, R8, R12, R4, R2, 0x0 ;
+        /*0010*/  HMMA.16816.F32.BF16 R4, R8, R12, R4 ;
+        /*0020*/  HMMA.SP.16832.F32.BF16 R4, R8, R12, R4, R2, 0x1 ;
+"""
+
+
+def test_what_cuobjdump_says():
+    code = device_code.parse(DUMP)
+    assert (code.name, code.registers, code.stack_bytes) == ("up24", 249, 16)
+    assert code.static_shared_bytes == 1024
+    assert (code.count("HMMA.SP"), code.count("HMMA"), code.count("HGMMA")) == (2, 1, 0)
+    assert device_code.parse("cuobjdump fatal: no device code") is None
+
+
+def test_code_is_found_in_memory():
+    # A header of a device binary without sections, then other bytes: one binary, of one kernel.
+    header = bytearray(64)
+    header[:5] = b"\x7fELF\x02"
+    header[18:20] = (190).to_bytes(2, "little")
+    header[40:48] = (96).to_bytes(8, "little")  # where sections would begin
+    kept = bytes(header) + b".text.up24_of_this_test" + bytes(16)
+    found = list(device_code.machine_code(b"up24_of_this_test"))
+    assert kept[:96] in found
+
+
+@pytest.mark.parametrize("name", ["A100", "L40"])
+def test_every_problem_traces(name):
+    target = compile_for.TARGETS[name]
+    with assume_capability(target.capability):
+        for _, _, function, shapes in compile_for.problems(2048, 8192):
+            jax.eval_shape(function, *shapes)
+    assert f'name: "{target.kind}"' in target.text()
+
+
+def test_refusals_are_one_line(capsys, monkeypatch, tmp_path):
+    def main(*arguments):
+        with pytest.raises(SystemExit) as raised:
+            compile_for.main([*arguments, "--out", str(tmp_path / "out.json")])
+        assert raised.value.code == 2
+        return capsys.readouterr().err.splitlines()[-1]
+
+    assert "invalid choice: 'V100'" in main("V100")
+    monkeypatch.setattr(device_code, "cuobjdump", lambda: None)
+    assert "cuobjdump is missing: pip install" in main("A100")
