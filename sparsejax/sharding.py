@@ -462,6 +462,32 @@ def routed_ffn(
       ValueError: sizes that do not fit each other or the mesh.
       NotImplementedError: the named backend does not serve this device, shape or option.
     """
+    experts = sparsity.num_shards * sparsity.num_experts
+    width = w1.shape[-1]
+    if centers.shape != (experts, width) or bias.shape != (experts,):
+        raise ValueError(f"{centers.shape=} and {bias.shape=} must be of {experts=}, {width=}")
+    return apply_routed(x, w1, w2, wg, packed, (centers, bias), sparsity, axes=axes)
+
+
+def apply_routed(
+    x: Array,
+    w1: Array,
+    w2: Array,
+    wg: Array | None,
+    packed: PackedFFN,
+    router: tuple[Array, Array] | Array,
+    sparsity: Sparsity,
+    *,
+    axes: MeshAxes | None = MeshAxes(),
+) -> tuple[Array, Array]:
+    """`routed_ffn`, with experts that each device chooses, or that are chosen.
+
+    Args:
+      router: centers and bias to choose by, or the expert (...,) int32 of each row of x, placed as
+        the rows are (`Sparsity.shards` 1, no tensor axis).
+      x, w1, w2, wg, packed, sparsity, axes: as for `routed_ffn`, which says what is returned and
+        raised.
+    """
     width, hidden = _check_weights(w1, w2, wg, sparsity)
     layout = _layout(sparsity, axes, width, hidden)
     devices = layout.size(*layout.axes.batch)
@@ -471,9 +497,8 @@ def routed_ffn(
         raise ValueError(f"{x.shape=}: the leading axis must be a multiple of {devices=}")
     if packed.dtype != x.dtype:
         raise ValueError(f"packed dtype={packed.dtype} must be {x.dtype=}")
-    experts = sparsity.num_shards * sparsity.num_experts
-    if centers.shape != (experts, width) or bias.shape != (experts,):
-        raise ValueError(f"{centers.shape=} and {bias.shape=} must be of {experts=}, {width=}")
+    if not isinstance(router, tuple) and (router.shape != x.shape[:-1] or layout.groups != 1):
+        raise ValueError(f"{router.shape=} must be {x.shape[:-1]}, and {layout.groups=} 1")
     sizes = routed_ffn_grouped.Sizes(
         width=width,
         hidden=hidden // layout.groups,
@@ -481,19 +506,19 @@ def routed_ffn(
         tokens=math.prod(x.shape[:-1]) // devices,
     )
     kernels = _serving(packed, sparsity, sizes, gated=wg is not None)
-    return _routed_ffn(x, w1, w2, wg, packed, centers, bias, kernels, layout)
+    return _routed_ffn(x, w1, w2, wg, packed, router, kernels, layout)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(7, 8))
-def _routed_ffn(x, w1, w2, wg, packed, centers, bias, kernels, layout):
-    return _routed_ffn_fwd(x, w1, w2, wg, packed, centers, bias, kernels, layout)[0]
+@partial(jax.custom_vjp, nondiff_argnums=(6, 7))
+def _routed_ffn(x, w1, w2, wg, packed, router, kernels, layout):
+    return _routed_ffn_fwd(x, w1, w2, wg, packed, router, kernels, layout)[0]
 
 
-def _routed_ffn_fwd(x, w1, w2, wg, packed, centers, bias, kernels, layout):
+def _routed_ffn_fwd(x, w1, w2, wg, packed, router, kernels, layout):
     sparsity, path = layout.sparsity, _path(kernels, packed)
-    experts = sparsity.num_experts
+    experts, chooses = sparsity.num_experts, isinstance(router, tuple)
 
-    def local(x, packed, centers, bias):
+    def local(x, packed, router):
         tokens = x.reshape(-1, x.shape[-1])
         packed = _gather(packed, layout)
         y, saved, counts = 0, [], []
@@ -501,8 +526,12 @@ def _routed_ffn_fwd(x, w1, w2, wg, packed, centers, bias, kernels, layout):
             if experts == 1:
                 plan, count = None, jnp.full((1,), tokens.shape[0], jnp.int32)
             else:
-                own = slice(g * experts, (g + 1) * experts)
-                expert = assign_tokens(tokens, centers[own], bias[own], sparsity.metric)
+                if chooses:
+                    own = slice(g * experts, (g + 1) * experts)
+                    centers, bias = (a[own] for a in router)
+                    expert = assign_tokens(tokens, centers, bias, sparsity.metric)
+                else:
+                    expert = router.reshape(-1)
                 plan = plan_tokens(expert, experts, sparsity.v, spread=sparsity.spread_tokens)
                 count = plan.counts
             part = _group(packed, g, layout.local_groups)
@@ -520,12 +549,11 @@ def _routed_ffn_fwd(x, w1, w2, wg, packed, centers, bias, kernels, layout):
         (
             batch,
             layout.packed_specs(packed.kernels, wg is not None, packed.precision),
-            layout.router_spec,
-            layout.router_spec,
+            layout.router_spec if chooses else batch,
         ),
         (batch, P(layout.axes.batch, *layout.router_spec), P(layout.axes.names)),
     )
-    y, counts, saved = function(x, packed, centers, bias)
+    y, counts, saved = function(x, packed, router)
     saved = keep(saved)
     # Of the master weights only the dtypes matter; arrays of no elements carry them.
     dtypes = tuple(None if w is None else jnp.zeros((0,), w.dtype) for w in (w1, w2, wg))
@@ -565,7 +593,7 @@ def _routed_ffn_bwd(kernels, layout, residuals, cotangents):
         (batch, [spec, spec, spec if gated else None]),
     )
     dx, dw = function(cotangents[0], packed, saved)
-    return dx, *dw, None, None, None
+    return dx, *dw, None, None
 
 
 _routed_ffn.defvjp(_routed_ffn_fwd, _routed_ffn_bwd)

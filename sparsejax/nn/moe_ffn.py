@@ -23,6 +23,7 @@ from jax import Array
 from jax.nn.initializers import Initializer
 from jax.typing import DTypeLike
 
+from sparsejax import sharding, sharding_experts
 from sparsejax.nn.routed_ffn import RoutingState, RoutingStats, RoutingUpdate
 from sparsejax.ops.grouped_dot import GroupedBackend, group_rows, grouped_dot
 from sparsejax.ops.packed_ffn import PackedFFN
@@ -31,7 +32,6 @@ from sparsejax.ops.routed_ffn import pack_ffn, routed_ffn
 from sparsejax.prune import soft_threshold_beta
 from sparsejax.routing import (
     choose_groups,
-    cluster_within_experts,
     fit_bias,
     fit_within_experts,
     from_expert_major,
@@ -40,6 +40,7 @@ from sparsejax.routing import (
     to_expert_major,
     token_scores,
 )
+from sparsejax.sharding import MeshAxes
 from sparsejax.spec import GROUP, Sparsity
 
 
@@ -62,7 +63,8 @@ class MoEFFN(nnx.Module):
     With packed weights the experts are sparse, without them dense; both route alike, so a change of
     phase changes no structure. Parameters: router (E, D); w1, w2 (H, D), H = E h, row n is neuron n
     in interleaved order. State: bias (E,) and beta (3,) float32, and with S > 1 clusters in each
-    expert, met by sparse steps only, centers (E S, D) and cluster_bias (E S,). On one device.
+    expert, met by sparse steps only, centers (E S, D) and cluster_bias (E S,). On a mesh (`axes`,
+    and `jax.set_mesh`) it runs as `sparsejax.sharding_experts` describes.
     """
 
     def __init__(
@@ -78,6 +80,7 @@ class MoEFFN(nnx.Module):
         kernel_init: Initializer | None = None,
         out_init: Initializer | None = None,
         grouped_backend: GroupedBackend | None = None,
+        axes: MeshAxes | None = None,
         rngs: nnx.Rngs,
     ):
         """Initialises parameters and routing state.
@@ -93,6 +96,8 @@ class MoEFFN(nnx.Module):
             (h, D); LeCun normal where None. Called with (fan-in, fan-out) shapes.
           grouped_backend: of the dense experts' products, as for `grouped_dot`; `sparsity.backend`
             is that of the sparse ones.
+          axes: what the axes of the mesh mean, whose tensor axis must be 1; None where tokens and
+            weights are not sharded by us.
           rngs: stream `params`.
 
         Raises:
@@ -116,6 +121,7 @@ class MoEFFN(nnx.Module):
         self.sparsity = sparsity
         self.dtype = jnp.dtype(dtype)
         self.grouped_backend = grouped_backend
+        self.axes = axes
         kernel_init = kernel_init or nnx.initializers.lecun_normal()
         out_init = out_init or nnx.initializers.lecun_normal()
         live = hidden // num_experts
@@ -141,6 +147,10 @@ class MoEFFN(nnx.Module):
             raise ValueError("sparsity=None: these experts have no sparse form")
         return self.sparsity
 
+    def _local(self) -> bool:
+        """Whether one device is all there is."""
+        return sharding.current_mesh(self.axes) is None
+
     def _scores(self, x: Array) -> Array:
         router = self.router[...].astype(self.dtype)
         products = jnp.einsum("td,ed->te", x, router, preferred_element_type=jnp.float32)
@@ -152,7 +162,8 @@ class MoEFFN(nnx.Module):
 
     def _choose(self, scores: Array, bias: Array) -> TopK:
         preferred = jax.lax.stop_gradient(scores + bias)
-        experts = jax.lax.top_k(preferred, self.experts_per_token)[1].astype(jnp.int32)
+        best = lambda preferred: jax.lax.top_k(preferred, self.experts_per_token)[1]
+        experts = sharding_experts.by_device(best, (preferred,), axes=self.axes).astype(jnp.int32)
         gates = jnp.take_along_axis(scores, experts, axis=1)
         return TopK(experts, gates / jnp.maximum(jnp.sum(gates, axis=1, keepdims=True), 1e-9))
 
@@ -165,8 +176,14 @@ class MoEFFN(nnx.Module):
         if self.clusters > 1:
             scores = self._cluster_scores(x, self.centers[...])
             bias = jax.lax.stop_gradient(self.cluster_bias[...])
-            experts = choose_groups(scores, bias, experts, self.num_experts)
+            experts = self._choose_groups(scores, bias, experts)
         return experts.reshape(-1)
+
+    def _choose_groups(self, scores: Array, bias: Array, experts: Array) -> Array:
+        choose = lambda scores, experts, bias: choose_groups(
+            scores, bias, experts, self.num_experts
+        )
+        return sharding_experts.by_device(choose, (scores, experts), bias, axes=self.axes)
 
     def _flat(self, x: Array) -> Array:
         if x.ndim < 2 or x.shape[-1] != self.width:
@@ -179,11 +196,16 @@ class MoEFFN(nnx.Module):
         Scaled by `beta`, which `begin_sparse` gives.
         """
         w1, w2, beta = jax.lax.stop_gradient((self.w1[...], self.w2[...], self.beta[...]))
-        return pack_ffn(w1, w2, None, beta, self._sparsity(), dtype=self.dtype)
+        if self._local():
+            return pack_ffn(w1, w2, None, beta, self._sparsity(), dtype=self.dtype)
+        return sharding_experts.pack_experts(
+            w1, w2, beta, self._sparsity(), dtype=self.dtype, axes=self.axes
+        )
 
     def __call__(self, x: Array, packed: PackedFFN | None = None) -> tuple[Array, RoutingStats]:
         """(..., D) to (..., D) in the compute dtype, and the loads, k T in all: of the E experts,
-        or where it is sparse of the E S groups, cluster s of expert e being group s E + e.
+        or where it is sparse of the E S groups, cluster s of expert e being group s E + e. On a
+        mesh (N, ..), those of each of the N devices that share the batch.
 
         Args:
           x: (..., D), any floating dtype; the leading axes are tokens.
@@ -192,28 +214,52 @@ class MoEFFN(nnx.Module):
         rows, k = self._flat(x), self.experts_per_token
         chosen = self._choose(self._scores(rows), self.bias[...])
         if packed is None:
-            y, counts = self._dense(rows, chosen.experts.reshape(-1))
+            y, counts = self._dense(rows, chosen.experts)
         else:
-            sparsity = self._sparsity()
-            if sparsity.num_experts == 1:
-                plan, counts = None, jnp.full((1,), rows.shape[0], jnp.int32)
-            else:
-                plan = plan_tokens(
-                    self._groups(rows, chosen.experts),
-                    sparsity.num_experts,
-                    sparsity.v,
-                    spread=sparsity.spread_tokens,
-                )
-                counts = plan.counts
-            repeated = jnp.repeat(rows, k, axis=0)
-            y = routed_ffn(repeated, self.w1[...], self.w2[...], None, packed, plan, sparsity)
+            y, counts = self._sparse(rows, chosen.experts, packed)
         y = y.reshape(-1, k, self.width)
         y = jnp.einsum("tk,tkd->td", chosen.gates, y, preferred_element_type=jnp.float32)
         return y.astype(self.dtype).reshape(x.shape), RoutingStats(counts)
 
-    def _dense(self, rows: Array, expert: Array) -> tuple[Array, Array]:
-        """Dense experts: (k T, D), each row through its expert, and the experts' loads."""
-        order, inverse, counts = group_rows(expert, self.num_experts)
+    def _sparse(self, rows: Array, experts: Array, packed: PackedFFN) -> tuple[Array, Array]:
+        """Sparse experts: (k T, D), each row through its group, and the groups' loads."""
+        sparsity, w1, w2 = self._sparsity(), self.w1[...], self.w2[...]
+        if not self._local():
+            return sharding_experts.sparse_experts(
+                jnp.repeat(rows, self.experts_per_token, axis=0),
+                self._groups(rows, experts),
+                w1,
+                w2,
+                packed,
+                sparsity,
+                axes=self.axes,
+            )
+        if sparsity.num_experts == 1:
+            plan, counts = None, jnp.full((1,), rows.shape[0], jnp.int32)
+        else:
+            plan = plan_tokens(
+                self._groups(rows, experts),
+                sparsity.num_experts,
+                sparsity.v,
+                spread=sparsity.spread_tokens,
+            )
+            counts = plan.counts
+        repeated = jnp.repeat(rows, self.experts_per_token, axis=0)
+        return routed_ffn(repeated, w1, w2, None, packed, plan, sparsity), counts
+
+    def _dense(self, rows: Array, experts: Array) -> tuple[Array, Array]:
+        """Dense experts: k T rows of D, each through its expert, and the experts' loads."""
+        if not self._local():
+            return sharding_experts.dense_experts(
+                rows,
+                experts,
+                self.w1[...],
+                self.w2[...],
+                self.num_experts,
+                backend=self.grouped_backend,
+                axes=self.axes,
+            )
+        order, inverse, counts = group_rows(experts.reshape(-1), self.num_experts)
         by_expert = lambda w: to_expert_major(w.astype(self.dtype), 0, self.num_experts)
         x = rows[order // self.experts_per_token]
         product = functools.partial(grouped_dot, sizes=counts, backend=self.grouped_backend)
@@ -244,13 +290,13 @@ class MoEFFN(nnx.Module):
         if self.clusters == 1:
             identity = jnp.arange(self.hidden, dtype=jnp.int32)
             return RoutingUpdate(self.router[...], beta, identity, jnp.float32(0))
-        permutation, centers, churn = cluster_within_experts(
+        permutation, centers, churn = sharding_experts.cluster(
             self.w1[...],
+            centers,
             self.num_experts,
             self.clusters,
-            metric=self._sparsity().metric,
-            iterations=self._sparsity().kmeans_iterations,
-            init_centers=centers,
+            self._sparsity(),
+            axes=self.axes,
         )
         return RoutingUpdate(centers, beta, permutation, churn)
 
@@ -284,16 +330,20 @@ class MoEFFN(nnx.Module):
         x, bias, moved = self._flat(x), self.bias[...], jnp.float32(0)
         scores = jax.lax.stop_gradient(self._scores(x))
         if fit:
-            bias = jnp.where(jnp.any(bias != 0), bias, fit_bias(scores, bias))
+            fitted = sharding_experts.everywhere(fit_bias, (scores,), bias, axes=self.axes)
+            bias = jnp.where(jnp.any(bias != 0), bias, fitted)
         if self.clusters == 1:
             return {"bias": bias}, moved
         experts = self._choose(scores, bias).experts
         scores, own = self._cluster_scores(x, self.centers[...]), self.cluster_bias[...]
         if fit:
-            own = fit_within_experts(scores, own, experts, self.num_experts)
+            fit_clusters = lambda scores, experts, own: fit_within_experts(
+                scores, own, experts, self.num_experts
+            )
+            own = sharding_experts.everywhere(fit_clusters, (scores, experts), own, axes=self.axes)
         if previous is not None:
             centers, before = previous
-            was = choose_groups(self._cluster_scores(x, centers), before, experts, self.num_experts)
-            now = choose_groups(scores, own, experts, self.num_experts)
+            was = self._choose_groups(self._cluster_scores(x, centers), before, experts)
+            now = self._choose_groups(scores, own, experts)
             moved = jnp.mean(now != was, dtype=jnp.float32)
         return {"bias": bias, "cluster_bias": own}, moved
