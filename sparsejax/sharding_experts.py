@@ -193,7 +193,9 @@ def sparse_experts(
       NotImplementedError: the named backend does not serve this device, shape or option.
     """
     _layout(axes, rows.shape[0])
-    return apply_routed(rows, w1, w2, None, packed, groups, sparsity, axes=axes)
+    y, counts = apply_routed(rows, w1, w2, None, packed, groups, sparsity, axes=axes)
+    # The gates' gradients read it: kept, or it would take another gather to make it again.
+    return keep(y), counts
 
 
 def dense_experts(
@@ -234,7 +236,11 @@ def dense_experts(
 def _gathered(w: Array, x: Array, num_experts: int, layout: _Layout) -> Array:
     """(H, D / shards), of a device, to (E, h, D) in x's dtype."""
     own = to_expert_major(w.astype(x.dtype), 0, num_experts)
-    return layout.all_gather(own, layout.axes.shard, 2)
+    if layout.size(layout.axes.shard) == 1:
+        return own
+    # Whole parts in front, which XLA gathers as they lie; along the width it would turn them.
+    parts = jax.lax.all_gather(own, layout.axes.shard)
+    return jnp.moveaxis(parts, 0, 2).reshape(*own.shape[:2], -1)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6))
@@ -257,7 +263,8 @@ def _dense_experts_fwd(x, experts, w1, w2, num_experts, backend, layout):
     batch, spec = P(layout.axes.batch), layout.weight_spec
     function = layout.spmd(local, (batch, batch, spec, spec), (batch, batch, batch))
     y, counts, saved = function(x, experts, w1, w2)
-    return (y, counts), (x, w1, w2, keep(saved))
+    # As in `sparse_experts`.
+    return (keep(y), counts), (x, w1, w2, keep(saved))
 
 
 def _dense_experts_bwd(num_experts, backend, layout, residuals, cotangents):

@@ -43,7 +43,7 @@ class ModelConfig:
     another H; it does not follow sparsity.m, on which no model's size should depend. Of a mixture
     all experts' together; None gives a token 4 D of them."""
     experts: int = 0
-    """Experts of a mixture in the place of each FFN (ffn=relu2, on one device); 0 for one network.
+    """Experts of a mixture in the place of each FFN (ffn=relu2, mesh.tensor=1); 0 for one network.
     A sparse phase takes a power of two up to 32, and sparsity.m four times as large; twice that, or
     four times, .. up to 128 routes tokens to one of 2, 4, .. clusters of each expert's neurons,
     where at least 256 are left in one."""
@@ -361,10 +361,10 @@ def _validate_experts(config: Config) -> None:
             f"model.hidden={model.ffn_hidden} must be a multiple of 4 model.experts="
             f"{4 * model.experts}"
         )
-    if config.mesh.fsdp != 1 or config.mesh.tensor != 1:
+    if config.mesh.tensor != 1:
         raise ValueError(
-            f"mesh.fsdp={config.mesh.fsdp} and mesh.tensor={config.mesh.tensor} must be 1: a "
-            "mixture of experts runs on one device"
+            f"mesh.tensor={config.mesh.tensor} must be 1 with model.experts={model.experts}: a "
+            "mixture is spread over data and fsdp"
         )
     if config.sparse_steps:
         sparsity.validate_experts(hidden=model.ffn_hidden, num_experts=model.experts)

@@ -91,9 +91,9 @@ def check_mesh(config: Config, mesh: Mesh) -> None:
       ValueError: one line that names the values.
     """
     model, sparsity = config.model, config.sparsity
-    if model.experts and mesh.size > 1:
-        raise ValueError(f"model.experts={model.experts} runs on one device, not on {mesh.size}")
     fsdp, tensor = mesh.shape["fsdp"], mesh.shape["tensor"]
+    if model.experts and tensor > 1:
+        raise ValueError(f"model.experts={model.experts} needs mesh.tensor=1, not {tensor}")
     for name, value, axis, size in (
         ("model.num_heads", model.num_heads, "tensor", tensor),
         ("model.num_kv_heads", model.kv_heads, "tensor", tensor),

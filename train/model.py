@@ -96,6 +96,7 @@ class Block(nnx.Module):
                 dtype=compute_dtype(config),
                 kernel_init=linear_init(config.init_scale),
                 out_init=linear_init(config.init_scale * config.residual_scale),
+                axes=FFN_AXES,
                 rngs=rngs,
             )
         elif config.ffn == "swiglu":
