@@ -400,17 +400,19 @@ def memory(config: Config, *, devices: int | None = None, sparse: bool = False) 
     shape = mesh_shape(config, devices)
     sharded = shape.fsdp * shape.tensor
     count = parameters(config)
-    # Norm gains are replicated, everything else is sharded over both axes.
-    held = (count.total - count.norms) // sharded + count.norms
+    # Norm gains and routers are replicated, everything else is sharded over both axes.
+    everywhere = count.norms + count.router
+    held = (count.total - everywhere) // sharded + everywhere
     size = 4 if m.compute_dtype == "float32" else 2  # "auto" is bfloat16 on a GPU
     tokens = device_tokens(config, devices)
 
-    # Weights are rounded once a step for all layers.
+    # Weights are rounded once a step for all layers; a mixture's, on a mesh, layer by layer.
     copies = 0.0
     packed_projections = sparse and s.attention_projections
+    by_layer = m.experts > 0 and shape.size > 1
     if size == 2:
         rounded = 0 if packed_projections else count.projections
-        rounded += 0 if sparse else count.ffn
+        rounded += 0 if sparse or by_layer else count.ffn
         copies = size * (rounded + count.head) / sharded
     if sparse:
         # All layers are packed once a step: a thresholded copy, and its packed form where weights
@@ -420,6 +422,11 @@ def memory(config: Config, *, devices: int | None = None, sparse: bool = False) 
         copies += count.ffn * of_ffn / sharded
         if packed_projections:
             copies += count.projections * (size + packed) / sharded
+    if by_layer:
+        # All experts of a layer as a pass reads them, and its gradients before they are scattered:
+        # E / k times what one network's would be, too much to leave to the temporaries.
+        partial = BYTES_FLOAT32 if sparse else size
+        copies += count.ffn // m.num_layers * (_gathered_bytes(config, size, sparse) + partial)
 
     # The logits and their gradient.
     a_logit = (size if m.logits == "compute" else BYTES_FLOAT32) + size
@@ -433,6 +440,43 @@ def memory(config: Config, *, devices: int | None = None, sparse: bool = False) 
         activations=int(tokens * _activation_bytes(config, shape, size, sparse)),
         logits_chunk=logits,
     )
+
+
+def expert_traffic(config: Config, devices: int | None = None, *, sparse: bool = False) -> int:
+    """Returns the bytes that a device sends in one micro-batch for the matrices of a mixture.
+
+    In a ring: matrices gathered over fsdp in each pass, gradients scattered over it and summed over
+    data. Every expert moves, whether tokens meet it or not. Zero without a mixture.
+
+    Args:
+      config: the run.
+      devices: all devices; None for as few as the configuration allows.
+      sparse: whether for a step of the sparse phase, with packed weights.
+
+    Raises:
+      ValueError: as `mesh_shape`.
+    """
+    m = config.model
+    if not m.experts:
+        return 0
+    shape = mesh_shape(config, devices)
+    size = 4 if m.compute_dtype == "float32" else 2
+    weights = m.num_layers * _ffn_matrices(config) * m.width * m.ffn_hidden
+    # Made again from their inputs, layers gather for that as well.
+    passes = 3 if m.remat == "full" else 2
+    of_weight = passes * _gathered_bytes(config, size, sparse) + size
+    over_fsdp = weights * of_weight * (shape.fsdp - 1) / shape.fsdp
+    over_data = weights / shape.fsdp * size * 2 * (shape.data - 1) / shape.data
+    return round(over_fsdp + over_data)
+
+
+def _gathered_bytes(config: Config, size: int, sparse: bool) -> float:
+    """Bytes of a weight that one pass gathers, on average of W1 and W2: rows of both, or in a
+    sparse step rows of one and packed values and metadata of the other."""
+    s = config.sparsity
+    if not sparse or not s.weights or s.gather == "rows":
+        return size
+    return (size + size / 2 + METADATA_BYTES) / 2
 
 
 def run_summary(config: Config) -> RunSummary:
@@ -489,12 +533,17 @@ def _activation_bytes(config: Config, mesh: MeshShape, size: int, sparse: bool) 
         if m.ffn_precision == "fp8":
             ffn += hidden + width  # the products' rounded inputs
         outputs = hidden * (2 if m.gated else 1) * size
+    outputs_of_experts = 0
     if m.experts:
-        ffn += 2 * size * width * m.active_experts  # each expert's input and output
+        # Each expert's output and input, which dense experts on a mesh take from the tokens again.
+        outputs_of_experts = size * width * m.active_experts
+        ffn += outputs_of_experts * (1 if mesh.size > 1 and not sparse else 2)
     block = norms + attention + ffn
     kept = block if m.remat == "none" else size * width  # at least the block's input
     if m.remat == "dots":
         kept += size * (query + 2 * key + 2 * width) + outputs
+        # On one device they are made again.
+        kept += outputs_of_experts if mesh.size > 1 else 0
         kept += 0 if m.attention == "xla" else size * query + statistics
     # One block at a time is differentiated, or made again: as much once more.
     return m.num_layers * kept + block

@@ -322,6 +322,17 @@ def _memory(config: Config, sparse: bool) -> Table:
         "Arrays that must exist, with bfloat16 products and cuDNN's attention unless the "
         "configuration says otherwise; leave a tenth of the device for temporaries."
     )
+    if config.model.experts and counts[-1] > 1:
+        phases = ("dense", "sparse") if sparse else ("dense",)
+        sent = (
+            f"{accounting.expert_traffic(config, counts[-1], sparse=phase == 'sparse') / 1e9:.3g} "
+            f"GB in a {phase} step"
+            for phase in phases
+        )
+        table.caption += (
+            f"\nFor experts' matrices, of which all move, a device of {counts[-1]} sends in each "
+            f"micro-batch {', '.join(sent)}."
+        )
     return table
 
 

@@ -181,6 +181,27 @@ def test_counts_are_those_of_the_model():
     assert parts.router - whole.router == 2 * 2 * CONFIG.tokens_per_step * 8 * 32
 
 
+def test_memory_and_traffic_on_a_mesh():
+    config = resolve(configs.get("moe1b"), tokenizer_vocab_size=257)
+    spread = dataclasses.replace(config, mesh=MeshConfig(fsdp=8))
+    count, layers = accounting.parameters(config), config.model.num_layers
+    layer = 2 * 2048 * 8 * 4096
+    assert count.ffn == layers * layer
+    one, eight = (accounting.memory(c, devices=n) for c, n in ((config, 1), (spread, 8)))
+    # Every device has the routers and the norms.
+    everywhere = 4 * (count.router + count.norms)
+    assert eight.master_weights - everywhere == (one.master_weights - everywhere) // 8
+    # Of experts one layer at a time in bf16, and its gradient, instead of all layers.
+    assert one.weight_copies == 2 * (count.projections + count.ffn + count.head)
+    assert eight.weight_copies == 2 * (count.projections + count.head) // 8 + 4 * layer
+    # Twice there, once back; packed, a matrix is 9/8 bytes a weight in one of two passes.
+    assert accounting.expert_traffic(spread) == 7 * count.ffn * (2 * 2 + 2) // 8
+    assert accounting.expert_traffic(spread, sparse=True) == 7 * count.ffn * (25 / 8 + 2) / 8
+    # Summed over data in a ring: there and back.
+    assert accounting.expert_traffic(config, 2) == 2 * count.ffn
+    assert accounting.expert_traffic(config, 1) == 0
+
+
 @pytest.mark.parametrize("name", ["moe-tiny", "moe1b"])
 def test_configurations(name):
     config = resolve(configs.get(name), tokenizer_vocab_size=257)
@@ -210,8 +231,15 @@ def test_refusals_name_the_value(model, changes, message):
 
 
 def test_other_refusals():
-    mesh = jax.sharding.AbstractMesh((2, 1, 1), ("data", "fsdp", "tensor"))
-    with pytest.raises(ValueError, match=r"model\.experts=4 runs on one device, not on 2"):
-        check_mesh(CONFIG, mesh)
+    mesh = lambda *shape: jax.sharding.AbstractMesh(shape, ("data", "fsdp", "tensor"))
+    check_mesh(CONFIG, mesh(2, 2, 1))
+    for shape, message in (
+        ((1, 1, 2), r"^model\.experts=4 needs mesh\.tensor=1, not 2$"),
+        ((1, 3, 1), r"^model\.width=32 must be a multiple of mesh\.fsdp=3$"),
+        ((1, 16, 1), r"^model\.width=32 must be a multiple of 4 times mesh\.fsdp=16"),
+        ((16, 1, 1), r"^the 4 tokens of one device and micro-batch .* multiple of sparsity\.v=8$"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            check_mesh(CONFIG, mesh(*shape))
     with pytest.raises(ValueError, match=r"model\.experts=4: Llama and Arcee have no experts"):
         to_transformers(CONFIG.model, positions=16, eos_id=0, bos_id=0, dtype="float32")

@@ -1,4 +1,4 @@
-"""What XLA's GPU compiler makes of a step on two GPUs: arrays lie as they do on one."""
+"""Steps on two GPUs: arrays lie as they do on one, and what is computed is what one computes."""
 
 import collections
 import math
@@ -8,14 +8,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from kernels import registry
 from sparsejax import sharding
+from sparsejax.nn import MoEFFN
+from sparsejax.sharding import MeshAxes
 from sparsejax.spec import Precision, Sparsity
 from train.config import Config, ModelConfig, ScheduleConfig, resolve
-from train.mesh import AXES, BATCH_SPEC, SPECS
+from train.mesh import ACT_BTD, AXES, BATCH_SPEC, SPECS, state_shardings
 from train.optimizer import make_optimizer
 from train.state import abstract_state, model_graph
 from train.step import make_train_step
@@ -29,7 +32,9 @@ _RESULT = re.compile(r"^  (?:ROOT )?%?([\w.\-]+) = (\(?[a-z]\S*\[.*?) ([\w\-]+)\
 _SHAPE = re.compile(r"([a-z]+\d+)\[([\d,]*)\]\{([\d,]*)")
 
 
-def compiled_step(phase: str, devices: np.ndarray, precision: Precision = "compute") -> str:
+def compiled_step(
+    phase: str, devices: np.ndarray, precision: Precision = "compute", experts: int = 0
+) -> str:
     """HLO of the step of two layers on two devices, which need not be there."""
     config = resolve(
         Config(
@@ -46,6 +51,7 @@ def compiled_step(phase: str, devices: np.ndarray, precision: Precision = "compu
                 compute_dtype="bfloat16",
                 attention="cudnn",
                 ffn_precision=precision,
+                experts=experts,
             ),
             sparsity=Sparsity(m=16, v=128),
             schedule=ScheduleConfig(sparse_fraction=0.5),
@@ -104,10 +110,17 @@ def two_gpus() -> np.ndarray:
 
 @pytest.mark.gpu
 @pytest.mark.parametrize(
-    ("phase", "precision"), [("dense", "compute"), ("sparse", "compute"), ("sparse", "fp8")]
+    ("phase", "precision", "experts"),
+    [
+        ("dense", "compute", 0),
+        ("sparse", "compute", 0),
+        ("sparse", "fp8", 0),
+        ("dense", "compute", 4),
+        ("sparse", "compute", 4),
+    ],
 )
-def test_nothing_is_turned_on_two_gpus(phase, precision):
-    assert turned(compiled_step(phase, two_gpus(), precision)) == []
+def test_nothing_is_turned_on_two_gpus(phase, precision, experts):
+    assert turned(compiled_step(phase, two_gpus(), precision, experts)) == []
 
 
 @pytest.mark.gpu
@@ -169,6 +182,47 @@ def compare_in_8_bits(devices: np.ndarray) -> None:
     bounds = (1e-3, 1e-3, 2**-8, 2**-8)
     for a, b, bound in zip(two, one, bounds, strict=True):
         assert np.linalg.norm(wide(a) - wide(b)) < bound * np.linalg.norm(wide(b))
+
+
+def _experts(clusters: int, phase: str, shape: tuple[int, int] | None) -> list[jax.Array]:
+    """Result, loads and gradients of a mixture in bfloat16, on a mesh of data x fsdp or without."""
+    sparsity = Sparsity(m=32 * clusters, v=128)
+    module = MoEFFN(WIDTH, 4096, num_experts=8, sparsity=sparsity, axes=MeshAxes(),
+                    rngs=nnx.Rngs(params=0))  # fmt: skip
+    module.apply_update(module.begin_sparse())
+    graph, params, rest = nnx.split(module, nnx.Param, ...)
+    keys = jax.random.split(jax.random.key(1))
+    x, dy = (jax.random.normal(key, (4, 512, WIDTH), jnp.bfloat16) for key in keys)
+
+    @jax.jit
+    def run(params, rest, x, dy):
+        packed = nnx.merge(graph, params, rest).pack() if phase == "sparse" else None
+        apply = lambda params, x: nnx.merge(graph, params, rest)(x, packed)
+        y, vjp, stats = jax.vjp(apply, params, x, has_aux=True)
+        return y, stats.counts.reshape(-1, stats.counts.shape[-1]).sum(0), vjp(dy)
+
+    if shape is None:
+        return jax.tree.leaves(run(params, rest, x, dy))
+    devices = np.array(jax.devices()[: np.prod(shape)]).reshape(*shape, 1)
+    mesh = Mesh(devices, AXES, axis_types=(AxisType.Auto,) * 3)
+    with jax.set_mesh(mesh):
+        placed = jax.device_put(params, state_shardings(mesh, params))
+        state = jax.device_put(rest, NamedSharding(mesh, P()))
+        rows = (jax.device_put(a, NamedSharding(mesh, ACT_BTD)) for a in (x, dy))
+        return jax.tree.leaves(run(placed, state, *rows))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("shape", [(2, 1), (1, 2), (2, 2)])
+@pytest.mark.parametrize(("clusters", "phase"), [(1, "dense"), (1, "sparse"), (2, "sparse")])
+def test_experts_on_several_gpus_are_those_of_one(clusters, phase, shape):
+    if len(jax.devices()) < np.prod(shape):
+        pytest.skip(f"needs {np.prod(shape)} GPUs")
+    one, many = (_experts(clusters, phase, mesh) for mesh in (None, shape))
+    for a, b in zip(one, many, strict=True):
+        a, b = np.asarray(a, np.float32), np.asarray(b, np.float32)
+        # A token whose choice is a tie to rounding may meet another expert.
+        assert np.linalg.norm(a - b) < 3e-2 * np.linalg.norm(a)
 
 
 def test_arrays_that_are_turned_are_found():
