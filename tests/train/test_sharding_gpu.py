@@ -1,4 +1,4 @@
-"""Steps on two GPUs: arrays lie as they do on one, and what is computed is what one computes."""
+"""Steps on several GPUs: arrays lie as they do on one, and what is computed is the same."""
 
 import collections
 import math
