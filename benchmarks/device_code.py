@@ -72,12 +72,18 @@ def machine_code(kernel: bytes) -> Iterator[bytes]:
                 content = memory.read(high - low)
             except (OSError, ValueError, OverflowError):
                 continue
-            for match in re.finditer(rb"\x7fELF\x02", content):
-                elf = content[match.start() :]
-                if len(elf) > 64 and struct.unpack_from("<H", elf, 18)[0] == _CUDA:
-                    elf = elf[: _elf_size(elf)]
-                    if kernel in elf:
-                        yield elf
+            yield from binaries(content, kernel)
+
+
+def binaries(content: bytes, kernel: bytes) -> Iterator[bytes]:
+    """The device binaries among these bytes that name a kernel; whole, if their headers are."""
+    for match in re.finditer(rb"\x7fELF\x02", content):
+        start = match.start()
+        if len(content) - start <= 64 or struct.unpack_from("<H", content, start + 18)[0] != _CUDA:
+            continue
+        elf = content[start : start + _elf_size(content, start)]
+        if kernel in elf:
+            yield elf
 
 
 def disassemble(elf: bytes) -> Code | None:
@@ -130,16 +136,17 @@ def compiled(kernel: str, seen: set[bytes] | None = None) -> Code | None:
     return None
 
 
-def _elf_size(elf: bytes) -> int:
-    segments, sections = struct.unpack_from("<QQ", elf, 32)
-    segment_size, segment_count, section_size, section_count = struct.unpack_from("<4H", elf, 54)
+def _elf_size(content: bytes, start: int) -> int:
+    segments, sections = struct.unpack_from("<QQ", content, start + 32)
+    counts = struct.unpack_from("<4H", content, start + 54)
+    segment_size, segment_count, section_size, section_count = counts
     size = max(sections + section_size * section_count, segments + segment_size * segment_count)
     for i in range(section_count):
-        header = sections + i * section_size
-        if header + section_size > len(elf):
+        header = start + sections + i * section_size
+        if header + section_size > len(content):
             break
-        kind = struct.unpack_from("<I", elf, header + 4)[0]
-        offset, length = struct.unpack_from("<QQ", elf, header + 24)
+        kind = struct.unpack_from("<I", content, header + 4)[0]
+        offset, length = struct.unpack_from("<QQ", content, header + 24)
         if kind != _NOBITS:
             size = max(size, offset + length)
     return size

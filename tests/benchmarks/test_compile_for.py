@@ -27,15 +27,17 @@ def test_what_cuobjdump_says():
     assert device_code.parse("cuobjdump fatal: no device code") is None
 
 
-def test_code_is_found_in_memory():
-    # A header of a device binary without sections, then other bytes: one binary, of one kernel.
+def test_device_binaries_are_found_among_other_bytes():
+    # A header of a device binary without sections, then what a name may be in.
     header = bytearray(64)
     header[:5] = b"\x7fELF\x02"
     header[18:20] = (190).to_bytes(2, "little")
     header[40:48] = (96).to_bytes(8, "little")  # where sections would begin
-    kept = bytes(header) + b".text.up24_of_this_test" + bytes(16)
-    found = list(device_code.machine_code(b"up24_of_this_test"))
-    assert kept[:96] in found
+    binary = bytes(header) + b".text.up24".ljust(32, b"\0")
+    header[18] = 62  # a program of the host
+    content = b"\x7fELF" + binary + bytes(header) + b".text.up24" + binary + b"\x7fELF\x02"
+    assert list(device_code.binaries(content, b"up24")) == [binary, binary]
+    assert list(device_code.binaries(content, b"down24")) == []
 
 
 @pytest.mark.parametrize("name", ["A100", "L40"])

@@ -99,7 +99,7 @@ RUNS = """
 """
 
 
-@pytest.mark.slow
+@pytest.mark.processes
 def test_one_and_two_devices_and_a_checkpoint_between_them(tmp_path):
     reference, spread, resumed, gathered = json.loads(
         run_script(RUNS, tmp_path / "one", tmp_path / "two", devices=2)
