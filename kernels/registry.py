@@ -64,7 +64,8 @@ class FallbackWarning(UserWarning):
 _reported: set[tuple] = set()
 
 
-def _default_device() -> Any:
+def default_device() -> Any:
+    """The device that JAX would use."""
     device = jax.config.jax_default_device  # type: ignore[attr-defined]
     if device is None:
         return jax.devices()[0]
@@ -76,7 +77,7 @@ def target_capability() -> Capability | None:
     assumed = assume_capability.value
     if assumed is not None:
         return assumed
-    device = _default_device()
+    device = default_device()
     if device.platform != "gpu":
         return None
     major, dot, minor = str(getattr(device, "compute_capability", "")).partition(".")

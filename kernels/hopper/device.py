@@ -14,19 +14,12 @@ def _abstract_device():
     return jax.sharding.get_abstract_mesh().abstract_device
 
 
-def _default_device():
-    chosen = jax.config.jax_default_device  # type: ignore[attr-defined]
-    if chosen is None:
-        return jax.devices()[0]
-    return jax.devices(chosen)[0] if isinstance(chosen, str) else chosen
-
-
 def kind() -> str:
     """The device's name, such as "NVIDIA H100 80GB HBM3"."""
     abstract = _abstract_device()
     if abstract is not None:
         return abstract.device_kind
-    return _default_device().device_kind
+    return registry.default_device().device_kind
 
 
 def num_cores() -> int:
@@ -34,7 +27,7 @@ def num_cores() -> int:
     abstract = _abstract_device()
     if abstract is not None and abstract.num_cores:
         return abstract.num_cores
-    return getattr(_default_device(), "core_count", None) or _DEFAULT_CORES
+    return getattr(registry.default_device(), "core_count", None) or _DEFAULT_CORES
 
 
 def require_hopper() -> None:

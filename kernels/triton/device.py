@@ -19,7 +19,7 @@ def require_capability(op: str, minimum: float) -> None:
 def kind() -> str:
     """The target device's name, such as "NVIDIA H100 80GB HBM3"."""
     abstract = jax.sharding.get_abstract_mesh().abstract_device
-    return _default_device().device_kind if abstract is None else abstract.device_kind
+    return registry.default_device().device_kind if abstract is None else abstract.device_kind
 
 
 def compute_capability() -> float | None:
@@ -37,8 +37,3 @@ def small_shared_memory() -> bool:
     """Whether a program may have 99 KiB of shared memory only, not 163 or more."""
     capability = compute_capability()
     return capability in (8.6, 8.9) or (capability is not None and capability >= 12.0)
-
-
-def _default_device():
-    device = jax.config.jax_default_device or jax.devices()[0]  # type: ignore[attr-defined]
-    return jax.devices(device)[0] if isinstance(device, str) else device
