@@ -35,27 +35,25 @@ def _verdict(dense: Config, swiglu: Config, options: Options) -> Variants:
     }
 
 
-def _leading(config: Config, dense: Config, options: Options) -> Variants:
-    """What may become a default, and the gated form if a sweep got that far."""
+def _leading(dense: Config, gated: Config | None) -> Variants:
+    """What may become a default, and the gated form."""
     variants: Variants = {
         "M16 80%": sparse(dense, share=0.8, warmup=0.05),
         "M16 50%, warm-up 2%": sparse(dense, warmup=0.02),
         "M32 50%": sparse(dense, m=32),
         "M16 70%": sparse(dense, share=0.7),
     }
-    if options.tuned is None or "relu2_gated" in options.tuned.learning_rate:
-        gated = tuned(config, "relu2_gated", options)
+    if gated is not None:
         variants |= {"relu2_gated": gated, GATED + " 50%": sparse(gated)}
     return variants
 
 
-def _gated(leading: Variants, options: Options) -> Variants:
+def _gated(gated: Config | None, options: Options) -> Variants:
     """The gated recipe at equal wall-clock, where its own speed was measured."""
-    gated, recipe = (leading.get(label) for label in ("relu2_gated", GATED + " 50%"))
     speedup = options.speedups.by_label.get(GATED)
-    if not isinstance(gated, Config) or not isinstance(recipe, Config) or speedup is None:
+    if gated is None or speedup is None:
         return {}
-    return {GATED + " 50%" + SUFFIX: equal_time(recipe, gated, speedup)}
+    return {GATED + " 50%" + SUFFIX: equal_time(sparse(gated), gated, speedup)}
 
 
 def _rates(*forms: Config) -> Variants:
@@ -104,11 +102,13 @@ def study(options: Options) -> Study:
     """Dense relu^2 beside 32 others; five seeds of the verdict, three to one of the rest."""
     config = base(options, tokens=66e6)
     dense, swiglu = (tuned(config, ffn, options) for ffn in ("relu2", "swiglu"))
-    leading = _leading(config, dense, options)
+    # A sweep that ended early may lack the gated form.
+    swept = options.tuned is None or "relu2_gated" in options.tuned.learning_rate
+    gated = tuned(config, "relu2_gated", options) if swept else None
     groups = {
         "verdict": _verdict(dense, swiglu, options),
-        "leading": leading,
-        "gated": _gated(leading, options),
+        "leading": _leading(dense, gated),
+        "gated": _gated(gated, options),
         "rates": _rates(dense, swiglu),
         "others": _others(dense, options),
     }
