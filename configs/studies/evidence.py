@@ -18,6 +18,7 @@ GATED = "gated M16"
 ROUNDS: tuple[tuple[str, int], ...] = (
     *(("verdict", seed) for seed in range(5)),
     *(("leading", seed) for seed in range(3)),
+    *(("ends", seed) for seed in range(3)),
     ("gated", 0),
     ("rates", 0),
     *(("others", seed) for seed in range(2)),
@@ -46,6 +47,23 @@ def _leading(dense: Config, gated: Config | None) -> Variants:
     if gated is not None:
         variants |= {"relu2_gated": gated, GATED + " 50%": sparse(gated)}
     return variants
+
+
+def _ends(dense: Config) -> Variants:
+    """What a short dense end can make good, at a learning rate that has not fallen before it."""
+    at_the_end = lambda config, share: changed(
+        config, optimizer={"decay": "wsd", "decay_fraction": share}
+    )
+    short = lambda share, m=16: sparse(dense, share=share, warmup=0.02, m=m)
+    return {
+        "relu2, decay at the end": at_the_end(dense, 0.3),
+        "M16 70%, warm-up 2%": short(0.7),
+        "M16 70%, warm-up 2%, decay at the end": at_the_end(short(0.7), 0.28),
+        "M32 70%, warm-up 2%, decay at the end": at_the_end(short(0.7, m=32), 0.28),
+        "M16 80%, warm-up 2%, decay at the end": at_the_end(short(0.8), 0.18),
+        "M16 50%, warm-up 2%, decay at the end": at_the_end(short(0.5), 0.48),
+        "M32 60%, warm-up 2%": short(0.6, m=32),
+    }
 
 
 def _gated(gated: Config | None, options: Options) -> Variants:
@@ -99,7 +117,7 @@ def _others(dense: Config, options: Options) -> Variants:
 
 
 def study(options: Options) -> Study:
-    """Dense relu^2 beside 32 others; five seeds of the verdict, three to one of the rest."""
+    """Dense relu^2 beside 39 others; five seeds of the verdict, three to one of the rest."""
     config = base(options, tokens=66e6)
     dense, swiglu = (tuned(config, ffn, options) for ffn in ("relu2", "swiglu"))
     # A sweep that ended early may lack the gated form.
@@ -108,6 +126,7 @@ def study(options: Options) -> Study:
     groups = {
         "verdict": _verdict(dense, swiglu, options),
         "leading": _leading(dense, gated),
+        "ends": _ends(dense),
         "gated": _gated(gated, options),
         "rates": _rates(dense, swiglu),
         "others": _others(dense, options),

@@ -8,6 +8,7 @@ import configs
 from configs.studies import _base, dense_sweep
 from train.config import Config, validate
 from train.data.config import DataConfig
+from train.optimizer import learning_rate_schedule
 from train.study import definition
 from train.study.definition import Axis, Options, Run, Study
 from train.study.equal_time import Speedups
@@ -122,10 +123,24 @@ def test_the_verdict_of_the_evidence_comes_first():
     assert {"M8 50%", "M32 70%", "weights only 50%", "tokens24 M16 50%"} <= set(unknown)
 
 
+def test_the_rate_falls_in_the_dense_end():
+    """Of the variants with a short one, where they say so; before it, it is at its peak."""
+    study = definition.get("evidence", Options(speedups=Speedups(1.4)))
+    labels = [label for label in study.labels if label.endswith("decay at the end")]
+    assert len(labels) == 5
+    for label in labels:
+        config = next(run.config for run in study.runs if run.label == label)
+        rate, peak = learning_rate_schedule(config), config.optimizer.learning_rate
+        flip = config.schedule.warmup_steps + config.sparse_steps or round(0.7 * config.steps)
+        assert rate(flip - 2) == pytest.approx(peak)
+        assert 0.99 * peak > rate(flip + 0.02 * config.steps)
+        assert rate(config.steps - 1) == pytest.approx(0.0, abs=1e-9)
+
+
 def test_what_was_tuned_is_where_comparisons_start(monkeypatch):
     monkeypatch.setitem(_base.TUNED, "relu2", {"optimizer": {"learning_rate": 7e-3}})
     monkeypatch.setitem(_base.TUNED, "swiglu", {"model": {"norm_eps": 1e-4}})
-    names = [n for n in definition.names() if n not in ("smoke", "dense_sweep", "tuning")]
+    names = [n for n in definition.names() if n not in ("smoke", "dense_sweep", "tuning", "rates")]
     for name in names:
         for run in definition.get(name, Options(speedups=SPEEDUPS)).runs:
             config = run.config

@@ -93,6 +93,9 @@ def test_speedups_by_label():
     assert shares.of("M16 70%, equal time") == 1.4
     assert shares.of("gated M16 70%") == 1.5
     assert shares.of("M32 70%") is None
+    faster = Speedups(1.2, {"M16": 1.3, "M16 50%, 8 bits": None})
+    assert faster.of("M16 50%, 8 bits") is None
+    assert faster.of("M16 50%, warm-up") == 1.3
     with pytest.raises(ValueError, match=r"'other'.*--speedup"):
         Speedups().required("other")
     for bad in (0.0, -1.0, float("nan")):
@@ -106,11 +109,20 @@ def test_read_speedups(tmp_path):
     assert read_speedups(file) == Speedups(1.25)
     file.write_text(json.dumps({"sparse_step_speedup": {"default": 1.2, "M8": 1}}))
     assert read_speedups(file) == Speedups(1.2, {"M8": 1.0})
+    file.write_text(json.dumps({"sparse_step_speedup": {"M16": 1.2, "M16, 8 bits": None}}))
+    assert read_speedups(file) == Speedups(None, {"M16": 1.2, "M16, 8 bits": None})
     # A result of the step benchmark: its default is one recipe's.
     found = {"default": 1.4, "M=16": 1.4, "M=32": 1.5}
     file.write_text(json.dumps({"benchmark": "train_step", "sparse_step_speedup": found}))
     assert read_speedups(file) == Speedups(None, {"M16": 1.4, "M32": 1.5})
-    for bad in ("[1.3]", "{}", '{"sparse_step_speedup": "1.3"}', '{"sparse_step_speedup": {}}'):
+    for bad in (
+        "[1.3]",
+        "{}",
+        '{"sparse_step_speedup": "1.3"}',
+        '{"sparse_step_speedup": {}}',
+        '{"sparse_step_speedup": null}',
+        '{"sparse_step_speedup": {"M16": null}}',
+    ):
         file.write_text(bad)
         with pytest.raises(ValueError, match="sparse_step_speedup"):
             read_speedups(file)

@@ -1,5 +1,6 @@
 """What a sweep's results say comparisons should start from."""
 
+import dataclasses
 import json
 import math
 
@@ -75,12 +76,46 @@ def test_from_file_to_file(tmp_path, capsys):
     tuned = read_tuned(out)
     assert tuned.batch_size == 16
     assert 1e-3 < tuned.learning_rate["relu2"] < 9e-3
+    assert tuned.init_scale == {}
+    # Runs that were made with an earlier choice's initialisation.
+    earlier = tmp_path / "earlier.json"
+    earlier.write_text('{"batch_size": 8, "learning_rate": {}, "init_scale": {"relu2": 0.5}}')
+    assert main([str(sweep), str(out), "--scales", str(earlier)]) == 0
+    assert read_tuned(out) == dataclasses.replace(tuned, init_scale={"relu2": 0.5})
     assert main([str(tmp_path / "none.json"), str(out)]) == 2
     assert capsys.readouterr().err.count("\n") == 1
     for bad in ("[]", "{", '{"batch_size": 1.5, "learning_rate": {}}', '{"batch_size": 1}'):
         out.write_text(bad)
         with pytest.raises(ValueError, match="is no file of"):
             read_tuned(out)
+
+
+def test_rates_go_around_what_was_tuned():
+    rates = {"relu2": 4e-3, "swiglu": 2e-3, "relu2_gated": 1e-3}
+    tuned = Tuned(16, rates, {"swiglu": 0.5})
+    study = definition.get("rates", Options(tuned=tuned))
+    found: dict[str, set[float]] = {}
+    for run in study.runs:
+        config = run.config
+        assert (config.batch_size, run.seed) in ((16, 0), (16, 1))
+        assert config.model.init_scale == (0.5 if config.model.ffn == "swiglu" else 1.0)
+        assert config.optimizer.learning_rate == run.factors["learning_rate"]
+        found.setdefault(run.label.rpartition(" ")[0], set()).add(run.factors["learning_rate"])
+    assert found == {
+        "relu2": {4e-3, 6e-3, 8e-3, 2.67e-3},
+        "M16 50%": {4e-3, 6e-3, 8e-3, 2.67e-3},
+        "swiglu": {2e-3, 3e-3, 4e-3, 1.33e-3},
+        "relu2_gated": {1e-3, 1.5e-3, 2e-3, 6.67e-4},
+    }
+    # Losses of dense runs choose the rate, the recipe's own do not.
+    records = []
+    for run in study.runs:
+        rate = run.factors["learning_rate"]
+        best = 9e-3 if run.label.startswith("M16") else rates[run.config.model.ffn]
+        loss = 2 + math.log(rate / best) ** 2
+        final = {"status": "finished", "final": {"loss_dense": loss}}
+        records.append({"label": run.label, "seed": run.seed, "factors": dict(run.factors)} | final)
+    assert choose(records)[0].learning_rate == rates
 
 
 def test_studies_start_from_what_was_tuned():

@@ -27,14 +27,15 @@ class Speedups:
 
     Attributes:
       default: for every label without its own; None where nothing was measured.
-      by_label: measured for one recipe each.
+      by_label: measured for one recipe each; None for one whose speed is neither known nor that
+        of the recipe that its label begins with.
 
     Raises:
       ValueError: a speed-up that is not a positive number.
     """
 
     default: float | None = None
-    by_label: Mapping[str, float] = field(default_factory=dict)
+    by_label: Mapping[str, float | None] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         for name, value in (("speedup", self.default), *self.by_label.items()):
@@ -75,7 +76,8 @@ def read_speedups(path: str | os.PathLike[str]) -> Speedups:
 
     Args:
       path: a JSON object: `sparse_step_speedup` is either a number for all labels or an object
-        from label to number, in which "default" serves the other labels. Of a result of
+        from label to number, or null where unknown, in which "default" serves the other labels. Of
+        a result of
         `benchmarks.train_step`, whose entries are called "M=16", that becomes the label "M16";
         its default is the first entry's and serves no other recipe.
 
@@ -89,11 +91,13 @@ def read_speedups(path: str | os.PathLike[str]) -> Speedups:
         raise ValueError(f"{os.fspath(path)} is not JSON: {error}") from None
     value = found.get(KEY) if isinstance(found, dict) else None
     values = value if isinstance(value, dict) else {"default": value}
-    numbers: dict[str, float] = {}
+    numbers: dict[str, float | None] = {}
     for label, number in values.items():
         if isinstance(number, int | float) and not isinstance(number, bool):
             numbers[str(label)] = float(number)
-    if len(numbers) < len(values) or not numbers:
+        elif number is None and value is not None:
+            numbers[str(label)] = None
+    if len(numbers) < len(values) or not any(numbers.values()):
         raise ValueError(f"{os.fspath(path)} has no number, or object of numbers, under {KEY!r}")
     default = numbers.pop("default", None)
     if found.get("benchmark") == "train_step" and numbers:

@@ -11,6 +11,8 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.text import Annotation
+from matplotlib.transforms import Bbox
 
 from train.plots import INK, MUTED, new_figure, smoothed
 from train.study.definition import Axis
@@ -53,13 +55,14 @@ def limits(values: Sequence[float]) -> tuple[float, float]:
 
 def curves(png: Path, rows: Sequence[Row], records: Sequence[Record], baseline: str | None) -> bool:
     """Training loss (smoothed; mean and standard deviation over seeds) and held-out loss (dots)
-    against steps, or tokens where batches differ. Of many labels, the baseline and the best seven.
+    against steps, or tokens where batches differ. Of many labels, the baseline and the seven with
+    most seeds, the first ones of those with as many.
 
     Returns:
       Whether there was anything to draw.
     """
-    best = sorted(rows, key=lambda row: (row.label != baseline, _mean(row)))[: len(COLOURS) + 1]
-    kept = [row for row in rows if row in best]
+    first = sorted(rows, key=lambda row: (row.label != baseline, -len(row.losses)))
+    kept = [row for row in rows if row in first[: len(COLOURS) + 1]]
     done = [r for r in records if r["status"] == "finished" and r["curve"]["step"]]
     groups = {row.label: [r for r in done if r["label"] == row.label] for row in kept}
     sizes = {_tokens_per_step(r) for group in groups.values() for r in group}
@@ -67,7 +70,7 @@ def curves(png: Path, rows: Sequence[Row], records: Sequence[Record], baseline: 
         return False
     unit = (lambda r: 1.0) if len(sizes) == 1 else (lambda r: _tokens_per_step(r) / 1e6)
     figure, axes = new_figure(9, 5)
-    colour = colours(rows, baseline)
+    colour = colours(kept, baseline)
     shown: list[float] = []
     for label, group in groups.items():
         if not group:
@@ -95,7 +98,7 @@ def curves(png: Path, rows: Sequence[Row], records: Sequence[Record], baseline: 
     axes.legend(frameon=False, fontsize=8, labelcolor=INK)
     title = "Training loss (lines) and held-out loss (dots)"
     if len(kept) < len(rows):
-        title += f", best {len(kept)} of {len(rows)}"
+        title += f", {len(kept)} of {len(rows)} labels"
     _title(axes, title)
     figure.savefig(png, dpi=150)
     return True
@@ -233,6 +236,7 @@ def pareto(png: Path, rows: Sequence[Row], baseline: str | None) -> bool:
     front.sort(key=lambda row: row.run_speedup)
     figure, axes = new_figure(8, 5)
     colour = colours(recipes, baseline)
+    names = []
     for row in known:
         named = row in front or "," not in row.label or row.label in stretched
         own = stretched.get(row.label, row.label)
@@ -245,14 +249,8 @@ def pareto(png: Path, rows: Sequence[Row], baseline: str | None) -> bool:
         middle, error = height[row.label]
         axes.errorbar(x, middle, yerr=error, zorder=2 if named else 1, **style)
         if named:
-            axes.annotate(
-                row.label,
-                (x, middle),
-                xytext=(8, -3),
-                textcoords="offset points",
-                fontsize=8,
-                color=INK,
-            )
+            text: dict[str, Any] = {"textcoords": "offset points", "fontsize": 8, "color": INK}
+            names.append(axes.annotate(row.label, (x, middle), xytext=(8, -3), **text))
         if row.label in stretched and own in height:
             line: dict[str, Any] = {"color": colour.get(own, INK), "linestyle": ":", "linewidth": 1}
             axes.plot([x, x], [height[own][0], middle], zorder=0, **line)
@@ -266,8 +264,20 @@ def pareto(png: Path, rows: Sequence[Row], baseline: str | None) -> bool:
     what = LOSS if base is None else f"held-out loss against {baseline}, %"
     _finish(axes, "speed-up of the whole run", what)
     _title(axes, "Final loss against speed; diamonds: stretched to the baseline's time")
+    _apart(figure, names)
     figure.savefig(png, dpi=150)
     return True
+
+
+def _apart(figure: Figure, names: Sequence[Annotation]) -> None:
+    """Moves names down that would cover one above them."""
+    figure.canvas.draw()
+    placed: list[Bbox] = []
+    for name in sorted(names, key=lambda name: -name.get_window_extent().y0):
+        while any(name.get_window_extent().overlaps(other) for other in placed):
+            x, y = name.get_position()
+            name.set_position((x, y - 1))
+        placed.append(name.get_window_extent())
 
 
 def _against(row: Row, base: Row | None) -> tuple[float, float]:

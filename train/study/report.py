@@ -387,7 +387,7 @@ def _explanation(header: Header, records: Sequence[Record]) -> list[str]:
         )
     if header.speedups.known:
         given = [] if header.speedups.default is None else [f"{header.speedups.default:g}"]
-        given += [f"{label} {s:g}" for label, s in header.speedups.by_label.items()]
+        given += [f"{label} {s:g}" for label, s in header.speedups.by_label.items() if s]
         lines.append(
             "The run speed-up is the baseline's time over the run's, with a sparse step as many "
             f"times as fast as a dense one as measured elsewhere: {', '.join(given)}. Dense steps "

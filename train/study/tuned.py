@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import sys
@@ -124,6 +125,8 @@ class Arguments:
     """Exported results of the sweep."""
     output: tyro.conf.Positional[Path]
     """Where the choice is written, for --tuned."""
+    scales: Path | None = None
+    """An earlier choice, with whose initial scales the runs of this sweep were made: kept."""
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -134,6 +137,9 @@ def main(argv: list[str] | None = None) -> int:
         if content is None:
             raise ValueError(f"{arguments.sweep} does not exist")
         tuned, remarks = choose(content.get("runs", ()))
+        if arguments.scales is not None:
+            kept = read_tuned(arguments.scales).init_scale
+            tuned = dataclasses.replace(tuned, init_scale=kept)
         write(
             arguments.output,
             {
