@@ -94,10 +94,11 @@ def turned(hlo: str) -> list[str]:
 def gathered(hlo: str) -> dict[str, int]:
     """Elements that a program's gathers make, by type."""
     found: dict[str, int] = collections.Counter()
-    for result in re.findall(r" = (\S.*?) all-gather(?:-start)?\(", hlo):
-        # A gather that is started apart has its operands beside its results.
+    for result, apart in re.findall(r" = (\S.*?) all-gather(-start)?\(", hlo):
+        # Gathers that XLA joined make a tuple. Only one that is started apart from its end has its
+        # operands in it as well, before the results.
         shapes = re.findall(r"([a-z]+\w*)\[([\d,]*)\]", result)
-        for dtype, shape in shapes[len(shapes) // 2 if result.startswith("(") else 0 :]:
+        for dtype, shape in shapes[len(shapes) // 2 if apart else 0 :]:
             found[dtype] += math.prod(map(int, shape.split(",")))
     return found
 
@@ -237,3 +238,16 @@ ENTRY %main (x: f32[4]) -> f32[4] {{
 }}
 """
     assert [found.split()[0] for found in turned(hlo)] == ["a.1", "a.2", "copy.4"]
+
+
+def test_every_form_of_a_gather_is_counted():
+    hlo = """
+  %one.1 = bf16[2,3]{1,0} all-gather(%x), dimensions={0}
+  %some.2 = (s32[4]{0}, bf16[2,5]{1,0}, /*index=2*/f8e4m3fn[7]{0}) all-gather(%x, %y, %z)
+  %part.3 = bf16[2,5]{1,0} get-tuple-element(%some.2), index=1
+  %start.4 = ((bf16[11]{0}), bf16[22]{0}) all-gather-start(%x), dimensions={0}
+  %done.4 = bf16[22]{0} all-gather-done(%start.4)
+  %start.5 = ((bf16[13]{0}, s32[17]{0}), (bf16[26]{0}, s32[34]{0})) all-gather-start(%x, %y)
+  %done.5 = (bf16[26]{0}, s32[34]{0}) all-gather-done(%start.5)
+"""
+    assert gathered(hlo) == {"bf16": 6 + 10 + 22 + 26, "s32": 4 + 34, "f8e4m3fn": 7}
