@@ -15,14 +15,15 @@ RECIPE = "M16 50%"
 
 
 def study(options: Options) -> Study:
-    """Four rates of four models; two seeds."""
+    """Four rates of four models; three seeds."""
     config = base(options, tokens=66e6)
     variants: Variants = {}
     for times in TIMES:
         for ffn in FFNS:
             form = tuned(config, ffn, options)
-            rate = float(f"{times * form.optimizer.learning_rate:.3g}")
+            rate = times * form.optimizer.learning_rate
             form = changed(form, optimizer={"learning_rate": rate})
+            rate = float(f"{rate:.3g}")
             factors: dict[str, Factor] = {
                 "ffn": ffn,
                 "learning_rate": rate,
@@ -36,7 +37,7 @@ def study(options: Options) -> Study:
     return Study(
         name="rates",
         question="Do the learning rates of a shorter sweep hold at the evidence's length?",
-        runs=runs(variants, options.seeds or range(2)),
+        runs=runs(variants, options.seeds or range(3)),
         baseline=next(iter(variants)),
         axes=(Axis("learning_rate", log=True),),
     )

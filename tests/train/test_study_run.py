@@ -17,7 +17,7 @@ from train.study import definition, runner
 from train.study.__main__ import main
 from train.study.definition import Options, Run
 from train.study.execute import execute
-from train.study.export import unpack
+from train.study.export import reuse, unpack
 from train.study.record import FORMAT, Folders, read, write
 from train.study.runner import expected_seconds, plan, run_study, select
 
@@ -415,6 +415,36 @@ def test_one_file_is_enough_to_report_and_to_go_on(done, tmp_path, capsys):
     with pytest.raises(ValueError, match="is no exported study"):
         unpack(tmp_path / "none.json", tmp_path / "new")
     assert unpack(tmp_path / "missing.json", tmp_path / "new") == 0
+
+
+def test_another_study_s_results_are_reused_where_configurations_are_the_same(
+    done, tmp_path, capsys
+):
+    file, elsewhere = tmp_path / "other.json", tmp_path / "elsewhere"
+    assert main(["smoke", "--output", str(done), "--report", "--export", str(file)]) == 0
+    content = {"format": FORMAT, "study": {"name": "other"}, "runs": []}
+    for record in results(done).values():
+        label = f"what was {record['label']}"
+        content["runs"].append(record | {"study": "other", "label": label, "factors": {"a": 1}})
+    # Neither another seed nor another configuration is taken.
+    content["runs"] += [content["runs"][0] | {"seed": 1}]
+    write(file, content)
+    argv = ["smoke", "--output", str(elsewhere), "--reuse", str(file), "--seeds", "0", "1"]
+    assert main([*argv, "--list"]) == 0
+    capsys.readouterr()
+    found = results(elsewhere)
+    assert sorted(found) == ["relu2-seed0", "sparse-seed0"]
+    for name, record in found.items():
+        assert record["final"] == results(done)[name]["final"]
+        assert (record["study"], record["factors"]) == ("smoke", {})
+        assert record["made_for"] == f"other: what was {record['label']}"
+    study = definition.get("smoke", Options())
+    assert reuse(file, study, elsewhere) == 0  # those that are there stay
+    longer = dataclasses.replace(study.runs[0].config, steps=25)
+    other = dataclasses.replace(study, runs=(dataclasses.replace(study.runs[0], config=longer),))
+    assert reuse(file, other, tmp_path / "longer") == 0
+    assert main([*argv[:3], "--reuse", "nowhere.json", "--list"]) == 2
+    assert "nowhere.json is no exported study" in capsys.readouterr().err
 
 
 def test_each_process_gets_its_part_of_the_memory(monkeypatch):

@@ -97,9 +97,12 @@ def test_rates_go_around_what_was_tuned():
     found: dict[str, set[float]] = {}
     for run in study.runs:
         config = run.config
-        assert (config.batch_size, run.seed) in ((16, 0), (16, 1))
+        assert config.batch_size == 16
+        assert run.seed in (0, 1, 2)
         assert config.model.init_scale == (0.5 if config.model.ffn == "swiglu" else 1.0)
-        assert config.optimizer.learning_rate == run.factors["learning_rate"]
+        assert config.optimizer.learning_rate == pytest.approx(
+            run.factors["learning_rate"], rel=5e-3
+        )
         found.setdefault(run.label.rpartition(" ")[0], set()).add(run.factors["learning_rate"])
     assert found == {
         "relu2": {4e-3, 6e-3, 8e-3, 2.67e-3},

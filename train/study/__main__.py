@@ -21,7 +21,7 @@ from train.study import definition
 from train.study.definition import Run, Study
 from train.study.devices import visible_gpus
 from train.study.equal_time import Speedups, read_speedups
-from train.study.export import export, unpack
+from train.study.export import export, reuse, unpack
 from train.study.pool import sharers
 from train.study.record import Folders, differences, read
 from train.study.report import make_report, write_header
@@ -66,6 +66,9 @@ class Arguments:
     also: Annotated[tuple[Path, ...], tyro.conf.arg(metavar="FILE.json ...")] = ()
     """Exported results of the same study from elsewhere, read first as well: other machines' shares
     of its labels and seeds. With --report, --export joins them all in one file."""
+    reuse: Annotated[tuple[Path, ...], tyro.conf.arg(metavar="FILE.json ...")] = ()
+    """Exported results of other studies: those of the same configuration and seed are taken over
+    instead of run again."""
     replace: bool = False
     """Run again what has a result of another configuration, instead of refusing."""
     speedup: float | None = None
@@ -127,6 +130,8 @@ def run(arguments: Arguments, console: Console) -> int:
     study = definition.get(arguments.name, options)
     runs = select(study, arguments.only)
     _gather(arguments, output)
+    for file in arguments.reuse:
+        reuse(file, study, output)
     if arguments.list:
         _list_runs(study, runs, folders, console)
         return 0

@@ -7,7 +7,17 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from train.study.record import FORMAT, Record, read, read_all, result_name, strict, write
+from train.study.definition import Study
+from train.study.record import (
+    FORMAT,
+    Record,
+    differences,
+    read,
+    read_all,
+    result_name,
+    strict,
+    write,
+)
 
 HEADER = "study.json"
 
@@ -67,6 +77,39 @@ def unpack(file: Path, output: Path) -> int:
         path = output / "results" / result_name(record["label"], record["seed"])
         if not path.exists():
             write(path, record)
+            count += 1
+    return count
+
+
+def reuse(file: Path, study: Study, output: Path) -> int:
+    """Gives the runs of a study the results that another study, or another label, has of the same
+    configuration and seed, where they have none.
+
+    Args:
+      file: as `export` writes it.
+      study: the runs.
+      output: the study's folder.
+
+    Returns:
+      How many results were put there.
+
+    Raises:
+      ValueError: the file is no export.
+    """
+    content = read(file)
+    if content is None or not isinstance(content.get("runs"), list):
+        raise ValueError(f"{file} is no exported study")
+    finished = [r for r in content["runs"] if r["status"] == "finished"]
+    count = 0
+    for run in study.runs:
+        path = output / "results" / result_name(run.label, run.seed)
+        if path.exists():
+            continue
+        same = (r for r in finished if r["seed"] == run.seed and not differences(r, run.config))
+        record = next(same, None)
+        if record is not None:
+            own = {"study": study.name, "label": run.label, "factors": dict(run.factors)}
+            write(path, {**record, **own, "made_for": f"{record['study']}: {record['label']}"})
             count += 1
     return count
 
