@@ -232,6 +232,21 @@ def test_a_bad_loss_does_not_press_the_others_flat():
     assert high > 3.1
 
 
+def test_held_out_losses_are_of_the_phase_s_view():
+    found = {
+        "step": [10, 20, 60, 80, 100],
+        "loss_dense": [5.0, 9.0, 8.0, 3.0, 2.0],
+        "loss_sparse": [5.5, 4.0, 3.5, 3.2, 3.0],
+    }
+    schedule = {"warmup_steps": 10, "sparse_fraction": 0.5}
+    record = {"config": {"steps": 100, "schedule": schedule}, "evaluations": found}
+    assert figures._held_out(record) == (found["step"], [5.0, 4.0, 3.5, 3.0, 2.0])
+    dense = {"step": [50, 100], "loss_dense": [3.0, 2.0]}
+    schedule = {"warmup_steps": 0, "sparse_fraction": 0.0}
+    record = {"config": {"steps": 100, "schedule": schedule}, "evaluations": dense}
+    assert figures._held_out(record) == ([50, 100], [3.0, 2.0])
+
+
 def test_sweep_lines_of_a_star(tmp_path, output):
     rows = summarise(read_header(output), results())
     by = lambda i, **factors: dataclasses.replace(rows[i], factors=factors)

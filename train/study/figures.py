@@ -54,9 +54,9 @@ def limits(values: Sequence[float]) -> tuple[float, float]:
 
 
 def curves(png: Path, rows: Sequence[Row], records: Sequence[Record], baseline: str | None) -> bool:
-    """Training loss (smoothed; mean and standard deviation over seeds) and held-out loss (dots)
-    against steps, or tokens where batches differ. Of many labels, the baseline and the seven with
-    most seeds, the first ones of those with as many.
+    """Training loss (smoothed; mean and standard deviation over seeds) and held-out loss (dots; of
+    the phase's view) against steps, or tokens where batches differ. Of many labels, the baseline
+    and the seven with most seeds, the first ones of those with as many.
 
     Returns:
       Whether there was anything to draw.
@@ -85,11 +85,11 @@ def curves(png: Path, rows: Sequence[Row], records: Sequence[Record], baseline: 
             band: dict[str, Any] = {"alpha": 0.18, "linewidth": 0}
             axes.fill_between(x, mean - sd, mean + sd, color=colour[label], **band)
         shown += list(mean[(steps >= 0.1 * steps[-1]) & np.isfinite(mean)])
-        held_out = [r["evaluations"] for r in group if r["evaluations"].get("loss_dense")]
-        held_out = [e for e in held_out if e["step"] == held_out[0]["step"]]
+        held_out = [_held_out(r) for r in group if r["evaluations"].get("loss_dense")]
+        held_out = [(at, e) for at, e in held_out if at == held_out[0][0]]
         if held_out:
-            values = np.array([e["loss_dense"] for e in held_out], np.float64).mean(axis=0)
-            at = np.array(held_out[0]["step"]) * unit(group[0])
+            values = np.array([losses for _, losses in held_out], np.float64).mean(axis=0)
+            at = np.array(held_out[0][0]) * unit(group[0])
             axes.plot(at, values, "o", color=colour[label], markersize=4, clip_on=True)
             shown += list(values[at >= 0.1 * at[-1]])
     axes.set_ylim(*limits(shown))
@@ -301,6 +301,18 @@ def _sd(row: Row) -> float:
 
 def _tokens_per_step(record: Record) -> int:
     return record["config"]["batch_size"] * record["config"]["sequence_length"]
+
+
+def _held_out(record: Record) -> tuple[list[int], list[float | None]]:
+    """Steps and losses of a run's evaluations, in the sparse phase of the sparse view: the dense
+    one means nothing there."""
+    config, found = record["config"], record["evaluations"]
+    begin = config["schedule"]["warmup_steps"]
+    end = begin + round(config["schedule"]["sparse_fraction"] * config["steps"])
+    sparse = found.get("loss_sparse") or [None] * len(found["step"])
+    pairs = zip(found["step"], found["loss_dense"], sparse, strict=True)
+    own = [s if begin < step <= end and s is not None else d for step, d, s in pairs]
+    return found["step"], own
 
 
 def _smooth(curve: dict[str, Any]) -> np.ndarray:
