@@ -20,7 +20,7 @@ def config() -> Config:
             loss_chunk=8192,
         ),
         sparsity=Sparsity(m=16, v=128),
-        schedule=ScheduleConfig(warmup_steps=403, sparse_fraction=0.5),
+        schedule=ScheduleConfig(warmup_steps=81, sparse_fraction=0.5),
         optimizer=OptimizerConfig(learning_rate=1.7e-3, warmup_steps=288),
         log=LogConfig(every=10, eval_every=500),
     )

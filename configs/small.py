@@ -21,7 +21,7 @@ def config() -> Config:
             loss_chunk=8192,
         ),
         sparsity=Sparsity(m=16, v=128),
-        schedule=ScheduleConfig(warmup_steps=140, sparse_fraction=0.5),
+        schedule=ScheduleConfig(warmup_steps=28, sparse_fraction=0.5),
         optimizer=OptimizerConfig(learning_rate=3e-3, warmup_steps=100),
         log=LogConfig(every=10, eval_every=200),
     )

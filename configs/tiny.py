@@ -13,7 +13,7 @@ def config() -> Config:
         sequence_length=256,
         model=ModelConfig(width=128, num_layers=2, num_heads=4),
         sparsity=Sparsity(m=16, v=128, refresh_every=80, bias_rate=0.01),
-        schedule=ScheduleConfig(warmup_steps=60, sparse_fraction=0.5),
+        schedule=ScheduleConfig(warmup_steps=30, sparse_fraction=0.5),
         optimizer=OptimizerConfig(learning_rate=4e-3, warmup_steps=20),
         log=LogConfig(every=10, eval_every=100, eval_windows=32),
     )

@@ -33,7 +33,7 @@ def test_unknown_configuration(capsys):
     [
         (["--model.num-heads", "3"], "model.width=128 must be a multiple of model.num_heads=3"),
         (["--sparsity.m", "12"], "m=12 must be one of"),
-        (["--steps", "100"], "exceed steps=100"),
+        (["--steps", "100", "--schedule.warmup-steps", "60"], "exceed steps=100"),
         (["--data.source", "/nowhere/x.bin"], "/nowhere/x.bin"),
         (["--model.vocab-size", "100"], "smaller than the tokenizer's 257"),
         (["--mesh.fsdp", "7"], "mesh.fsdp=7"),

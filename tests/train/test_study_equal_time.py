@@ -62,7 +62,8 @@ def test_equal_time_counts_tokens_and_not_steps():
 def test_the_whole_schedule_scales():
     config = configs.get("small")
     optimizer = dataclasses.replace(config.optimizer, rewarm_steps=20)
-    config = dataclasses.replace(config, optimizer=optimizer)
+    schedule = dataclasses.replace(config.schedule, warmup_steps=140)
+    config = dataclasses.replace(config, optimizer=optimizer, schedule=schedule)
     twice = scale_steps(config, 2.0)
     assert (twice.steps, twice.log.eval_every) == (2800, 400)
     assert twice.schedule.warmup_steps == 280
