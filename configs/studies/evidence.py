@@ -55,11 +55,15 @@ def _ends(dense: Config) -> Variants:
         config, optimizer={"decay": "wsd", "decay_fraction": share}
     )
     short = lambda share, m=16: sparse(dense, share=share, warmup=0.02, m=m)
+    longest = at_the_end(short(0.7, m=32), 0.28)
     return {
         "relu2, decay at the end": at_the_end(dense, 0.3),
         "M16 70%, warm-up 2%": short(0.7),
         "M16 70%, warm-up 2%, decay at the end": at_the_end(short(0.7), 0.28),
-        "M32 70%, warm-up 2%, decay at the end": at_the_end(short(0.7, m=32), 0.28),
+        "M32 70%, warm-up 2%, decay at the end": longest,
+        "M32 70%, warm-up 2%, rescaled, decay at the end": changed(
+            longest, schedule={"rescale_dense": True}
+        ),
         "M16 80%, warm-up 2%, decay at the end": at_the_end(short(0.8), 0.18),
         "M16 50%, warm-up 2%, decay at the end": at_the_end(short(0.5), 0.48),
         "M32 60%, warm-up 2%": short(0.6, m=32),
@@ -117,7 +121,7 @@ def _others(dense: Config, options: Options) -> Variants:
 
 
 def study(options: Options) -> Study:
-    """Dense relu^2 beside 39 others; five seeds of the verdict, three to one of the rest."""
+    """Dense relu^2 beside 40 others; five seeds of the verdict, three to one of the rest."""
     config = base(options, tokens=66e6)
     dense, swiglu = (tuned(config, ffn, options) for ffn in ("relu2", "swiglu"))
     # A sweep that ended early may lack the gated form.

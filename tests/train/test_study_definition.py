@@ -127,7 +127,7 @@ def test_the_rate_falls_in_the_dense_end():
     """Of the variants with a short one, where they say so; before it, it is at its peak."""
     study = definition.get("evidence", Options(speedups=Speedups(1.4)))
     labels = [label for label in study.labels if label.endswith("decay at the end")]
-    assert len(labels) == 5
+    assert len(labels) == 6
     for label in labels:
         config = next(run.config for run in study.runs if run.label == label)
         rate, peak = learning_rate_schedule(config), config.optimizer.learning_rate
