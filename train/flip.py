@@ -20,7 +20,7 @@ from train.model import sparse_weights
 from train.optimizer import make_optimizer, reset_moments
 from train.state import TrainState, abstract_state, model_graph
 from train.step import Batch, Metrics, clustered
-from train.tree import LeafFunction, block_leaf, map_block_leaves, map_ffn_leaves
+from train.tree import LeafFunction, block_leaf, has_leaf, map_block_leaves, map_ffn_leaves
 
 EventFunction = Callable[[TrainState, Batch], tuple[TrainState, Metrics]]
 FlipFunction = Callable[[TrainState], TrainState]
@@ -125,7 +125,7 @@ def make_flip_step(config: Config, phase: Phase) -> FlipFunction | None:
 
     def flip(state: TrainState) -> TrainState:
         if rescale:
-            state = dataclasses.replace(state, params=_rescaled(state, config.sparsity))
+            state = _rescaled(state, config.sparsity)
         if reset:
             state = dataclasses.replace(state, opt_state=reset_moments(state.opt_state))
         return state
@@ -133,18 +133,31 @@ def make_flip_step(config: Config, phase: Phase) -> FlipFunction | None:
     return flip
 
 
-def _rescaled(state: TrainState, sparsity: Sparsity) -> Any:
-    """Parameters whose dense network continues the scale of the sparse one.
+def _rescaled(state: TrainState, sparsity: Sparsity) -> TrainState:
+    """The state whose dense network continues the scale of the sparse one.
 
     b' S(w) stands for w if b' is estimated from w as it is now; the sparse phase used b S(w), with
-    the scale b of its start, which then stands for (b / b') w.
+    the scale b of its start, which then stands for (b / b') w. The scale of that is b', with which
+    the sparse view stays what it was: b' S((b / b') w) = b S(w).
     """
-
-    def scaled(i: int, axis: int) -> LeafFunction:
-        return lambda w, beta: w * (beta[i] / soft_threshold_beta(w, axis))
-
-    params = state.params
+    params, routing = state.params, state.routing
     for part, axes in sparse_weights(sparsity).items():
-        functions = {name: scaled(i, axis) for i, (name, axis) in enumerate(axes.items())}
-        params = map_block_leaves(params, part, functions, block_leaf(state.routing, part, "beta"))
-    return params
+        beta = block_leaf(routing, part, "beta")
+        estimate = {name: _estimate(axis) for name, axis in axes.items()}
+        found = map_block_leaves(params, part, estimate, beta)
+        fitting = beta
+        for i, name in enumerate(axes):
+            if has_leaf(params, part, name):
+                fitting = fitting.at[:, i].set(block_leaf(found, part, name))
+        scale = {name: _scale(i) for i, name in enumerate(axes)}
+        params = map_block_leaves(params, part, scale, beta / fitting)
+        routing = map_block_leaves(routing, part, {"beta": lambda _, new: new}, fitting)
+    return dataclasses.replace(state, params=params, routing=routing)
+
+
+def _estimate(axis: int) -> LeafFunction:
+    return lambda w, _: soft_threshold_beta(w, axis)
+
+
+def _scale(i: int) -> LeafFunction:
+    return lambda w, factors: w * factors[i]

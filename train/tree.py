@@ -80,6 +80,12 @@ def _one_by_one(function: Callable[[jax.Array, Any], jax.Array]) -> Callable[...
     return lambda stack, rest: jax.lax.fori_loop(0, stack.shape[0], body, (stack, rest))[0]
 
 
+def has_leaf(tree: Any, part: str, name: str) -> bool:
+    """Whether a part of every block has a leaf of that name."""
+    blocks = tree["blocks"]
+    return name in (blocks[part] if part in blocks else blocks[0][part])
+
+
 def block_leaf(tree: Any, part: str, name: str) -> jax.Array:
     """The named leaf of a part of every block, with a leading axis over the layers."""
     blocks = tree["blocks"]

@@ -15,6 +15,7 @@ from train.config import Config, OptimizerConfig, ScheduleConfig, flips
 from train.data.config import DataConfig
 from train.flip import make_cluster_event, make_flip_step
 from train.optimizer import phase_schedule, reset_moments
+from train.step import make_eval_step
 from train.tree import map_ffn_leaves
 
 SPARSITY = dataclasses.replace(CONFIG.sparsity, refresh_every=4)
@@ -151,8 +152,16 @@ def test_rescaling_goes_on_at_the_sparse_scale(trained, begun):
             assert abs(factor - 1) > 0.05
             got = ffn(after.params)[name][...][layer]
             np.testing.assert_allclose(got, factor * w, rtol=1e-5)
+            fitting = ffn(after.routing)["beta"][...][layer, i]
+            np.testing.assert_allclose(fitting, beta[layer, i] / factor, rtol=1e-5)
     chex.assert_trees_all_equal(after.params["head"], state.params["head"])
-    chex.assert_trees_all_equal(after.routing, state.routing)
+    chex.assert_trees_all_equal(ffn(after.routing)["centers"], ffn(state.routing)["centers"])
+    # The sparse view is the function that it was, the dense one is not.
+    masked = batch(7) | {"mask": jnp.ones((4, 16))}
+    for view, same in (("sparse", True), ("dense", False)):
+        loss = jax.jit(make_eval_step(trained.config, trained.graph, view))
+        (now, _), (before, _) = loss(after, masked), loss(state, masked)
+        assert (abs(float(now / before) - 1) < 1e-6) == same
 
 
 def test_scales_are_refreshed_without_clusters_too():
