@@ -297,7 +297,7 @@ class _Run:
                     self.logger.clusters(step, _on_host(moved))
                 if reporting or stopping:
                     self._report(unread)
-                if evaluating or last:
+                if (evaluating or last) and self.data.validation_windows:
                     with self._paused(state):
                         self._evaluate(programs, state, done)
             if stopping:

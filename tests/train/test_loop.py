@@ -155,6 +155,21 @@ def test_a_run_without_a_last_checkpoint_writes_none(tmp_path, monkeypatch):
     assert seeds == [5]
 
 
+def test_a_run_without_held_out_text_has_no_evaluations(tmp_path):
+    config = small(
+        tmp_path,
+        steps=2,
+        schedule=ScheduleConfig(),
+        optimizer=OptimizerConfig(warmup_steps=1),
+        data=DataConfig(validation_fraction=0.0),
+        log=LogConfig(every=1, eval_every=1),
+    )
+    result = train(config, console=SILENT)
+    assert result.finished
+    assert result.losses == {}
+    assert [r["kind"] for r in records(result.folder)] == ["train", "train", "summary"]
+
+
 def test_a_run_killed_before_its_first_checkpoint_resumes_from_the_start(tmp_path):
     config = small(
         tmp_path, steps=2, schedule=ScheduleConfig(), checkpoint=CheckpointConfig(every=0)

@@ -26,7 +26,7 @@ class DataConfig:
     validation_fraction: float = 0.05
     """Share of the source's tokens held out for validation, cut at the end of a document where
     there is one. Ignored if `validation` is given or the source's folder has validation shards of
-    its own; 0 means no validation data."""
+    its own; 0 means no validation data, and a run without evaluations."""
 
     tokenizer: str | None = None
     """Path of a tokenizer.json. None takes the tokenizer.json in the folder of the tokenised
