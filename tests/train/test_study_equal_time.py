@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 import configs
-from train.config import validate
+from train.config import Config, OptimizerConfig, ScheduleConfig, validate
 from train.optimizer import learning_rate_schedule
 from train.study.equal_time import (
     Speedups,
@@ -74,6 +74,20 @@ def test_the_whole_schedule_scales():
     np.testing.assert_allclose(stretched, rates, rtol=1e-3)
     with pytest.raises(ValueError, match="at least one step"):
         scale_steps(config, 1e-4)
+
+
+@pytest.mark.parametrize(
+    ("steps", "warmup", "share", "factor"), [(10, 1, 0.9, 1.5), (10, 2, 0.84, 10)]
+)
+def test_a_sparse_phase_up_to_the_end_still_fits(steps, warmup, share, factor):
+    schedule = ScheduleConfig(warmup_steps=warmup, sparse_fraction=share)
+    optimizer = OptimizerConfig(warmup_steps=0)
+    config = Config(steps=steps, schedule=schedule, optimizer=optimizer)
+    validate(config)
+    scaled = scale_steps(config, factor)
+    validate(scaled)
+    assert scaled.steps == round(factor * steps)
+    assert scaled.schedule.warmup_steps + scaled.sparse_steps == scaled.steps
 
 
 def test_evaluation_only_at_the_end_stays_so():

@@ -147,12 +147,12 @@ def scale_steps(config: Config, factor: float) -> Config:
         raise ValueError(f"{factor=} of steps={config.steps} must leave at least one step")
     scaled = lambda steps: round(factor * steps)
     cadence = lambda steps: max(scaled(steps), 1) if steps else 0
+    config = dataclasses.replace(config, steps=scaled(config.steps))
+    # Both phases may round up; together they still have to fit.
+    warmup = min(scaled(config.schedule.warmup_steps), config.steps - config.sparse_steps)
     return dataclasses.replace(
         config,
-        steps=scaled(config.steps),
-        schedule=dataclasses.replace(
-            config.schedule, warmup_steps=scaled(config.schedule.warmup_steps)
-        ),
+        schedule=dataclasses.replace(config.schedule, warmup_steps=warmup),
         optimizer=dataclasses.replace(
             config.optimizer,
             warmup_steps=scaled(config.optimizer.warmup_steps),
