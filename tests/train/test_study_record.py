@@ -57,6 +57,15 @@ def test_what_decides_the_result_makes_another_run(change, line):
     assert differences({"config": stored}, config) == [line]
 
 
+def test_a_dense_mixture_has_loads_to_even():
+    config = dataclasses.replace(Config(), model=ModelConfig(experts=4))
+    faster = dataclasses.replace(config, sparsity=Sparsity(bias_rate=0.5))
+    stored = {"config": dataclasses.asdict(config)}
+    assert config_hash(faster) != config_hash(config)
+    assert differences(stored, faster) == ["sparsity.bias_rate: 0.001, now 0.5"]
+    assert differences(stored, dataclasses.replace(config, sparsity=Sparsity(m=8))) == []
+
+
 def test_a_new_switch_counts_as_its_default():
     stored = dataclasses.asdict(Config())
     del stored["optimizer"]["rewarm_steps"]

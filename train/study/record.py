@@ -41,6 +41,9 @@ _IRRELEVANT = (
 # Leaves that do nothing in a run without a sparse step.
 _SPARSE_ONLY = ("sparsity.", "schedule.warmup_steps", "optimizer.rewarm_steps")
 
+# But for those that even the loads of a mixture's experts in all phases.
+_MIXTURE = ("sparsity.bias_rate",)
+
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "numpy")
 
 
@@ -94,7 +97,10 @@ def decisive(config: Mapping[str, Any]) -> dict[str, Any]:
     """The leaves that decide the result, by dotted name; a dense run has no sparsity to decide."""
     sparse_steps = round(config["schedule"]["sparse_fraction"] * config["steps"])
     idle = _IRRELEVANT if sparse_steps else _IRRELEVANT + _SPARSE_ONLY
-    return {name: value for name, value in leaves(config) if not name.startswith(idle)}
+    always = _MIXTURE if config["model"].get("experts") else ()
+    return {
+        name: value for name, value in leaves(config) if name in always or not name.startswith(idle)
+    }
 
 
 def config_hash(config: Config) -> str:
