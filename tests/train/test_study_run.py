@@ -1,6 +1,7 @@
 """Studies that run: the smoke study end to end, and what the runner does when things go wrong."""
 
 import dataclasses
+import errno
 import json
 import os
 import signal
@@ -17,7 +18,7 @@ from train.study import definition, runner
 from train.study.__main__ import main
 from train.study.definition import Options, Run
 from train.study.execute import execute
-from train.study.export import reuse, unpack
+from train.study.export import export, reuse, unpack
 from train.study.record import FORMAT, Folders, read, write
 from train.study.runner import expected_seconds, plan, run_study, select
 
@@ -148,6 +149,20 @@ def test_a_process_that_dies_is_a_failed_run(tmp_path, monkeypatch):
     run_study(study, outcome, folders, console=SILENT, isolate=True)
     assert [r["error"] for r in outcome.failed] == ["its process died: SIGKILL"]
     assert plan(study, study.runs[:1], folders).left == [study.runs[0]]
+
+
+def fill_the_disk(run: Run, study: str, folders: Folders, jobs: int) -> None:
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def test_a_result_that_a_process_cannot_write_is_a_failure(tmp_path, monkeypatch):
+    monkeypatch.setattr(runner, "execute", fill_the_disk)
+    study = definition.get("smoke", Options())
+    folders = Folders(tmp_path, tmp_path)
+    outcome = plan(study, study.runs[:1], folders)
+    run_study(study, outcome, folders, console=SILENT, isolate=True)
+    assert outcome.stopped is None
+    assert [r["error"] for r in outcome.failed] == ["its process died: exit code 1"]
 
 
 def test_a_run_that_diverges_is_a_result(done, tmp_path):
@@ -445,6 +460,24 @@ def test_another_study_s_results_are_reused_where_configurations_are_the_same(
     assert reuse(file, other, tmp_path / "longer") == 0
     assert main([*argv[:3], "--reuse", "nowhere.json", "--list"]) == 2
     assert "nowhere.json is no exported study" in capsys.readouterr().err
+
+
+def test_a_failure_stands_in_the_way_of_no_result_from_elsewhere(done, tmp_path):
+    file, output = tmp_path / "export.json", tmp_path / "here"
+    export(done, file)
+    study = definition.get("smoke", Options())
+    good = json.loads(file.read_text())["runs"]
+    bad = {**good[0], "status": "failed", "error": "boom"}
+    path = Folders(output, output).result(study.runs[0])
+    for take in (lambda: unpack(file, output), lambda: reuse(file, study, output)):
+        write(path, bad)
+        assert take() > 0
+        assert read(path)["status"] == "finished"
+    # One failure is as good as another, and no result.
+    write(file, json.loads(file.read_text()) | {"runs": [{**bad, "error": "bang"}]})
+    write(path, bad)
+    assert unpack(file, output) == 0
+    assert read(path)["error"] == "boom"
 
 
 def test_each_process_gets_its_part_of_the_memory(monkeypatch):

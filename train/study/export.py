@@ -49,7 +49,8 @@ def export(output: Path, file: Path) -> None:
 
 
 def unpack(file: Path, output: Path) -> int:
-    """Puts the results of an exported file into a study's folder, where it has none of its own.
+    """Puts the results of an exported file into a study's folder, where it has none of its own, or
+    has failed.
 
     Args:
       file: as `export` writes it; nothing happens if there is none.
@@ -75,7 +76,7 @@ def unpack(file: Path, output: Path) -> int:
     count = 0
     for record in runs:
         path = output / "results" / result_name(record["label"], record["seed"])
-        if not path.exists():
+        if _wanted(path) if record["status"] != "failed" else not path.exists():
             write(path, record)
             count += 1
     return count
@@ -83,7 +84,7 @@ def unpack(file: Path, output: Path) -> int:
 
 def reuse(file: Path, study: Study, output: Path) -> int:
     """Gives the runs of a study the results that another study, or another label, has of the same
-    configuration and seed, where they have none.
+    configuration and seed, where they have none, or have failed.
 
     Args:
       file: as `export` writes it.
@@ -103,7 +104,7 @@ def reuse(file: Path, study: Study, output: Path) -> int:
     count = 0
     for run in study.runs:
         path = output / "results" / result_name(run.label, run.seed)
-        if path.exists():
+        if not _wanted(path):
             continue
         same = (r for r in finished if r["seed"] == run.seed and not differences(r, run.config))
         record = next(same, None)
@@ -112,6 +113,12 @@ def reuse(file: Path, study: Study, output: Path) -> int:
             write(path, {**record, **own, "made_for": f"{record['study']}: {record['label']}"})
             count += 1
     return count
+
+
+def _wanted(path: Path) -> bool:
+    """Whether a run has no result yet: none, or that of a failure, which is run again."""
+    record = read(path)
+    return record is None or record["status"] == "failed"
 
 
 def _shortened(record: Record) -> Record:

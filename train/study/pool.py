@@ -222,6 +222,15 @@ def _serve(
     """The process: runs until there is none left."""
     # Ctrl-C goes to all processes of a terminal; the parent decides what it means.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    with contextlib.suppress(EOFError, OSError):
-        while (run := connection.recv()) is not None:
-            connection.send(execute(run, study, folders, jobs=jobs))
+    while True:
+        # The parent may be gone. What goes wrong in a run is another matter: it ends the process
+        # with an exit code that says so.
+        try:
+            run = connection.recv()
+        except (EOFError, OSError):
+            return
+        if run is None:
+            return
+        record = execute(run, study, folders, jobs=jobs)
+        with contextlib.suppress(OSError):
+            connection.send(record)
