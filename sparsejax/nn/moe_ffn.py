@@ -50,14 +50,15 @@ class TopK(NamedTuple):
     experts: Array
     """(T, k) int32, the best one first."""
     gates: Array
-    """(T, k) float32, positive, adding up to one."""
+    """(T, k) float32, positive, adding up to one; of a single one of several experts its score."""
 
 
 class MoEFFN(nnx.Module):
     """sum_j gate_j relu(x W1_j)^2 W2_j over the k experts that a token chooses; none is dropped.
 
     Scores are sigmoid(x R), R the router; the k experts of the highest score plus bias are chosen,
-    and weighed by their scores alone, scaled to add up to one. The bias evens loads without an
+    and weighed by their scores alone, scaled to add up to one (but for k = 1 of several experts:
+    constant gates would leave the router without a gradient). The bias evens loads without an
     auxiliary loss (arXiv 2408.15664; `sparsejax.routing.update_bias`): no gradient reaches it.
 
     With packed weights the experts are sparse, without them dense; both route alike, so a change of
@@ -165,6 +166,8 @@ class MoEFFN(nnx.Module):
         best = lambda preferred: jax.lax.top_k(preferred, self.experts_per_token)[1]
         experts = sharding_experts.by_device(best, (preferred,), axes=self.axes).astype(jnp.int32)
         gates = jnp.take_along_axis(scores, experts, axis=1)
+        if self.experts_per_token == 1 < self.num_experts:
+            return TopK(experts, gates)
         return TopK(experts, gates / jnp.maximum(jnp.sum(gates, axis=1, keepdims=True), 1e-9))
 
     def _cluster_scores(self, x: Array, centers: Array) -> Array:

@@ -51,7 +51,9 @@ def expected(moe: MoEFFN, x, w1, w2, keep_two: bool) -> np.ndarray:
             y2 = np.maximum(w1[e] @ row, 0) ** 2
             if keep_two:
                 y2 = float64(top2_of_4(jnp.asarray(y2, jnp.float32)))
-            out[t] += scores[e] / scores[chosen].sum() * (y2 @ w2[e])
+            # One of several is weighed by its score: scaled to one it would say nothing.
+            total = 1.0 if len(chosen) == 1 else scores[chosen].sum()
+            out[t] += scores[e] / total * (y2 @ w2[e])
     return out.reshape(x.shape)
 
 
@@ -66,6 +68,23 @@ def test_dense_experts(experts_per_token):
     assert int(stats.counts.sum()) == experts_per_token * T
     chosen = np.asarray(moe.route(x).experts)
     np.testing.assert_array_equal(stats.counts, np.bincount(chosen.ravel(), minlength=E))
+
+
+@pytest.mark.parametrize("experts_per_token", [1, 2])
+def test_the_router_learns(experts_per_token):
+    moe, x = make(experts_per_token=experts_per_token), inputs()
+    found = nnx.grad(lambda moe: jnp.sum(jnp.square(moe(x)[0])))(moe)["router"][...]
+    # The derivative of one entry, by a difference that no token's choice depends on.
+    at, step = np.unravel_index(int(jnp.argmax(jnp.abs(found))), found.shape), 1e-3
+    values = []
+    for sign in (1, -1):
+        other = make(experts_per_token=experts_per_token)
+        other.router[...] = other.router[...].at[at].add(sign * step)
+        np.testing.assert_array_equal(other.route(x).experts, moe.route(x).experts)
+        values.append(float(jnp.sum(jnp.square(other(x)[0]))))
+    slope = (values[0] - values[1]) / (2 * step)
+    assert abs(slope) > 1e-2
+    np.testing.assert_allclose(found[at], slope, rtol=2e-2)
 
 
 @pytest.mark.parametrize("activations", [True, False])
