@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from flax import nnx
 from jax.sharding import Mesh
 
 from train.checkpoint import Checkpointer, read_config
@@ -60,7 +61,8 @@ def check_init_from(config: Config) -> None:
 
 
 def with_parameters_from(config: Config, state: TrainState, mesh: Mesh) -> tuple[TrainState, int]:
-    """A new state with the parameters of `config.init_from`; everything else as it is.
+    """A new state with the parameters of `config.init_from`; everything else as it is, but for the
+    biases by which the tokens of a mixture choose their experts.
 
     Args:
       config: the resolved run, with an `init_from` that `check_init_from` passes.
@@ -75,22 +77,38 @@ def with_parameters_from(config: Config, state: TrainState, mesh: Mesh) -> tuple
       CheckpointError: it cannot be read.
     """
     folder = _checkpoints(config)
-    shapes = abstract_parameters(_source(config))["params"]
+    shapes = _taken(config, **abstract_parameters(_source(config)))
     template = jax.tree.map(
         lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
         shapes,
         state_shardings(mesh, shapes),
     )
-    like = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), state.params)
-    shardings = jax.tree.map(lambda leaf: leaf.sharding, state.params)
+    own = _taken(config, state.params, state.routing)
+    like = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), own)
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, own)
     jax.tree.map(lambda a: a.delete(), state.params)
     with Checkpointer(folder, keep=1, config=read_config(folder)) as checkpointer:
-        restored = checkpointer.restore({"params": template}, partial=True)
+        restored = checkpointer.restore(template, partial=True)
     if restored is None:
         raise ValueError(f"no checkpoint in {folder}")
-    arrange = jax.jit(lambda params: _arranged(params, like), out_shardings=shardings)
-    params = arrange(restored.state["params"])
-    return dataclasses.replace(state, params=params), restored.step
+    arrange = lambda found: {part: _arranged(found[part], like[part]) for part in like}
+    taken = jax.jit(arrange, out_shardings=shardings)(restored.state)
+    routing = state.routing
+    if "routing" in taken:
+        routing = nnx.merge_state(routing, taken["routing"])
+    return dataclasses.replace(state, params=taken["params"], routing=routing), restored.step
+
+
+def _taken(config: Config, params: Any, routing: Any) -> dict[str, Any]:
+    """What a run takes from its source, of what a state has.
+
+    The biases by which tokens choose their experts are part of the function of a mixture, in dense
+    phases too. Clusters of neurons, and what belongs to them, are made anew.
+    """
+    if not config.model.experts:
+        return {"params": params}
+    biases = nnx.filter_state(routing, lambda path, _: path[-2:] == ("ffn", "bias"))
+    return {"params": params, "routing": biases}
 
 
 def other_tokenizer(config: Config, tokenizer: Tokenizer) -> bool:

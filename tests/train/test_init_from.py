@@ -5,22 +5,25 @@ import io
 
 import chex
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from rich.console import Console
 
-from tests.train.run_helpers import write_run
+from tests.train.run_helpers import random_parameters, write_run
 from tests.train.test_loop import SILENT, records, small
 from train import main
+from train.checkpoint import Checkpointer
 from train.config import CheckpointConfig, MeshConfig, OptimizerConfig, ScheduleConfig
 from train.data.tokenizer import ByteTokenizer
 from train.init_from import check_init_from, other_tokenizer, with_parameters_from
 from train.loop import train
 from train.mesh import make_mesh
 from train.optimizer import make_optimizer
+from train.run_folder import CHECKPOINTS
 from train.state import init_state
 from train.trained import load_run
-from train.tree import names
+from train.tree import block_leaf, names
 
 
 @pytest.fixture(name="source")
@@ -58,6 +61,31 @@ def test_parameters_and_nothing_else(source, scan_layers):
         np.testing.assert_array_equal(leaf, leaf_there)
     same = lambda state: (state.step, state.routing, state.opt_state, state.key)
     chex.assert_trees_all_equal(same(state), same(fresh))
+
+
+@pytest.mark.parametrize("scan_layers", [True, False])
+def test_a_mixture_keeps_its_choice_of_experts(tmp_path, scan_layers):
+    folder = tmp_path / "mixture"
+    config = write_run(folder, step=7, experts=4, hidden=64)
+    biases = np.random.default_rng(1).normal(size=(2, 4)).astype(np.float32)
+    state = {"step": jnp.int32(8), **random_parameters(config)}
+    state["routing"]["blocks"]["ffn"]["bias"][...] = jnp.asarray(biases)
+    record = dataclasses.asdict(config)
+    with Checkpointer(folder / CHECKPOINTS, keep=1, config=record) as checkpointer:
+        checkpointer.save(8, state, {})
+    model = dataclasses.replace(config.model, scan_layers=scan_layers)
+    config = dataclasses.replace(config, init_from=str(folder), model=model, seed=3)
+    fresh, state, step = start(config)
+    assert step == 8
+    np.testing.assert_array_equal(block_leaf(state.routing, "ffn", "bias"), biases)
+    np.testing.assert_array_equal(
+        block_leaf(state.params, "ffn", "router"),
+        load_run(folder).model.blocks.ffn.router[...],
+    )
+    np.testing.assert_array_equal(
+        block_leaf(state.routing, "ffn", "beta"), block_leaf(fresh.routing, "ffn", "beta")
+    )
+    assert jax.tree.structure(state) == jax.tree.structure(fresh)
 
 
 def test_a_run_continues_where_its_source_ended(tmp_path):
