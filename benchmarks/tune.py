@@ -23,7 +23,7 @@ from jax import Array, lax
 from benchmarks.copies import measure_copy
 from benchmarks.failures import Failures
 from benchmarks.timing import Sampling, Timed, interleaved, jax_timed
-from kernels import reference, reference_fp8
+from kernels import reference, reference_fp8, registry
 from kernels.hopper import pack24 as packing
 from kernels.hopper import spmm24 as products
 from kernels.hopper.spmm24_fp8 import spmm24_fp8
@@ -270,6 +270,9 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--round-seconds", type=float, default=0.01)
     args = parser.parse_args()
+    refused = registry.refusal("hopper", registry.target_capability())
+    if refused is not None:
+        parser.error(refused)
     sampling = Sampling(args.rounds, args.round_seconds)
     kind = jax.devices()[0].device_kind
     chosen = args.op or ops

@@ -21,6 +21,7 @@ import numpy as np
 from benchmarks.ffn_problem import Operands
 from benchmarks.ffn_stages import Stages, by_token
 from benchmarks.timing import Sampling, interleaved, jax_timed
+from kernels import registry
 from kernels.triton import grouped24, grouped_common
 from kernels.triton.grouped24 import GradientConfig
 from kernels.triton.spmm24 import Spmm24Config
@@ -152,6 +153,9 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--round-seconds", type=float, default=0.01)
     args = parser.parse_args()
+    refused = registry.refusal("triton", registry.target_capability())
+    if refused is not None:
+        parser.error(refused)
     sampling = Sampling(args.rounds, args.round_seconds)
     kind = jax.devices()[0].device_kind
     for name, m in ((name, m) for name in args.models for m in args.blocks):

@@ -85,22 +85,23 @@ def target_capability() -> Capability | None:
     return (int(major), int(minor)) if dot and major.isdigit() and minor.isdigit() else None
 
 
-def _refusal(backend: Backend, capability: Capability | None) -> str | None:
+def refusal(backend: Backend, capability: Capability | None) -> str | None:
     """Why a backend cannot run on a device; None if it can. ValueError: no such backend."""
+    found = "; the device is no NVIDIA GPU" if capability is None else f", not {capability}"
     if backend not in BACKENDS:
         raise ValueError(f"{backend=} must be one of {BACKENDS}")
     if backend == "hopper" and (capability is None or capability[0] != 9):
         # wgmma exists on sm_90a only: later architectures dropped it.
-        return f"{backend=} needs compute capability 9.0, not {capability}"
+        return f"{backend=} needs compute capability 9.0{found}"
     if backend == "triton" and (capability is None or capability < (8, 0)):
-        return f"{backend=} needs compute capability 8.0 or later, not {capability}"
+        return f"{backend=} needs compute capability 8.0 or later{found}"
     return None
 
 
 def available_backends() -> tuple[Backend, ...]:
     """Backends that the device can run, the fastest first."""
     capability = target_capability()
-    return tuple(b for b in BACKENDS if _refusal(b, capability) is None)
+    return tuple(b for b in BACKENDS if refusal(b, capability) is None)
 
 
 def load(op: str, backend: Backend) -> tuple[Callable, Callable]:
@@ -146,9 +147,9 @@ def select(op: str, *args, backend: Backend | None = None, **kwargs) -> tuple[Ba
       NotImplementedError: the named backend does not serve this device, op or shape.
     """
     if backend is not None:
-        refusal = _refusal(backend, target_capability())
-        if refusal is not None:
-            raise NotImplementedError(refusal)
+        refused = refusal(backend, target_capability())
+        if refused is not None:
+            raise NotImplementedError(refused)
         function, check = load(op, backend)
         check(*args, **kwargs)
         return backend, function

@@ -122,11 +122,9 @@ def check(kernels: registry.Backend, sparsity: Sparsity, sizes: Sizes, *, gated:
     for name, ok in (("weights", sparsity.weights), ("activations", sparsity.activations)):
         if not ok:
             raise NotImplementedError(f"backend={kernels!r} does not serve {name}=False")
-    if kernels not in registry.available_backends():
-        raise NotImplementedError(
-            f"backend={kernels!r} does not run on a device of compute capability "
-            f"{registry.target_capability()}"
-        )
+    refused = registry.refusal(kernels, registry.target_capability())
+    if refused is not None:
+        raise NotImplementedError(refused)
     experts, live = sparsity.num_experts, sparsity.live_neurons(sizes.hidden)
     width, dtype = sizes.width, sizes.dtype
     if width % 64 or sparsity.v % 64:

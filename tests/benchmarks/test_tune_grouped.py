@@ -1,9 +1,10 @@
-"""The search of tiles without a GPU: every candidate is allowed, and every kernel takes one."""
+"""The search of tiles without a GPU: every candidate is allowed, every kernel takes one, and what
+cannot be searched here says so."""
 
 import jax
 import pytest
 
-from benchmarks import tune_grouped
+from benchmarks import tune, tune_grouped
 from benchmarks.ffn_problem import operand_shapes
 from benchmarks.ffn_stages import Stages
 from kernels.triton.grouped_dw import _check_config
@@ -33,3 +34,13 @@ def test_kernels_take_a_candidate(op):
         traced = jax.jit(lambda *a: function(config, *a)).trace(*own)
         text = traced.lower(lowering_platforms=("cuda",)).as_text()
     assert "xla.gpu.triton" in text
+
+
+@pytest.mark.skipif(jax.default_backend() == "gpu", reason="there is something to search on a GPU")
+@pytest.mark.parametrize("search", [tune, tune_grouped])
+def test_without_a_gpu_it_is_refused(search, monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["tune"])
+    with pytest.raises(SystemExit) as left:
+        search.main()
+    assert left.value.code == 2
+    assert "the device is no NVIDIA GPU" in capsys.readouterr().err
