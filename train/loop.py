@@ -35,7 +35,7 @@ from train.optimizer import learning_rate_schedule, make_optimizer, phase_schedu
 from train.plots import loss_plot
 from train.profiling import Profiler, parse_steps
 from train.programs import Programs, Shared, compile_programs
-from train.run_folder import CHECKPOINTS, new_folder, resumable_folder, write_config
+from train.run_folder import CHECKPOINTS, disown, new_folder, resumable_folder, write_config
 from train.signals import StopRequest
 from train.state import TrainState, abstract_state, init_state
 
@@ -145,13 +145,18 @@ class _Run:
 
     def run(self, resume: bool) -> Result:
         """The whole run, from restoring to the summary."""
-        state, start = self._start(resume)
-        self._header(start)
-        if start == self.config.steps:
-            self.console.print("  finished already: nothing to do", highlight=False)
-            return Result(self.folder, start, True, self.losses)
-        programs = self._compile(state)
         main = jax.process_index() == 0
+        try:
+            state, start = self._start(resume)
+            self._header(start)
+            if start == self.config.steps:
+                self.console.print("  finished already: nothing to do", highlight=False)
+                return Result(self.folder, start, True, self.losses)
+            programs = self._compile(state)
+        except (ValueError, NotImplementedError):
+            if main and not resume:
+                disown(self.folder)
+            raise
         self.logger = RunLogger(
             self.folder,
             total_steps=self.config.steps,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import itertools
 import json
@@ -51,3 +52,11 @@ def write_config(folder: Path, config: Config) -> None:
     """Writes config.json, for the reader; checkpoints hold their own copy."""
     text = json.dumps(dataclasses.asdict(config), indent=2)
     (folder / CONFIG_FILE).write_text(text + "\n", encoding="utf-8")
+
+
+def disown(folder: Path) -> None:
+    """Takes config.json back, and the folder if that was all: a run that never began is not the one
+    to resume."""
+    (folder / CONFIG_FILE).unlink(missing_ok=True)
+    with contextlib.suppress(OSError):
+        folder.rmdir()

@@ -184,6 +184,15 @@ def test_a_run_killed_before_its_first_checkpoint_resumes_from_the_start(tmp_pat
     assert [r["step"] for r in records(again.folder) if r["kind"] == "train"] == [2]
 
 
+def test_a_run_refused_before_its_first_step_leaves_no_folder(tmp_path):
+    """Else --resume would take that, and not the run before it."""
+    config = small(tmp_path)
+    kernels = dataclasses.replace(config.sparsity, backend="hopper")  # these sizes: on no device
+    with pytest.raises(NotImplementedError, match="hopper"):
+        train(dataclasses.replace(config, sparsity=kernels), console=SILENT)
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_non_finite_loss_stops_the_run_and_says_where(tmp_path):
     bad = OptimizerConfig(learning_rate=1e30, warmup_steps=0, clip_norm=0.0)
     config = small(tmp_path, optimizer=bad, checkpoint=CheckpointConfig(every=1))
