@@ -355,7 +355,8 @@ def _phases(config: Config) -> Table:
         clusters = "-"
         if span.phase == "sparse" and config.sparsity.routing:
             refreshes = (length - 1) // phases.refresh_every if phases.refresh_every else 0
-            clusters = f"made at the start, {refreshes:,} refreshes"
+            times = "refresh" if refreshes == 1 else "refreshes"
+            clusters = f"made at the start, {refreshes:,} {times}"
         table.add_row(
             span.phase,
             f"{span.start:,}",
@@ -435,17 +436,18 @@ def _traced_kernels(config: Config, capability: tuple[int, int] | None) -> str:
     device = contextlib.nullcontext()
     if capability is not None:
         device = registry.assume_capability(capability)
-    with device, warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # a fallback shows in the table
+    with device, warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
         try:
             jaxpr = jax.make_jaxpr(step)(params, rest, x).jaxpr
         except NotImplementedError as error:
             return f"refused: {error}"
     kernels = Counter(_pallas_names(jaxpr))
-    if not kernels:
-        return "reference: jax.numpy, compiled by XLA; no sparse tensor cores"
     named = ((name if "hopper" in name else f"{name}_triton", n) for name, n in kernels.items())
-    return ", ".join(f"{name} x {n}" if n > 1 else name for name, n in named)
+    text = ", ".join(f"{name} x {n}" if n > 1 else name for name, n in named)
+    text = text or "reference: jax.numpy, compiled by XLA; no sparse tensor cores"
+    reasons = (str(w.message) for w in caught if w.category is registry.FallbackWarning)
+    return ". ".join([text, *dict.fromkeys(reasons)])
 
 
 def _pallas_names(jaxpr: Any) -> Iterator[str]:

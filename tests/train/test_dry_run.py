@@ -81,6 +81,21 @@ def test_kernels_of_the_reference_backend():
     assert text.count("reference: jax.numpy") == 3
 
 
+def test_why_no_kernel_serves_the_sizes():
+    """And which would do: where a run is planned there may be no GPU to say it."""
+    model = ModelConfig(width=64, num_layers=1, num_heads=4, hidden=576)
+    text = printed(small(model=model, sparsity=Sparsity(m=16, v=128)))
+    text = " ".join(text.replace("│", " ").split())
+    assert "not live=144: hidden=512 or 1024 would do" in text
+    assert text.count("backend='hopper' serves") == 1
+
+
+def test_one_refresh_is_no_plural():
+    text = printed(small(sparsity=Sparsity(m=16, v=64, refresh_every=500)))
+    assert "1 refresh " in text
+    assert "1 refreshes" not in text
+
+
 def test_kernels_of_products_in_8_bits():
     model = ModelConfig(width=256, hidden=2048, num_layers=2, num_heads=4, ffn_precision="fp8")
     config = small(model=model, sparsity=Sparsity(m=16, v=128))
