@@ -92,6 +92,8 @@ def load_run(
     """
     folder = Path(folder)
     checkpoints = folder / CHECKPOINTS
+    if not folder.is_dir():
+        raise ValueError(f"run {str(folder)!r} does not exist: name a run's folder")
     if not checkpoints.is_dir():
         raise ValueError(f"run {str(folder)!r} has no folder {CHECKPOINTS}/: nothing was saved")
     saved = read_config(checkpoints, step=step)

@@ -177,7 +177,7 @@ def test_several_samples(folder, capsys):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--run", "/nowhere"], "'/nowhere' has no folder checkpoints/"),
+        (["--run", "/nowhere"], "run '/nowhere' does not exist"),
         (["--step", "7"], "no checkpoint of step=7"),
         (["--max-tokens", "100"], "exceed the 64 positions"),
         (["--top-p", "2"], "top_p=2.0"),
