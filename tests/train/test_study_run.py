@@ -19,6 +19,7 @@ from train.study.__main__ import main
 from train.study.definition import Options, Run
 from train.study.execute import execute
 from train.study.export import export, reuse, unpack
+from train.study.pool import Pool
 from train.study.record import FORMAT, Folders, read, write
 from train.study.runner import expected_seconds, plan, run_study, select
 
@@ -389,6 +390,19 @@ def test_runs_side_by_side(tmp_path, monkeypatch):
     assert len(ended) == 6
 
 
+def test_a_process_that_dies_idle_takes_no_run_with_it(tmp_path):
+    study = definition.get("smoke", Options())
+    with Pool(pretend, "smoke", Folders(tmp_path, tmp_path), jobs=1) as pool:
+        for run in study.runs[:2]:
+            (tmp_path / f"{run.label}-seed1").touch()
+            pool.start(run)
+            (ended,) = pool.wait(60.0)
+            assert ended.record is not None
+            assert ended.record["status"] == "finished"
+            os.kill(ended.record["process"], signal.SIGKILL)
+            pool._idle[0].process.join()
+
+
 def test_one_file_is_enough_to_report_and_to_go_on(done, tmp_path, capsys):
     file = tmp_path / "export" / "study_smoke.json"
     only = ["--only", "relu2", "sparse"]
@@ -478,6 +492,24 @@ def test_a_failure_stands_in_the_way_of_no_result_from_elsewhere(done, tmp_path)
     write(path, bad)
     assert unpack(file, output) == 0
     assert read(path)["error"] == "boom"
+
+
+def test_labels_that_share_a_file_are_not_taken_for_each_other(done, tmp_path):
+    file, folders = tmp_path / "export.json", Folders(tmp_path, tmp_path)
+    export(done, file)
+    content = json.loads(file.read_text())
+    study = definition.get("smoke", Options())
+    one, two = (
+        dataclasses.replace(study.runs[0], label=label) for label in ("M16 50%", "M16, 50%")
+    )
+    assert folders.result(one) == folders.result(two)
+    write(folders.result(one), content["runs"][0] | {"label": one.label})
+    assert len(plan(study, [one], folders).done) == 1
+    with pytest.raises(ValueError, match="label: M16 50%, now M16, 50%"):
+        plan(study, [two], folders)
+    write(file, content | {"runs": [content["runs"][0] | {"label": two.label}]})
+    with pytest.raises(ValueError, match=r"have one file name, M16_50_-seed0\.json"):
+        unpack(file, tmp_path)
 
 
 def test_each_process_gets_its_part_of_the_memory(monkeypatch):

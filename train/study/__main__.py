@@ -23,7 +23,7 @@ from train.study.devices import visible_gpus
 from train.study.equal_time import Speedups, read_speedups
 from train.study.export import export, reuse, unpack
 from train.study.pool import sharers
-from train.study.record import Folders, differences, read
+from train.study.record import Folders, changes, read
 from train.study.report import make_report, write_header
 from train.study.runner import plan, run_study, select
 from train.study.tuned import read_tuned
@@ -194,7 +194,7 @@ def _list_runs(study: Study, runs: Sequence[Run], folders: Folders, console: Con
             return "to do"
         if record["status"] == "failed":
             return "failed"
-        if differences(record, run.config):
+        if changes(record, run):
             return "of another configuration"
         return "done" if record["status"] == "finished" else "not finite"
 

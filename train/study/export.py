@@ -60,7 +60,7 @@ def unpack(file: Path, output: Path) -> int:
       How many results were put there.
 
     Raises:
-      ValueError: the file is no export, or that of another study.
+      ValueError: the file is no export, or that of another study, or two labels would share a file.
     """
     content = read(file)
     if content is None:
@@ -76,7 +76,11 @@ def unpack(file: Path, output: Path) -> int:
     count = 0
     for record in runs:
         path = output / "results" / result_name(record["label"], record["seed"])
-        if _wanted(path) if record["status"] != "failed" else not path.exists():
+        there = read(path)
+        if there is not None and there["label"] != record["label"]:
+            labels = f"{there['label']!r} in {output} and {record['label']!r} in {file}"
+            raise ValueError(f"labels {labels} have one file name, {path.name}")
+        if there is None or (there["status"] == "failed" and record["status"] != "failed"):
             write(path, record)
             count += 1
     return count
@@ -104,7 +108,7 @@ def reuse(file: Path, study: Study, output: Path) -> int:
     count = 0
     for run in study.runs:
         path = output / "results" / result_name(run.label, run.seed)
-        if not _wanted(path):
+        if (there := read(path)) is not None and there["status"] != "failed":
             continue
         same = (r for r in finished if r["seed"] == run.seed and not differences(r, run.config))
         record = next(same, None)
@@ -113,12 +117,6 @@ def reuse(file: Path, study: Study, output: Path) -> int:
             write(path, {**record, **own, "made_for": f"{record['study']}: {record['label']}"})
             count += 1
     return count
-
-
-def _wanted(path: Path) -> bool:
-    """Whether a run has no result yet: none, or that of a failure, which is run again."""
-    record = read(path)
-    return record is None or record["status"] == "failed"
 
 
 def _shortened(record: Record) -> Record:

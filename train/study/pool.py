@@ -100,6 +100,10 @@ class Pool:
         """Gives a run to an idle process, one that has its programs if there is one, or to a new
         process."""
         self._folders.result(run).unlink(missing_ok=True)
+        # One that died while it had nothing to do takes no run with it.
+        for dead in [worker for worker in self._idle if not worker.process.is_alive()]:
+            self._idle.remove(dead)
+            dead.close()
         if self._idle:
             programs = step_compiled_from(run.config)
             worker = next((w for w in self._idle if programs in w.programs), self._idle[-1])

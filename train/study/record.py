@@ -126,6 +126,14 @@ def differences(record: Mapping[str, Any], config: Config) -> list[str]:
     return [f"{name}: {old}, now {new}" for name, (old, new) in pairs.items() if old != new]
 
 
+def changes(record: Mapping[str, Any], run: Run) -> list[str]:
+    """What makes a result that of another run than this one: as `differences`, and the label, since
+    labels that differ in punctuation share a file."""
+    label = record["label"]
+    other = [] if label == run.label else [f"label: {label}, now {run.label}"]
+    return other + differences(record, run.config)
+
+
 def read(path: Path) -> Record | None:
     """A result file's content; None if there is none.
 

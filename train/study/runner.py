@@ -26,7 +26,7 @@ from train.signals import StopRequest
 from train.study.definition import Run, Study
 from train.study.execute import device_answers, execute
 from train.study.pool import Pool
-from train.study.record import Folders, Record, differences, read
+from train.study.record import Folders, Record, changes, read
 
 
 @dataclass
@@ -94,7 +94,7 @@ def plan(study: Study, runs: Sequence[Run], folders: Folders, *, replace: bool =
         record = read(path)
         if record is None or record["status"] == "failed":
             outcome.left.append(run)
-        elif not (changed := differences(record, run.config)):
+        elif not (changed := changes(record, run)):
             outcome.done.append(record)
         elif replace:
             outcome.left.append(run)
