@@ -13,8 +13,12 @@ import sys
 import tempfile
 from collections.abc import Iterator
 
+import numpy as np
+
 _CUDA = 190
 """Machine of a device binary in an ELF's header."""
+_LARGEST = 1 << 24
+"""Bytes that no binary of one kernel reaches."""
 _NOBITS = 8
 """Type of a section that takes no room in the file."""
 _USAGE = re.compile(r"Function (\w+):\s*\n\s*REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)")
@@ -66,13 +70,28 @@ def machine_code(kernel: bytes) -> Iterator[bytes]:
             place, mode, _, device, *_ = line.split()
             if not mode.startswith("rw") or device != "00:00":
                 continue
-            low, high = (int(number, 16) for number in place.split("-"))
-            try:
-                memory.seek(low)
-                content = memory.read(high - low)
-            except (OSError, ValueError, OverflowError):
-                continue
-            yield from binaries(content, kernel)
+            for low, high in _resident(*(int(number, 16) for number in place.split("-"))):
+                try:
+                    memory.seek(low)
+                    content = memory.read(high - low)
+                except (OSError, ValueError, OverflowError):
+                    continue
+                yield from binaries(content, kernel)
+
+
+def _resident(low: int, high: int) -> Iterator[tuple[int, int]]:
+    """The parts of a range of addresses that have memory: XLA reserves far more than there is."""
+    page = os.sysconf("SC_PAGESIZE")
+    try:
+        with open("/proc/self/pagemap", "rb", buffering=0) as pages:
+            pages.seek(low // page * 8)
+            entries = np.frombuffer(pages.read((high - low) // page * 8), np.uint64)
+    except (OSError, OverflowError):
+        return
+    present = np.concatenate([[0], entries >> np.uint64(62) > 0, [0]]).astype(np.int8)
+    edges = np.flatnonzero(np.diff(present))
+    for first, last in edges.reshape(-1, 2).tolist():
+        yield low + first * page, low + last * page
 
 
 def binaries(content: bytes, kernel: bytes) -> Iterator[bytes]:
@@ -81,13 +100,17 @@ def binaries(content: bytes, kernel: bytes) -> Iterator[bytes]:
         start = match.start()
         if len(content) - start <= 64 or struct.unpack_from("<H", content, start + 18)[0] != _CUDA:
             continue
-        elf = content[start : start + _elf_size(content, start)]
+        size = _elf_size(content, start)
+        if size > min(_LARGEST, len(content) - start):  # what something has written over
+            continue
+        elf = content[start : start + size]
         if kernel in elf:
             yield elf
 
 
-def disassemble(elf: bytes) -> Code | None:
-    """What a device binary of one kernel holds; None if it is no whole one.
+def disassemble(elf: bytes, kernel: str) -> Code | None:
+    """A kernel as a device binary holds it, beside helpers of the assembler's; None if the binary
+    has no such function or is no whole one.
 
     Raises:
       FileNotFoundError: there is no cuobjdump.
@@ -105,16 +128,18 @@ def disassemble(elf: bytes) -> Code | None:
             text=True,
             env={**os.environ, "PATH": path},
         )
-    return parse(dump.stdout) if dump.returncode == 0 else None
+    return parse(dump.stdout, kernel) if dump.returncode == 0 else None
 
 
-def parse(text: str) -> Code | None:
-    """`Code` from what `cuobjdump -res-usage -sass` prints; None if it names no function."""
-    found = _USAGE.search(text)
+def parse(text: str, kernel: str) -> Code | None:
+    """`Code` from what `cuobjdump -res-usage -sass` prints; None if it does not name the kernel."""
+    found = next((usage for usage in _USAGE.finditer(text) if usage[1] == kernel), None)
     if found is None:
         return None
     registers, stack, shared, _ = map(int, found.groups()[1:])
-    return Code(found[1], registers, stack, shared, text)
+    _, *functions = re.split(r"^\s*Function : ", text, flags=re.MULTILINE)
+    sass = next((f for f in functions if f.split(None, 1)[0] == kernel), "")
+    return Code(kernel, registers, stack, shared, sass)
 
 
 def compiled(kernel: str, seen: set[bytes] | None = None) -> Code | None:
@@ -130,8 +155,8 @@ def compiled(kernel: str, seen: set[bytes] | None = None) -> Code | None:
         if elf in seen:
             continue
         seen.add(elf)
-        code = disassemble(elf)
-        if code is not None and code.name == kernel:
+        code = disassemble(elf, kernel)
+        if code is not None:
             return code
     return None
 

@@ -75,7 +75,9 @@ def _inline_ptx_lowering(ctx, *args, asm, num_refs, out):
         # Not abstract, whatever its base class looks like to a type checker.
         indexer: Any = indexing.NDIndexer
         first = indexer((0,) * len(aval.shape), tuple(aval.shape), ())
-        ptr = triton_lowering._compute_pointers_from_indices(ptr, info, first)
+        found: Any = triton_lowering._compute_pointers_from_indices(ptr, info, first)
+        # JAX 0.12 returns a mask of bounds too; kernels here keep within them by themselves.
+        ptr = found[0] if isinstance(found, tuple) else found
         address = tt_dialect.ptr_to_int(int64, ptr)
         operands.append(tt_dialect.splat(ir.RankedTensorType.get(shape, int64), address))
         constraints.append("l")
