@@ -148,8 +148,8 @@ class ScheduleConfig:
     throughout."""
     rescale_dense: bool = False
     """At the flip back to dense, estimate beta again and multiply each 2:4 matrix by the frozen
-    beta over the new one, so that the dense network continues at the sparse one's scale; the new one
-    stays, so that the sparse view of the weights does not change."""
+    beta over the new one, so that the dense network continues at the sparse one's scale; the new
+    one stays, so that the sparse view of the weights does not change."""
 
 
 @dataclass(frozen=True)

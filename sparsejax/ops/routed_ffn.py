@@ -186,7 +186,7 @@ def routed_ffn(
     has the same support. Products accumulate in float32; Y2, its gradient and the results are
     rounded to x's dtype. Kernels of the gated form round X W1 and X Wg as well, before the choice.
     Weights packed in 8 bits choose the network of `routed_ffn_fp8`. First reverse-mode derivatives
-    only: a gradient that goes straight through has no second one (it would come out as NaN or zero).
+    only: a gradient that goes straight through has no second one (it would come out NaN or zero).
 
     Saved for the backward pass: x once (by kernels in the order of the plan), T_pad h numbers in
     x's dtype (twice that for the gated form without 2:4, or on kernels), 2:4 metadata where kernels
