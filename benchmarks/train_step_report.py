@@ -53,12 +53,13 @@ def brief(row: Row) -> str:
 
 
 def parts(row: Row) -> dict[str, float] | None:
-    """Seconds of a step by part, which add up to the step's time; None without a profile.
+    """Seconds of a step by part, which add up to the step's time; None without a profile, or with
+    one that caught no kernel.
 
     Communication counts where nothing runs beside it. The rest is what no other part took:
     embedding, norms, rotary positions, residual sums, and times at which the device stood still.
     """
-    if "breakdown" not in row:
+    if "breakdown" not in row or not any(row["breakdown"]["parts"].values()):
         return None
     found = row["breakdown"]["parts"]
     named = {name: sum(found[scope] for scope in own) for name, own in PARTS.items()}
@@ -256,40 +257,51 @@ def table(result: Row, console: Console | None = None) -> None:
 
 
 def _label(result: Row, group: str, row: Row) -> str:
-    """Of a bar: its group, its phase, and what its settings have beyond the first of its group."""
+    """Of a bar: its phase, its group, and what its settings have beyond the first of its group.
+
+    A group's name is what its sparse step has; the dense one is beside it.
+    """
     rows = next(g["rows"] for g in result["groups"] if g["name"] == group)
     first = next(r["settings"] for r in rows if r["phase"] == row["phase"])
     own = row["settings"].removeprefix(first)
     # An option's name is too long for a line: break it where its parts meet.
     what = own if group == row["phase"] else f"{group} {own}"
+    if group != row["phase"] and row["phase"] == "dense":
+        what = f"beside {what}"
     words = what.replace("--", "").replace(".", ".\n").replace("-", "-\n")
     return f"{row['phase']}\n" + "\n".join(words.split())
 
 
 def plot(result: Row, file: pathlib.Path) -> None:
-    """Time of 1,000 tokens in each contender by part. Nothing is drawn without a profile."""
+    """Time of 1,000 tokens in each contender by part, of one without a profile as a whole. Nothing
+    is drawn without any profile."""
     bars = [
-        (group["name"], row, mine)
+        (group["name"], row, parts(row))
         for group in result["groups"]
         for row in group["rows"]
-        if "seconds" in row and (mine := parts(row)) is not None
+        if "seconds" in row
     ]
-    if not bars:
+    if all(mine is None for _, _, mine in bars):
         return
     # Not pyplot: a report must not switch the backend of a notebook that imports it.
     figure = Figure(figsize=(max(5.0, 1.4 * len(bars) + 2.5), 4.4))
     FigureCanvasAgg(figure)
     axis = figure.subplots()
     names = (*PARTS, TALK, REST) if result.get("devices", 1) > 1 else (*PARTS, REST)
+    scale = [1e6 * result.get("devices", 1) / row["tokens"] for _, row, _ in bars]
     start = [0.0] * len(bars)
     for name in names:
         heights = [
-            max(1e6 * result.get("devices", 1) * mine[name] / row["tokens"], 0.0)
-            for _, row, mine in bars
+            max(factor * mine[name], 0.0) if mine else 0.0
+            for factor, (_, _, mine) in zip(scale, bars, strict=True)
         ]
         axis.bar(range(len(bars)), heights, 0.7, bottom=start, color=_COLOURS[name], label=name)
         start = [a + b for a, b in zip(start, heights, strict=True)]
-    for i, (_, row, _mine) in enumerate(bars):
+    for i, (_, row, mine) in enumerate(bars):
+        if mine is None:
+            start[i] = scale[i] * row["seconds"]
+            axis.bar(i, start[i], 0.7, facecolor="none", edgecolor="black", linewidth=0.8)
+            axis.annotate("parts not known", (i, start[i] / 2), ha="center", fontsize=7)
         rate = row["tokens_per_second"] / result.get("devices", 1)
         text = f"{rate:,.0f} tokens/s\n{row['speedup']:.2f}x"
         axis.annotate(text, (i, start[i]), ha="center", va="bottom", fontsize=7)

@@ -103,6 +103,22 @@ def _row(phase, seconds, tokens, ffn):
             "settings": "", "breakdown": {"parts": parts}}  # fmt: skip
 
 
+def test_bars_say_what_they_are(tmp_path):
+    """A dense step beside a sparse one has none of its options, and a profile without kernels is no
+    profile."""
+    dense, sparse = _row("dense", 1.0, 100, 0.5), _row("sparse", 0.5, 100, 0.0)
+    dense["speedup"], sparse["speedup"] = 1.0, 2.0
+    group = {"name": "M=16 --model.ffn-precision fp8", "rows": [dense, sparse]}
+    result = {"groups": [group], "settings": {"config": "tiny"}, "device": {"kind": "cpu"}}
+    label = lambda row: " ".join(train_step_report._label(result, group["name"], row).split())
+    assert label(dense) == "dense beside M=16 model. ffn- precision fp8"
+    assert label(sparse) == "sparse M=16 model. ffn- precision fp8"
+    assert train_step_report.parts(dense)["FFN"] == 0.5
+    assert train_step_report.parts(sparse) is None
+    train_step_report.plot(result | {"smoke": True, "complete": True}, tmp_path / "bars.png")
+    assert (tmp_path / "bars.png").stat().st_size > 1000
+
+
 def test_bound_and_whole_run():
     # Half of a dense step is FFN; the sparse step has twice the tokens in 1.2 times the time, of
     # which the FFN takes 0.4: by token it is 2.5 times as fast.
