@@ -56,13 +56,13 @@ def limits(values: Sequence[float]) -> tuple[float, float]:
 def curves(png: Path, rows: Sequence[Row], records: Sequence[Record], baseline: str | None) -> bool:
     """Training loss (smoothed; mean and standard deviation over seeds) and held-out loss (dots; of
     the phase's view) against steps, or tokens where batches differ. Of many labels, the baseline
-    and the seven with most seeds, the first ones of those with as many.
+    and the four with most seeds, the first ones of those with as many.
 
     Returns:
       Whether there was anything to draw.
     """
     first = sorted(rows, key=lambda row: (row.label != baseline, -len(row.losses)))
-    kept = [row for row in rows if row in first[: len(COLOURS) + 1]]
+    kept = [row for row in rows if row in first[:5]]  # more bands hide one another
     done = [r for r in records if r["status"] == "finished" and r["curve"]["step"]]
     groups = {row.label: [r for r in done if r["label"] == row.label] for row in kept}
     sizes = {_tokens_per_step(r) for group in groups.values() for r in group}
@@ -82,7 +82,7 @@ def curves(png: Path, rows: Sequence[Row], records: Sequence[Record], baseline: 
         axes.plot(x, mean, color=colour[label], linewidth=1.5, label=label)
         if len(lines) > 1:
             sd = lines.std(axis=0, ddof=1)
-            band: dict[str, Any] = {"alpha": 0.18, "linewidth": 0}
+            band: dict[str, Any] = {"alpha": 0.15, "linewidth": 0}
             axes.fill_between(x, mean - sd, mean + sd, color=colour[label], **band)
         shown += list(mean[(steps >= 0.1 * steps[-1]) & np.isfinite(mean)])
         held_out = [_held_out(r) for r in group if r["evaluations"].get("loss_dense")]
@@ -236,7 +236,7 @@ def pareto(png: Path, rows: Sequence[Row], baseline: str | None) -> bool:
     front.sort(key=lambda row: row.run_speedup)
     figure, axes = new_figure(8, 5)
     colour = colours(recipes, baseline)
-    names = []
+    names, points = [], []
     for row in known:
         named = row in front or "," not in row.label or row.label in stretched
         own = stretched.get(row.label, row.label)
@@ -249,13 +249,14 @@ def pareto(png: Path, rows: Sequence[Row], baseline: str | None) -> bool:
         middle, error = height[row.label]
         axes.errorbar(x, middle, yerr=error, zorder=2 if named else 1, **style)
         if named:
+            points.append((x, middle))
             text: dict[str, Any] = {"textcoords": "offset points", "fontsize": 8, "color": INK}
             names.append(axes.annotate(row.label, (x, middle), xytext=(8, -3), **text))
         if row.label in stretched and own in height:
-            line: dict[str, Any] = {"color": colour.get(own, INK), "linestyle": ":", "linewidth": 1}
-            axes.plot([x, x], [height[own][0], middle], zorder=0, **line)
-    points = [(row.run_speedup, height[row.label][0]) for row in front]
-    axes.plot(*zip(*points, strict=True), color=MUTED, linewidth=1, zorder=0)
+            dots: dict[str, Any] = {"color": colour.get(own, INK), "linestyle": ":", "linewidth": 1}
+            axes.plot([x, x], [height[own][0], middle], zorder=0, **dots)
+    line = [(row.run_speedup, height[row.label][0]) for row in front]
+    axes.plot(*zip(*line, strict=True), color=MUTED, linewidth=1, zorder=0)
     if base is not None:
         axes.axhline(height[base.label][0], color=BASELINE, linestyle="--", linewidth=1, zorder=0)
     left, right = min(speed.values()), max(speed.values())
@@ -264,20 +265,28 @@ def pareto(png: Path, rows: Sequence[Row], baseline: str | None) -> bool:
     what = LOSS if base is None else f"held-out loss against {baseline}, %"
     _finish(axes, "speed-up of the whole run", what)
     _title(axes, "Final loss against speed; diamonds: stretched to the baseline's time")
-    _apart(figure, names)
+    _apart(figure, axes, names, points)
     figure.savefig(png, dpi=150)
     return True
 
 
-def _apart(figure: Figure, names: Sequence[Annotation]) -> None:
-    """Moves names down that would cover one above them."""
+def _apart(
+    figure: Figure,
+    axes: Axes,
+    names: Sequence[Annotation],
+    points: Sequence[tuple[float, float]],
+) -> None:
+    """Moves names down that would cover a point or a name above them."""
     figure.canvas.draw()
-    placed: list[Bbox] = []
+    # Half a marker's width, in the pixels of the drawing.
+    half = 4 * figure.dpi / 72
+    taken = [Bbox.from_extents(x - half, y - half, x + half, y + half)
+             for x, y in axes.transData.transform(points)]  # fmt: skip
     for name in sorted(names, key=lambda name: -name.get_window_extent().y0):
-        while any(name.get_window_extent().overlaps(other) for other in placed):
+        while any(name.get_window_extent().overlaps(other) for other in taken):
             x, y = name.get_position()
             name.set_position((x, y - 1))
-        placed.append(name.get_window_extent())
+        taken.append(name.get_window_extent())
 
 
 def _against(row: Row, base: Row | None) -> tuple[float, float]:

@@ -246,7 +246,8 @@ def remarks(header: Header, records: Sequence[Record]) -> list[str]:
         if len(seen) > 1:
             few = ", ".join(seen[:4]) + (f" and {len(seen) - 4} more" if len(seen) > 4 else "")
             notes.append(f"results come from different {name}: {few}")
-    if repeated := sorted({r["label"] for r in good if r["data"]["epochs"] > 1}):
+    # A run of one epoch and a few steps repeats nothing to speak of.
+    if repeated := sorted({r["label"] for r in good if r["data"]["epochs"] > 1.005}):
         most = max(r["data"]["epochs"] for r in good)
         notes.append(f"training data repeat up to {most:.1f} times in: {', '.join(repeated)}")
     if (crowded := max((r.get("jobs", 1) for r in good), default=1)) > 1:
