@@ -26,6 +26,7 @@ _REQUIRED = (
     "num_attention_heads",
     "vocab_size",
 )
+_OPTIONAL = ("num_key_value_heads", "head_dim", "max_position_embeddings")
 
 
 def to_transformers(
@@ -79,17 +80,19 @@ def from_transformers(values: Mapping[str, Any]) -> ModelConfig:
     Raises:
       ValueError: one line naming what our model does not have.
     """
-    architectures = values.get("architectures") or [None]
-    architecture = architectures[0]
-    if architecture not in _DEFAULTS:
+    architectures = values.get("architectures")
+    architecture = architectures[0] if isinstance(architectures, list) and architectures else None
+    if not isinstance(architecture, str) or architecture not in _DEFAULTS:
         raise ValueError(f"{architectures=} must be one of {list(_DEFAULTS)}")
-    missing = [name for name in _REQUIRED if not isinstance(values.get(name), int)]
-    if missing:
-        raise ValueError(f"config.json needs a whole number as {missing[0]}")
+    whole = [*_REQUIRED, *(name for name in _OPTIONAL if values.get(name) is not None)]
+    for name in whole:
+        value = values.get(name)
+        if not isinstance(value, int) or value < 1:
+            raise ValueError(f"config.json needs a whole number as {name}, not {value!r}")
     values = {**_DEFAULTS[architecture], **values}
     activation = values["hidden_act"]
     known = {(a, act): ffn for ffn, (a, _, act) in _FORMS.items()}
-    if (architecture, activation) not in known:
+    if not isinstance(activation, str) or (architecture, activation) not in known:
         choices = [act for a, act in known if a == architecture]
         raise ValueError(f"hidden_act={activation!r} of {architecture} must be one of {choices}")
     for name in ("attention_bias", "mlp_bias"):
@@ -110,7 +113,7 @@ def from_transformers(values: Mapping[str, Any]) -> ModelConfig:
         hidden=values["intermediate_size"],
         vocab_size=values["vocab_size"],
         rope_theta=_rope_theta(values),
-        norm_eps=float(values["rms_norm_eps"]),
+        norm_eps=_number("rms_norm_eps", values["rms_norm_eps"]),
     )
 
 
@@ -121,11 +124,20 @@ def _rope_theta(values: Mapping[str, Any]) -> float:
     factor = values.get("partial_rotary_factor", 1.0)
     for name in ("rope_scaling", "rope_parameters"):
         rope = values.get(name) or {}
-        kind = rope.get("rope_type", rope.get("type", "default"))
+        if not isinstance(rope, dict) or any(isinstance(part, dict) for part in rope.values()):
+            raise ValueError(f"{name}={rope!r}: only one plain rotary embedding for all layers")
+        # What stretches positions must name its kind; left out, it would be taken for none.
+        kind = rope.get("rope_type", rope.get("type", None if "factor" in rope else "default"))
         if kind != "default":
             raise ValueError(f"rope scaling of type {kind!r} is not supported: only plain rotary")
         theta = rope.get("rope_theta", theta)
         factor = rope.get("partial_rotary_factor", factor)
     if factor != 1.0:
         raise ValueError(f"partial_rotary_factor={factor} must be 1")
-    return float(theta)
+    return _number("rope_theta", theta)
+
+
+def _number(name: str, value: Any) -> float:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise ValueError(f"config.json needs a number as {name}, not {value!r}")
+    return float(value)
