@@ -232,6 +232,31 @@ def test_text_as_source_is_tokenised_once(tmp_path, bpe, monkeypatch):
         assert data.fingerprint != fingerprint
 
 
+def test_without_locks_a_faster_process_stays(tmp_path, monkeypatch):
+    path, output = tmp_path / "a.txt", tmp_path / "out"
+    path.write_text(SAMPLE)
+
+    class Slow(ByteTokenizer):
+        def encode_batch(self, texts):
+            if not output.exists():
+                prepare([str(path)], ByteTokenizer(), output, quiet=True)
+                (output / "first").touch()
+            return super().encode_batch(texts)
+
+    with pytest.raises(ValueError, match=r"cannot write .*out"):
+        prepare([str(path)], Slow(), output, quiet=True)
+    assert (output / "first").exists()
+    assert sorted(os.listdir(tmp_path)) == ["a.txt", "out"]
+
+    def prepare_after_another(*args, **kwargs):
+        prepare(*args, **kwargs)
+        return prepare(*args, **kwargs)
+
+    monkeypatch.setattr(source, "prepare", prepare_after_another)
+    with open_small(DataConfig(source=str(path), cache=str(tmp_path / "cache"))) as data:
+        assert data.train_tokens
+
+
 @pytest.mark.core
 def test_command_line(tmp_path, bpe):
     (tmp_path / "a.txt").write_text(SAMPLE)

@@ -77,9 +77,10 @@ def test_a_folder_of_shards_by_their_names(tmp_path, cfg):
         assert data.validation_tokens > 0
 
 
-def test_large_xz_is_decompressed_once(tmp_path, cfg, monkeypatch):
+@pytest.mark.parametrize("name", ["a", "a[1]*"])
+def test_large_xz_is_decompressed_once(tmp_path, cfg, monkeypatch, name):
     monkeypatch.setattr(shards, "_IN_MEMORY_BYTES", 10)
-    path = write_shard(tmp_path / "a.bin.xz", STREAM)
+    path = write_shard(tmp_path / f"{name}.bin.xz", STREAM)
     cache = tmp_path / "cache"
     with open_small(cfg(path)) as data:
         first = take(data.train_batches(), 9)
@@ -100,8 +101,9 @@ def test_large_xz_is_decompressed_once(tmp_path, cfg, monkeypatch):
     assert not [name for name in os.listdir(cache) if name.endswith(".partial")]
 
 
-def test_partial_files_of_dead_processes_are_deleted(tmp_path):
-    target = tmp_path / "x.bin"
+@pytest.mark.parametrize("name", ["x.bin", "x[1].bin"])
+def test_partial_files_of_dead_processes_are_deleted(tmp_path, name):
+    target = tmp_path / name
     mine = partial_path(target)
     mine.write_bytes(b"in progress")
     dead = tmp_path / mine.name.replace(f".{os.getpid()}.", ".999999999.")
@@ -200,6 +202,8 @@ def damaged(folder):
     np.save(folder / "float.npy", np.ones(100, np.float32))
     np.save(folder / "square.npy", np.ones((10, 10), np.uint16))
     np.save(folder / "none.npy", np.ones(0, np.uint16))
+    np.savez(folder / "archive.npz", STREAM)
+    (folder / "archive.npz").rename(folder / "archive.npy")
     np.save(folder / "pickle.npy", np.array([{"a": 1}] * 100, object), allow_pickle=True)
     write_shard(folder / "tiny.bin", STREAM[:8])
     write_shard(folder / "large.bin", np.append(STREAM, 257))
@@ -225,6 +229,7 @@ def damaged(folder):
         ("float.npy", ValueError, r"float\.npy has dtype float32 and shape \(100,\)"),
         ("square.npy", ValueError, r"square\.npy has dtype uint16 and shape \(10, 10\)"),
         ("none.npy", ValueError, r"none\.npy is empty"),
+        ("archive.npy", ValueError, r"archive\.npy is not a \.npy array: it is an archive"),
         ("pickle.npy", ValueError, r"pickle\.npy is not a \.npy array"),
         ("tiny.bin", ValueError, r"tiny\.bin' has 8 training tokens in 1 piece.* = 9"),
         ("large.bin", ValueError, r"large\.bin: token id 257 at position 300 .* size 257"),

@@ -1,6 +1,7 @@
 """Files that appear whole or not at all, also across kills and concurrent processes."""
 
 import contextlib
+import glob
 import os
 import shutil
 import socket
@@ -56,7 +57,7 @@ def partial_path(target: Path) -> Path:
     Partial files and folders of dead processes of this host are deleted first.
     """
     host = socket.gethostname()
-    for stale in target.parent.glob(f".{target.name}.{host}.*{_PARTIAL}"):
+    for stale in target.parent.glob(f".{glob.escape(target.name)}.{host}.*{_PARTIAL}"):
         if not _alive(int(stale.name.split(".")[-3])):
             remove(stale)
     unique = f".{target.name}.{host}.{os.getpid()}.{uuid.uuid4().hex[:8]}{_PARTIAL}"

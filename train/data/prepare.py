@@ -199,7 +199,8 @@ class _Target:
             if tokenizer.file is not None:
                 shutil.copyfile(tokenizer.file, folder / "tokenizer.json")
             (folder / META).write_text(json.dumps(meta, indent=1) + "\n", encoding="utf-8")
-            if output.exists():
+            # What another process wrote meanwhile stays, unless told.
+            if self.overwrite and output.exists():
                 remove(output)
             os.replace(folder, output)
             return meta

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import glob
 import hashlib
 import lzma
 import mmap
@@ -145,6 +146,9 @@ def _open_npy(path: str) -> TokenShard:
         array = np.load(path, mmap_mode="r")
     except ValueError as error:
         raise ValueError(f"token shard {path} is not a .npy array: {error}") from None
+    if not isinstance(array, np.ndarray):
+        array.close()
+        raise ValueError(f"token shard {path} is not a .npy array: it is an archive, .npz")
     if array.ndim != 1 or array.dtype not in (np.dtype("<u2"), np.dtype("<u4")):
         raise ValueError(
             f"token shard {path} has dtype {array.dtype} and shape {array.shape}: "
@@ -195,7 +199,8 @@ def _open_xz(path: str, dtype: str, cache: str | None, advance: Advance) -> Toke
 
 def _cached(target: Path) -> Path | None:
     """The decompressed file, whose name holds its size, if it is there and whole."""
-    for found in target.parent.glob(f"{target.stem}.*.bin"):
+    # A shard's name may hold characters of patterns.
+    for found in target.parent.glob(f"{glob.escape(target.stem)}.*.bin"):
         if found.stat().st_size == int(found.name.split(".")[-2]):
             return found
         remove(found)

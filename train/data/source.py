@@ -174,5 +174,10 @@ def _open_text(paths: list[str], cfg: DataConfig, tokenizer: Tokenizer, quiet: b
     target = cache_folder(cfg.cache) / f"text-{key.hexdigest()[:24]}"
     with locked(target):
         if read_meta(target) is None:
-            prepare(paths, tokenizer, target, jsonl_field=cfg.jsonl_field, quiet=quiet)
+            try:
+                prepare(paths, tokenizer, target, jsonl_field=cfg.jsonl_field, quiet=quiet)
+            except (FileExistsError, ValueError):
+                # Where there are no locks, another process may have been faster.
+                if read_meta(target) is None:
+                    raise
     return _open_prepared(target, dataclasses.replace(cfg, dtype="auto"), tokenizer, quiet)[0]
