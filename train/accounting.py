@@ -259,23 +259,29 @@ def ffn_products(config: Config) -> tuple[Product, ...]:
 def recomputed_flops(config: Config, *, sparse: bool = False) -> int:
     """Returns the FLOPs that rematerialisation adds to a step; MFU and shares leave them out.
 
-    `full` repeats the forward pass of every block, `dots` that of XLA's own attention (its products
-    have batch dimensions); "auto" is taken for cuDNN's, whose result is kept.
+    `full` repeats the forward pass of every block but for its last product, Y2 W2, which nothing in
+    the backward pass reads (the gates of a mixture do); `dots` that of XLA's own attention (its
+    products have batch dimensions); "auto" is taken for cuDNN's, whose result is kept.
     """
     m = config.model
-    flops = sparse_flops(config) if sparse else dense_flops(config)
+    dense = dense_flops(config)
+    flops = sparse_flops(config) if sparse else dense
     if m.remat == "none":
         return 0
     if m.remat == "dots":
         return flops.attention // 3 if m.attention == "xla" else 0
-    products = ffn_products(config)
-    ffn = sum(p.sparse_flops if sparse else p.dense_flops for p in products if not p.backward)
-    projections = dense_flops(config).projections // 3
+    products = [p for p in ffn_products(config) if not p.backward]
+    if not m.experts:
+        products.pop()
+    ffn = sum(p.sparse_flops if sparse else p.dense_flops for p in products)
+    projections = dense.projections // 3
     if sparse and config.sparsity.attention_projections and m.ffn != "swiglu":
         # Forward the 2:4 weights are those of queries, keys and values.
         weights = 2 * m.num_heads + 2 * m.kv_heads
         projections -= projections * (weights - m.num_heads) // weights // 2
-    return ffn + projections + flops.attention // 3 + flops.router
+    # A mixture's router learns; similarities to centres have no backward pass.
+    router = dense.router // 3 + flops.router - dense.router
+    return ffn + projections + flops.attention // 3 + router
 
 
 def neuron_groups(config: Config) -> int:

@@ -145,13 +145,17 @@ def test_swiglu_has_no_sparse_step():
 def test_recomputed_flops():
     config = tiny()
     dense = accounting.dense_flops(config)
-    forward = (dense.ffn + dense.projections + dense.attention) // 3
+    # Of the two-matrix network's products only the first is needed again.
+    forward = dense.ffn // 6 + (dense.projections + dense.attention) // 3
     for remat, expected in (("none", 0), ("dots", 0), ("full", forward)):
         changed = tiny(remat=remat)
         assert accounting.recomputed_flops(changed) == expected
     own = tiny(remat="dots", attention="xla")
     assert accounting.recomputed_flops(own) == dense.attention // 3
     assert accounting.recomputed_flops(changed, sparse=True) < forward
+    mixture = tiny(remat="full", experts=4)
+    dense = accounting.dense_flops(mixture)
+    assert accounting.recomputed_flops(mixture) == (dense.total - dense.head) // 3
 
 
 def test_amdahl():
@@ -343,8 +347,9 @@ def _count_products(jaxpr) -> int:
     return total
 
 
+@pytest.mark.parametrize("remat", ["none", "full"])
 @pytest.mark.parametrize("ffn", ["relu2", "relu2_gated", "swiglu"])
-def test_counts_agree_with_the_model(ffn):
+def test_counts_agree_with_the_model(ffn, remat):
     import jax
     import jax.numpy as jnp
     from flax import nnx
@@ -352,7 +357,7 @@ def test_counts_agree_with_the_model(ffn):
     from train.loss import cross_entropy
     from train.model import Llama
 
-    config = tiny(ffn=ffn, hidden=192, num_kv_heads=2, qk_norm=ffn == "swiglu")
+    config = tiny(ffn=ffn, hidden=192, num_kv_heads=2, qk_norm=ffn == "swiglu", remat=remat)
     graph, params = nnx.split(
         nnx.eval_shape(lambda: Llama(config.model, None, rngs=nnx.Rngs(0))), nnx.Param
     )
@@ -369,7 +374,8 @@ def test_counts_agree_with_the_model(ffn):
     counted = _count_products(jax.make_jaxpr(jax.value_and_grad(loss))(params, tokens).jaxpr)
     flops = accounting.dense_flops(config)
     # XLA's own attention multiplies the whole square, of which the causal half is counted.
-    assert counted == flops.total + flops.attention
+    square = flops.attention + (flops.attention // 3 if remat == "full" else 0)
+    assert counted == flops.total + accounting.recomputed_flops(config) + square
 
 
 @pytest.mark.parametrize("remat", ["none", "dots", "full"])
