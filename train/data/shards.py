@@ -298,22 +298,28 @@ def hold_out_tail(
     tail = round(total * fraction)
     if tail == 0:
         return list(spans), []
-    remaining = total - tail
+    cut = _end_of_document(spans, total - tail, total - tail + tail // 2, eos_id)
     training: list[Span] = []
-    for index, span in enumerate(spans):
-        if remaining >= span.length:
-            training.append(span)
-            remaining -= span.length
-            continue
-        cut = span.start + remaining
-        for start in range(cut, min(span.stop, cut + tail // 2), _CHUNK):
-            stop = min(span.stop, cut + tail // 2, start + _CHUNK)
-            ends = np.flatnonzero(span.shard.tokens[start:stop] == eos_id)
+    validation: list[Span] = []
+    for span in spans:
+        middle = span.start + min(max(cut, 0), span.length)
+        cut -= span.length
+        if middle > span.start:
+            training.append(Span(span.shard, span.start, middle))
+        if middle < span.stop:
+            validation.append(Span(span.shard, middle, span.stop))
+    return training, validation
+
+
+def _end_of_document(spans: Sequence[Span], first: int, last: int, eos_id: int) -> int:
+    """The place after the first end-of-document token at `first` or later and before `last`, of
+    the tokens of all spans together; `first` if there is none."""
+    before = 0
+    for span in spans:
+        begin, end = max(first - before, 0), min(last - before, span.length)
+        for start in range(begin, end, _CHUNK):
+            ends = np.flatnonzero(span.tokens[start : min(end, start + _CHUNK)] == eos_id)
             if ends.size:
-                cut = start + int(ends[0]) + 1
-                break
-        if cut > span.start:
-            training.append(Span(span.shard, span.start, cut))
-        validation = [Span(span.shard, cut, span.stop)] if cut < span.stop else []
-        return training, validation + list(spans[index + 1 :])
-    return training, []
+                return before + start + int(ends[0]) + 1
+        before += span.length
+    return first
