@@ -1,7 +1,8 @@
-"""Compiles the `triton` kernels for a GPU that this machine need not have.
+"""Compiles kernels for a GPU that this machine need not have.
 
     pip install "jax[cuda13]" nvidia-cuda-cuobjdump nvidia-cuda-nvdisasm
     JAX_PLATFORMS=cpu python -m benchmarks.compile_for A100 --out compiled.json
+    JAX_PLATFORMS=cpu python -m benchmarks.compile_for H100 --backend hopper --out compiled.json
 
 XLA's compiler takes a description of the device instead of the device. What it refuses (more shared
 memory than there is), and what the assembler made (registers, spills, sparse tensor core
@@ -13,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import importlib
 import json
 import os
 import pathlib
@@ -31,8 +33,7 @@ from rich.table import Table
 
 from benchmarks import device_code
 from benchmarks.environment import versions
-from kernels.registry import assume_capability
-from kernels.triton import grouped24, pack24, spmm24
+from kernels.registry import Backend, assume_capability, refusal
 from sparsejax.spec import Sparsity
 
 Shape = jax.ShapeDtypeStruct
@@ -40,8 +41,10 @@ Shape = jax.ShapeDtypeStruct
 TOKENS, V, M = 16_384, 128, 16
 MODELS = {"llama1b": (2048, 8192), "llama7b": (4096, 16384)}
 """D and H."""
-MMAS = ("HMMA.SP", "HMMA", "HGMMA", "UTCHMMA")
-"""Tensor core instructions: sparse, dense of any chip, of Hopper, of Blackwell."""
+MMAS = ("HMMA.SP", "HMMA", "HGMMA.SP", "HGMMA", "UTCHMMA")
+"""Tensor core instructions: sparse and dense of any chip, the same of Hopper, of Blackwell."""
+FUNCTIONS: dict[Backend, str] = {"triton": "{}", "hopper": "{}_hopper_mosaic_gpu_kernel"}
+"""What a kernel is called on the device."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,8 +101,15 @@ TARGETS = {
 }
 
 
-def problems(width: int, hidden: int) -> Iterator[tuple[str, str, Callable, tuple[Shape, ...]]]:
+def problems(
+    width: int, hidden: int, backend: Backend = "triton"
+) -> Iterator[tuple[str, str, Callable, tuple[Shape, ...]]]:
     """A kernel's name, what it is given in words, itself, and shapes to compile it for."""
+    # Only when asked for: machines without GPUs may lack what one of them imports.
+    spmm24, pack24, grouped24 = (
+        importlib.import_module(f"kernels.{backend}.{op}")
+        for op in ("spmm24", "pack24", "grouped24")
+    )
     bf16, f32, i32 = jnp.bfloat16, jnp.float32, jnp.int32
     metadata = lambda m, k: Shape((m // 64, k // 64, 128), i32)
     for m, n, k in ((hidden // 2, TOKENS, width), (TOKENS, width, hidden)):
@@ -156,11 +166,11 @@ class Compiler:
             return jax.jit(function).trace(*placed).lower().compile(compiler_options=options)
 
 
-def run(target: Target) -> list[dict[str, Any]]:
-    """Compiles every kernel; a row for each."""
+def run(target: Target, backend: Backend = "triton") -> list[dict[str, Any]]:
+    """Compiles every kernel of a backend; a row for each."""
     compiler, seen, rows = Compiler(target), set[bytes](), []
     for model, (width, hidden) in MODELS.items():
-        for name, problem, function, shapes in problems(width, hidden):
+        for name, problem, function, shapes in problems(width, hidden, backend):
             row: dict[str, Any] = {"model": model, "kernel": name, "problem": problem}
             rows.append(row)
             try:
@@ -168,7 +178,7 @@ def run(target: Target) -> list[dict[str, Any]]:
             except Exception as error:  # whatever XLA says is the result
                 row["error"] = f"{type(error).__name__}: {str(error).splitlines()[0]}"
                 continue
-            code = device_code.compiled(name, seen)
+            code = device_code.compiled(FUNCTIONS[backend].format(name), seen)
             del executable  # its code must be in memory until here
             if code is not None:
                 row |= {"registers": code.registers, "stack_bytes": code.stack_bytes}
@@ -199,22 +209,26 @@ def main(arguments: list[str] | None = None) -> None:
     """The command line."""
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.compile_for",
-        description="Compiles triton's kernels for a GPU that need not be here.",
+        description="Compiles kernels for a GPU that need not be here.",
     )
     parser.add_argument("target", choices=TARGETS, help="the GPU")
+    parser.add_argument("--backend", choices=FUNCTIONS, default="triton", help="whose kernels")
     parser.add_argument("--out", required=True, type=pathlib.Path, help="result file, .json")
     options = parser.parse_args(arguments)
     if device_code.cuobjdump() is None:
         parser.error("cuobjdump is missing: pip install nvidia-cuda-cuobjdump nvidia-cuda-nvdisasm")
     target = TARGETS[options.target]
+    if reason := refusal(options.backend, target.capability):
+        parser.error(reason)
     try:
-        rows = run(target)
+        rows = run(target, options.backend)
     except RuntimeError as error:
         parser.error(f'{str(error).splitlines()[0]}: pip install "jax[cuda13]"')
     result = {
         "benchmark": "compile_for",
         "target": target.kind,
         "capability": target.capability,
+        "backend": options.backend,
         "versions": versions(),
         "rows": rows,
     }

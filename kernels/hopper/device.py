@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import jax
+import jaxlib
 
 from kernels import registry
 
@@ -28,6 +29,17 @@ def num_cores() -> int:
     if abstract is not None and abstract.num_cores:
         return abstract.num_cores
     return getattr(registry.default_device(), "core_count", None) or _DEFAULT_CORES
+
+
+def linked() -> bool:
+    """Whether ptxas assembles a kernel as a part of a program to be linked.
+
+    jaxlib's wheels do that with Mosaic GPU kernels from 0.12 on, by nvJitLink. ptxas then ignores
+    setmaxnreg (its remark C7504), so that every thread keeps an equal share of a multiprocessor's
+    registers, and waits after every wgmma of a kernel that calls a function (C7509), as a division
+    of two 16-bit variables is.
+    """
+    return tuple(int(part) for part in jaxlib.__version__.split(".")[:2]) >= (0, 12)
 
 
 def require_hopper() -> None:

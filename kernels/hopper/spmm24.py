@@ -32,6 +32,7 @@ import numpy as np
 from jax import lax
 
 from kernels.hopper import device
+from kernels.hopper.grouped_common import tile_order
 from kernels.hopper.spmm24_config import REGISTERS, Spmm24Config, choose_config
 from kernels.hopper.spmm24_epilogue import touch_scales, write_tile
 from kernels.hopper.spmm24_pipeline import (
@@ -59,7 +60,14 @@ def tile_origin(p: Problem, linear: jax.Array, rank: jax.Array | int):
     """
     c = p.config
     minor = 0 if c.order == "m" else 1
-    mi, ni = plgpu.planar_snake(linear, (p.m_tiles, p.n_tiles), minor, c.width)
+    tiles = (p.m_tiles, p.n_tiles)
+    if device.linked():
+        # planar_snake divides by the width of the last strip, a variable.
+        width = min(c.width, tiles[minor])
+        major_i, minor_i = tile_order(linear, tiles[1 - minor], tiles[minor], width)
+        mi, ni = (minor_i, major_i) if minor == 0 else (major_i, minor_i)
+    else:
+        mi, ni = plgpu.planar_snake(linear, tiles, minor, c.width)
     m0, n0 = mi * c.cluster_m, ni * c.cluster_n
     if c.cluster == "m":
         m0 = m0 + rank * c.block_m

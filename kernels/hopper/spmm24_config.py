@@ -17,6 +17,16 @@ _SMEM_BYTES = 227 * 1024 - 2048
 # tiles of up to 192 columns: ptxas needs an instruction to fit in the 128 registers that each of
 # 512 threads starts with.
 REGISTERS = {1: 240, 2: 232, 3: 160}
+_SM_REGISTERS = 65_536
+
+
+def registers(warpgroups: int) -> int:
+    """Registers that a compute thread has, of a block with so many compute warpgroups. Larger tiles
+    run, and keep accumulators in memory."""
+    if not device.linked():
+        return REGISTERS[warpgroups]
+    share = _SM_REGISTERS // (128 * (warpgroups + 1)) // 8 * 8
+    return min(share, REGISTERS[warpgroups])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,6 +88,10 @@ class Spmm24Config:
     def cluster_n(self) -> int:
         return self.block_n * (2 if self.cluster == "n" else 1)
 
+    def fits(self, registers: int) -> bool:
+        """Whether so many registers hold a thread's accumulators, and what it multiplies with."""
+        return self.wg_m * self.tile_n // 2 + 40 <= registers
+
     def problem(self, out_itemsize: int, itemsize: int = 2) -> str | None:
         """Why this configuration cannot run, or None; itemsize: of the operands."""
         if self.warpgroups not in REGISTERS or self.split not in ("m", "n"):
@@ -88,7 +102,7 @@ class Spmm24Config:
             return f"{self.tile_n=} {self.tile_k=}"
         if self.block_m > 256 or self.block_n > 256:
             return f"{self.block_m=} {self.block_n=} exceed a TMA box of 256"
-        if self.wg_m * self.tile_n // 2 + 40 > REGISTERS[self.warpgroups]:
+        if not self.fits(REGISTERS[self.warpgroups]):
             return f"{self.wg_m=} {self.tile_n=} need more registers than a thread has"
         if self.in_flight not in (0, 1) or self.stages < 2 or self.out_slots < 1:
             return f"{self.in_flight=} {self.stages=} {self.out_slots=}"
@@ -137,7 +151,8 @@ def _tuned_or_heuristic(
     entry = tables.lookup("hopper", op, device.kind(), key)
     if entry is not None:
         config = Spmm24Config(**entry)
-        if config.problem(out_itemsize, itemsize) is None:
+        fits = config.fits(registers(config.warpgroups))
+        if fits and config.problem(out_itemsize, itemsize) is None:
             return config
     return heuristic(m, n, k, out_itemsize, itemsize)
 
@@ -153,7 +168,7 @@ def heuristic(m: int, n: int, k: int, out_itemsize: int, itemsize: int = 2) -> S
         # tensor cores are as much faster as the elements are smaller.
         return -(-tiles // cores) * (-(-k * itemsize // 128) * step + tile)
 
-    best = min(_COSTS, key=cost)
+    best = min((c for c in _COSTS if c.fits(registers(c.warpgroups))), key=cost)
     if itemsize == 1:
         best = dataclasses.replace(best, tile_k=128, in_flight=0)
     # float32 output takes twice the shared memory.

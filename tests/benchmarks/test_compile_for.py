@@ -72,11 +72,13 @@ def test_device_binaries_are_found_among_other_bytes():
     assert list(device_code.binaries(content, b"down24")) == []
 
 
-@pytest.mark.parametrize("name", ["A100", "L40"])
-def test_every_problem_traces(name):
+@pytest.mark.parametrize(
+    ("name", "backend"), [("A100", "triton"), ("L40", "triton"), ("H100", "hopper")]
+)
+def test_every_problem_traces(name, backend):
     target = compile_for.TARGETS[name]
     with assume_capability(target.capability):
-        for _, _, function, shapes in compile_for.problems(2048, 8192):
+        for _, _, function, shapes in compile_for.problems(2048, 8192, backend):
             jax.eval_shape(function, *shapes)
     assert f'name: "{target.kind}"' in target.text()
 
@@ -89,5 +91,9 @@ def test_refusals_are_one_line(capsys, monkeypatch, tmp_path):
         return capsys.readouterr().err.splitlines()[-1]
 
     assert "invalid choice: 'V100'" in main("V100")
+    monkeypatch.setattr(device_code, "cuobjdump", lambda: "/bin/cuobjdump")
+    assert "backend='hopper' needs compute capability 9.0, not (8, 0)" in main(
+        "A100", "--backend", "hopper"
+    )
     monkeypatch.setattr(device_code, "cuobjdump", lambda: None)
     assert "cuobjdump is missing: pip install" in main("A100")

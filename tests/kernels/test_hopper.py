@@ -13,6 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kernels import reference
+from kernels.hopper import device
 from kernels.hopper import pack24 as packing
 from kernels.hopper import spmm24 as products
 from kernels.hopper.spmm24_config import choose_config, heuristic
@@ -143,8 +144,15 @@ def test_pack_group_matches_the_oracle(seed, mode, scale, dtype):
     config=st.sampled_from(CONFIGS),
     order=st.sampled_from("mn"),
     width=st.integers(1, 9),
+    linked=st.booleans(),
 )
-def test_tiles_cover_the_output_once(m, n, cores, config, order, width):
+def test_tiles_cover_the_output_once(m, n, cores, config, order, width, linked):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("kernels.hopper.device.linked", lambda: linked)
+        cover_the_output_once(m, n, cores, config, order, width)
+
+
+def cover_the_output_once(m, n, cores, config, order, width):
     config = dataclasses.replace(config, order=order, width=width)
     p = Problem(m, n, 64, "bf16", "nk", "mn", jnp.bfloat16, False, False, cores, config)
     linear = np.arange(p.tiles, dtype=np.int32)
@@ -190,6 +198,33 @@ def test_tuned_entry_is_chosen(tmp_path, monkeypatch):
     assert tuned == products.Spmm24Config(width=3)
     assert tuned != untuned
     assert choose_config(256, 512, 128, "nk", "nm", jnp.bfloat16) == untuned
+
+
+@pytest.mark.parametrize("itemsize", [1, 2])
+def test_tiles_fit_the_registers_that_a_thread_has(tmp_path, monkeypatch, itemsize):
+    """Where a kernel is assembled for a linker, no tile needs more than a thread's share."""
+    monkeypatch.setattr(tables, "FOLDER", tmp_path)
+    monkeypatch.setattr("kernels.hopper.device.kind", lambda: "NVIDIA Test GPU")
+    wide = {"wg_m": 2, "tile_n": 192, "epi_n": 192, "out_slots": 1}
+    key = tables.key(m=8192, n=16384, k=2048, b="nk", out="mn")
+    tables.save("hopper", "NVIDIA Test GPU", "spmm24", {key: wide})
+    choose = lambda: choose_config(8192, 16384, 2048, "nk", "mn", jnp.bfloat16)
+    accumulators = lambda c: c.wg_m * c.tile_n // 2
+    monkeypatch.setattr("kernels.hopper.device.linked", lambda: False)
+    assert choose() == products.Spmm24Config(**wide)
+    assert accumulators(heuristic(8192, 16384, 2048, 2, itemsize)) == 192
+    monkeypatch.setattr("kernels.hopper.device.linked", lambda: True)
+    assert accumulators(choose()) == 128
+    assert accumulators(heuristic(8192, 16384, 2048, 2, itemsize)) == 128
+    assert choose().problem(2) is None
+
+
+@pytest.mark.parametrize(
+    ("version", "linked"), [("0.10.2", False), ("0.11.2", False), ("0.12.0", True), ("1.0", True)]
+)
+def test_which_jaxlib_assembles_for_a_linker(monkeypatch, version, linked):
+    monkeypatch.setattr("jaxlib.__version__", version)
+    assert device.linked() is linked
 
 
 def test_save_merges_entries(tmp_path, monkeypatch):
