@@ -135,6 +135,14 @@ def test_what_may_be_drawn(sampling, kept):
     np.testing.assert_allclose(got[index], want, atol=1e-6)
 
 
+@pytest.mark.parametrize("top_p", [1.0, 0.9])
+@pytest.mark.parametrize("temperature", [1e-6, 1e-38])
+def test_the_smallest_temperatures_take_the_most_likely_token(temperature, top_p):
+    logits, keys = jnp.array([[1.0, 3.0, 5.0, 4.9]]), jax.random.split(jax.random.key(0), 1)
+    token = sample(logits, Sampling(temperature, top_p=top_p), keys)
+    assert token.tolist() == [2]
+
+
 def test_draws_follow_the_distribution():
     logits = jnp.log(jnp.array([[0.5, 0.3, 0.2]])).repeat(4000, 0)
     keys = jax.random.split(jax.random.key(0), 4000)

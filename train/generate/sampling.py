@@ -40,7 +40,8 @@ GREEDY = Sampling()
 
 def filtered_logits(logits: jax.Array, sampling: Sampling) -> jax.Array:
     """(V,) float32 logits at the temperature (above 0), minus infinity where no token is drawn."""
-    logits = logits / sampling.temperature
+    # Smaller ones draw the same, but for quotients that become infinite.
+    logits = logits / max(sampling.temperature, 1e-30)
     if 0 < sampling.top_k < logits.shape[-1]:
         smallest = jax.lax.top_k(logits, sampling.top_k)[0][-1]
         logits = jnp.where(logits < smallest, -jnp.inf, logits)
