@@ -27,7 +27,13 @@ def test_there_are_notebooks():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def _run_apart(path):
+    """The notebook that trains for a while runs with the trainers that tests start."""
+    marks = [pytest.mark.processes] if path.stem == "training" else []
+    return pytest.param(path, marks=marks, id=path.stem)
+
+
+@pytest.mark.parametrize("path", [_run_apart(path) for path in NOTEBOOKS])
 def test_it_runs_from_top_to_bottom(path, monkeypatch):
     from nbclient import NotebookClient
 
