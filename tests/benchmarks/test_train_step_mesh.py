@@ -31,6 +31,7 @@ SMALL = shlex.split(
 
 
 @pytest.mark.slow
+@pytest.mark.processes
 @pytest.mark.skipif(jax.default_backend() == "gpu", reason="devices are simulated on CPUs")
 def test_two_devices_and_one_of_them(tmp_path):
     out = tmp_path / "step.json"

@@ -89,6 +89,7 @@ def compare(meshes):
 
 
 @pytest.mark.slow
+@pytest.mark.processes
 def test_one_two_and_eight_devices_with_clusters_of_each_tensor_shard():
     """Two shards, clustered on one device or on two along tensor: the same function."""
     compare([[1, 1, 1, 2], [1, 2, 1, 2], [2, 2, 2, 2]])
