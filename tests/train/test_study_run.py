@@ -142,12 +142,17 @@ def die(run: Run, study: str, folders: Folders, jobs: int) -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-def test_a_process_that_dies_is_a_failed_run(tmp_path, monkeypatch):
-    monkeypatch.setattr(runner, "execute", die)
-    study = definition.get("smoke", Options())
-    folders = Folders(tmp_path, tmp_path)
+def isolated(folder, monkeypatch, execute):
+    """The first run of the smoke study in a process of its own that does this instead."""
+    monkeypatch.setattr(runner, "execute", execute)
+    study, folders = definition.get("smoke", Options()), Folders(folder, folder)
     outcome = plan(study, study.runs[:1], folders)
     run_study(study, outcome, folders, console=SILENT, isolate=True)
+    return study, folders, outcome
+
+
+def test_a_process_that_dies_is_a_failed_run(tmp_path, monkeypatch):
+    study, folders, outcome = isolated(tmp_path, monkeypatch, die)
     assert [r["error"] for r in outcome.failed] == ["its process died: SIGKILL"]
     assert plan(study, study.runs[:1], folders).left == [study.runs[0]]
 
@@ -157,11 +162,7 @@ def fill_the_disk(run: Run, study: str, folders: Folders, jobs: int) -> None:
 
 
 def test_a_result_that_a_process_cannot_write_is_a_failure(tmp_path, monkeypatch):
-    monkeypatch.setattr(runner, "execute", fill_the_disk)
-    study = definition.get("smoke", Options())
-    folders = Folders(tmp_path, tmp_path)
-    outcome = plan(study, study.runs[:1], folders)
-    run_study(study, outcome, folders, console=SILENT, isolate=True)
+    _, _, outcome = isolated(tmp_path, monkeypatch, fill_the_disk)
     assert outcome.stopped is None
     assert [r["error"] for r in outcome.failed] == ["its process died: exit code 1"]
 

@@ -14,6 +14,7 @@ from matplotlib.figure import Figure
 from matplotlib.text import Annotation
 from matplotlib.transforms import Bbox
 
+from sparsejax.schedule import PhaseSchedule
 from train.plots import INK, MUTED, new_figure, smoothed
 from train.study.definition import Axis
 from train.study.equal_time import SUFFIX
@@ -316,11 +317,13 @@ def _held_out(record: Record) -> tuple[list[int], list[float | None]]:
     """Steps and losses of a run's evaluations, in the sparse phase of the sparse view: the dense
     one means nothing there."""
     config, found = record["config"], record["evaluations"]
-    begin = config["schedule"]["warmup_steps"]
-    end = begin + round(config["schedule"]["sparse_fraction"] * config["steps"])
+    schedule = config["schedule"]
+    sparse_steps = round(schedule["sparse_fraction"] * config["steps"])
+    phase = PhaseSchedule(schedule["warmup_steps"], sparse_steps)
     sparse = found.get("loss_sparse") or [None] * len(found["step"])
     pairs = zip(found["step"], found["loss_dense"], sparse, strict=True)
-    own = [s if begin < step <= end and s is not None else d for step, d, s in pairs]
+    # An evaluation follows its step.
+    own = [s if phase(step - 1) == "sparse" and s is not None else d for step, d, s in pairs]
     return found["step"], own
 
 
