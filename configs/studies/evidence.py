@@ -19,7 +19,7 @@ ROUNDS: tuple[tuple[str, int], ...] = (
     *(("verdict", seed) for seed in range(5)),
     *(("leading", seed) for seed in range(3)),
     *(("ends", seed) for seed in range(3)),
-    ("gated", 0),
+    *(("gated", seed) for seed in range(3)),
     ("rates", 0),
     *(("others", seed) for seed in range(2)),
 )
@@ -27,12 +27,15 @@ ROUNDS: tuple[tuple[str, int], ...] = (
 
 
 def _verdict(dense: Config, swiglu: Config, options: Options) -> Variants:
-    recipe = sparse(dense)
+    recipe, short = sparse(dense), sparse(dense, warmup=0.02)
+    speedup = options.speedups.required("M16 50%")
     return {
         "relu2": dense,
         "M16 50%": recipe,
-        "M16 50%" + SUFFIX: equal_time(recipe, dense, options.speedups.required("M16 50%")),
+        "M16 50%" + SUFFIX: equal_time(recipe, dense, speedup),
         "swiglu": swiglu,
+        "M16 50%, warm-up 2%": short,
+        "M16 50%, warm-up 2%" + SUFFIX: equal_time(short, dense, speedup),
     }
 
 
@@ -40,7 +43,6 @@ def _leading(dense: Config, gated: Config | None) -> Variants:
     """What may become a default, and the gated form."""
     variants: Variants = {
         "M16 80%": sparse(dense, share=0.8, warmup=0.05),
-        "M16 50%, warm-up 2%": sparse(dense, warmup=0.02),
         "M32 50%": sparse(dense, m=32),
         "M16 70%": sparse(dense, share=0.7),
     }
@@ -67,6 +69,9 @@ def _ends(dense: Config) -> Variants:
         "M16 80%, warm-up 2%, decay at the end": at_the_end(short(0.8), 0.18),
         "M16 50%, warm-up 2%, decay at the end": at_the_end(short(0.5), 0.48),
         "M32 60%, warm-up 2%": short(0.6, m=32),
+        "M32 65%, warm-up 2%, projections 2:4, decay at the end": at_the_end(
+            sparse(dense, share=0.65, warmup=0.02, m=32, attention_projections=True), 0.33
+        ),
     }
 
 
@@ -75,7 +80,15 @@ def _gated(gated: Config | None, options: Options) -> Variants:
     speedup = options.speedups.by_label.get(GATED)
     if gated is None or speedup is None:
         return {}
-    return {GATED + " 50%" + SUFFIX: equal_time(sparse(gated), gated, speedup)}
+    recipes = {
+        " 50%": sparse(gated),
+        " 50%, warm-up 2%": sparse(gated, warmup=0.02),
+        " 25%, warm-up 2%": sparse(gated, share=0.25, warmup=0.02),
+    }
+    return {
+        GATED + label + SUFFIX: equal_time(recipe, gated, speedup)
+        for label, recipe in recipes.items()
+    }
 
 
 def _rates(*forms: Config) -> Variants:
@@ -121,7 +134,7 @@ def _others(dense: Config, options: Options) -> Variants:
 
 
 def study(options: Options) -> Study:
-    """Dense relu^2 beside 40 others; five seeds of the verdict, three to one of the rest."""
+    """Dense relu^2 beside 44 others; five seeds of the verdict, three to one of the rest."""
     config = base(options, tokens=66e6)
     dense, swiglu = (tuned(config, ffn, options) for ffn in ("relu2", "swiglu"))
     # A sweep that ended early may lack the gated form.

@@ -103,8 +103,9 @@ def test_equal_time_needs_a_speed_and_spends_it():
 def test_the_verdict_of_the_evidence_comes_first():
     speedups = Speedups(None, {"M16": 1.405})
     study = definition.get("evidence", Options(speedups=speedups))
-    first = [(run.label, run.seed) for run in study.runs[:20]]
+    first = [(run.label, run.seed) for run in study.runs[:30]]
     labels = ["relu2", "M16 50%", "M16 50%, equal time", "swiglu"]
+    labels += ["M16 50%, warm-up 2%", "M16 50%, warm-up 2%, equal time"]
     assert first == [(label, seed) for seed in range(5) for label in labels]
     for label in labels:
         assert sorted(run.seed for run in study.runs if run.label == label) == [0, 1, 2, 3, 4]
@@ -127,7 +128,7 @@ def test_the_rate_falls_in_the_dense_end():
     """Of the variants with a short one, where they say so; before it, it is at its peak."""
     study = definition.get("evidence", Options(speedups=Speedups(1.4)))
     labels = [label for label in study.labels if label.endswith("decay at the end")]
-    assert len(labels) == 6
+    assert len(labels) == 7
     for label in labels:
         config = next(run.config for run in study.runs if run.label == label)
         rate, peak = learning_rate_schedule(config), config.optimizer.learning_rate

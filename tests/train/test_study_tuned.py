@@ -11,7 +11,7 @@ from train.study import definition
 from train.study.definition import Options, Tuned
 from train.study.equal_time import Speedups
 from train.study.record import FORMAT
-from train.study.tuned import best_rate, choose, main, read_tuned
+from train.study.tuned import best_rate, choose, main, mean_by_rate, read_tuned
 
 
 def result(ffn, rate, batch, loss, seed=0):
@@ -52,8 +52,27 @@ def test_one_batch_for_all_forms():
     with pytest.raises(ValueError, match="no batch"):
         choose([result("relu2", 1e-3, 16, math.inf)])
     # A second seed is averaged in.
-    again, _ = choose([*records, result("swiglu", 2e-3, 16, 3.5, seed=1)])
+    second = [result("swiglu", r, 16, x, seed=1) for r, x in ((1e-3, 2.9), (2e-3, 3.3), (4e-3, 3))]
+    again, _ = choose([*records, *second])
     assert again == Tuned(16, {"relu2": 1e-3, "swiglu": 1e-3})
+
+
+def test_a_rate_is_not_the_best_for_the_luck_of_its_seed():
+    # 3e-3 is worse by 0.1 for every seed; seed 0 is lucky by 1.
+    points = {2e-3: {0: 2.0, 1: 3.0, 2: 3.1}, 3e-3: {0: 2.1}, 4e-3: {1: 3.2, 2: 3.3}}
+    means = mean_by_rate(points)
+    average = (2.0 + 3.0 + 3.1) / 3
+    assert list(means) == [2e-3, 3e-3, 4e-3]
+    assert list(means.values()) == pytest.approx([average, average + 0.1, average + 0.2])
+    runs = [result("relu2", r, 8, x, s) for r, seeds in points.items() for s, x in seeds.items()]
+    tuned, remarks = choose(runs)
+    assert tuned.learning_rate == {"relu2": 2e-3}
+    assert "relu2: rates have 1 to 3 seeds" in remarks
+    # One seed that diverged is enough, and the others' seeds stay as they are.
+    points[3e-3][1] = math.inf
+    assert mean_by_rate(points) == pytest.approx(
+        {2e-3: average, 3e-3: math.inf, 4e-3: average + 0.2}
+    )
 
 
 def test_a_smaller_initialisation_is_compared_at_its_own_point():

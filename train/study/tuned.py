@@ -22,11 +22,11 @@ from train.study.record import FORMAT, Record, read, write
 def choose(records: Iterable[Record]) -> tuple[Tuned, list[str]]:
     """The best batch, learning rates and initial scales of a sweep.
 
-    A form's loss at a batch is its mean over seeds at the best rate. The batch is that of the
-    lowest loss, averaged over the forms, among those at which all of them were swept. The rate is
-    the vertex of the parabola in log(rate) through the best rate and its two neighbours; the best
-    rate itself at an end of the sweep, or beside a rate that diverged. The scale of the
-    initialisation is the best of those that were swept at one rate and batch.
+    A form's loss at a batch is that at its best rate, for the average seed (`mean_by_rate`). The
+    batch is that of the lowest loss, averaged over the forms, among those at which all of them were
+    swept. The rate is the vertex of the parabola in log(rate) through the best rate and its two
+    neighbours; the best rate itself at an end of the sweep, or beside a rate that diverged. The
+    scale of the initialisation is the best of those that were swept at one rate and batch.
 
     Args:
       records: results with the factors `ffn`, `learning_rate` and `batch_size`, and `init_scale`
@@ -38,7 +38,9 @@ def choose(records: Iterable[Record]) -> tuple[Tuned, list[str]]:
     Raises:
       ValueError: there are no such results.
     """
-    found: dict[tuple[int, str], dict[float, list[float]]] = defaultdict(lambda: defaultdict(list))
+    found: dict[tuple[int, str], dict[float, dict[int, float]]] = defaultdict(
+        lambda: defaultdict(dict)
+    )
     scaled: dict[str, dict[tuple[int, float], dict[float, list[float]]]] = defaultdict(dict)
     for record in records:
         factors = dict(record["factors"])
@@ -49,13 +51,10 @@ def choose(records: Iterable[Record]) -> tuple[Tuned, list[str]]:
         loss = math.inf if loss is None else loss
         batch, ffn, rate = (factors[k] for k in ("batch_size", "ffn", "learning_rate"))
         if scale is None:
-            found[batch, ffn][rate].append(loss)
+            found[batch, ffn][rate][record["seed"]] = loss
         else:
             scaled[ffn].setdefault((batch, rate), defaultdict(list))[scale].append(loss)
-    means = {
-        place: {rate: float(np.mean(losses)) for rate, losses in sorted(points.items())}
-        for place, points in found.items()
-    }
+    means = {place: mean_by_rate(points) for place, points in found.items()}
     forms = dict.fromkeys(ffn for _, ffn in means)
     lowest = {
         batch: float(np.mean([min(means[batch, ffn].values()) for ffn in forms]))
@@ -71,6 +70,9 @@ def choose(records: Iterable[Record]) -> tuple[Tuned, list[str]]:
         rates[ffn] = best_rate(list(points), list(points.values()))
         if min(points, key=points.__getitem__) in (min(points), max(points)):
             remarks.append(f"{ffn}: the best rate, {rates[ffn]:g}, is at an end of the sweep")
+        seeds = {len(by_seed) for by_seed in found[batch, ffn].values()}
+        if len(seeds) > 1:
+            remarks.append(f"{ffn}: rates have {min(seeds)} to {max(seeds)} seeds")
     scales = {}
     for ffn, places in scaled.items():
         for (swept, rate), by_scale in places.items():
@@ -79,6 +81,30 @@ def choose(records: Iterable[Record]) -> tuple[Tuned, list[str]]:
             if float(np.mean(by_scale[best])) < own:
                 scales[ffn] = best
     return Tuned(batch, rates, scales), remarks
+
+
+def mean_by_rate(points: Mapping[float, Mapping[int, float]]) -> dict[float, float]:
+    """Losses by rate, ascending, for the average seed.
+
+    The least-squares fit of a term for the rate plus one for the seed: the mean over seeds where
+    all rates have the same ones. Where they do not, a rate is not the best for the luck of the one
+    seed that it was run with.
+
+    Args:
+      points: by rate, by seed, the loss; infinite where a run diverged, and so is its rate's then.
+    """
+    means = {rate: math.inf for rate in sorted(points)}
+    fitted = [rate for rate in means if all(map(math.isfinite, points[rate].values()))]
+    seeds = sorted({seed for rate in fitted for seed in points[rate]})
+    runs = [(rate, seed, loss) for rate in fitted for seed, loss in points[rate].items()]
+    if not runs:
+        return means
+    design = np.zeros((len(runs), len(fitted) + len(seeds)))
+    for row, (rate, seed, _) in zip(design, runs, strict=True):
+        row[fitted.index(rate)] = row[len(fitted) + seeds.index(seed)] = 1
+    terms = np.linalg.lstsq(design, np.array([loss for *_, loss in runs]), rcond=None)[0]
+    average = np.mean(terms[len(fitted) :])
+    return means | {rate: float(term + average) for rate, term in zip(fitted, terms, strict=False)}
 
 
 def best_rate(rates: Sequence[float], losses: Sequence[float]) -> float:
