@@ -15,6 +15,9 @@ from train.study.equal_time import SUFFIX, equal_time
 GATED = "gated M16"
 """The gated recipe, whose sparse step has a speed of its own."""
 
+FASTEST = "M32+projections 65%, warm-up 2%"
+"""The fastest sparse step in 16 bits, for a whole run 1.3 times as fast as a dense one."""
+
 ROUNDS: tuple[tuple[str, int], ...] = (
     *(("verdict", seed) for seed in range(5)),
     *(("leading", seed) for seed in range(3)),
@@ -52,26 +55,32 @@ def _leading(dense: Config, gated: Config | None) -> Variants:
 
 
 def _ends(dense: Config) -> Variants:
-    """What a short dense end can make good, at a learning rate that has not fallen before it."""
-    at_the_end = lambda config, share: changed(
+    """What a short dense end can make good, where the learning rate has fallen less before it.
+
+    "Decay at the end": it stays at its peak until the flip. "Over 60%": it falls during the last
+    60% of the steps, and is about half of its peak then.
+    """
+    falling = lambda config, share: changed(
         config, optimizer={"decay": "wsd", "decay_fraction": share}
     )
     short = lambda share, m=16: sparse(dense, share=share, warmup=0.02, m=m)
-    longest = at_the_end(short(0.7, m=32), 0.28)
+    longest = falling(short(0.7, m=32), 0.28)
+    fastest = sparse(dense, share=0.65, warmup=0.02, m=32, attention_projections=True)
     return {
-        "relu2, decay at the end": at_the_end(dense, 0.3),
-        "M16 70%, warm-up 2%": short(0.7),
-        "M16 70%, warm-up 2%, decay at the end": at_the_end(short(0.7), 0.28),
+        "relu2, decay at the end": falling(dense, 0.3),
+        "relu2, decay over 60%": falling(dense, 0.6),
+        FASTEST: fastest,
+        FASTEST + ", decay over 60%": falling(fastest, 0.6),
+        FASTEST + ", decay at the end": falling(fastest, 0.33),
         "M32 70%, warm-up 2%, decay at the end": longest,
         "M32 70%, warm-up 2%, rescaled, decay at the end": changed(
             longest, schedule={"rescale_dense": True}
         ),
-        "M16 80%, warm-up 2%, decay at the end": at_the_end(short(0.8), 0.18),
-        "M16 50%, warm-up 2%, decay at the end": at_the_end(short(0.5), 0.48),
+        "M16 70%, warm-up 2%": short(0.7),
+        "M16 70%, warm-up 2%, decay at the end": falling(short(0.7), 0.28),
+        "M16 80%, warm-up 2%, decay at the end": falling(short(0.8), 0.18),
+        "M16 50%, warm-up 2%, decay at the end": falling(short(0.5), 0.48),
         "M32 60%, warm-up 2%": short(0.6, m=32),
-        "M32 65%, warm-up 2%, projections 2:4, decay at the end": at_the_end(
-            sparse(dense, share=0.65, warmup=0.02, m=32, attention_projections=True), 0.33
-        ),
     }
 
 
@@ -134,7 +143,7 @@ def _others(dense: Config, options: Options) -> Variants:
 
 
 def study(options: Options) -> Study:
-    """Dense relu^2 beside 44 others; five seeds of the verdict, three to one of the rest."""
+    """Dense relu^2 beside 48 others; five seeds of the verdict, three to one of the rest."""
     config = base(options, tokens=66e6)
     dense, swiglu = (tuned(config, ffn, options) for ffn in ("relu2", "swiglu"))
     # A sweep that ended early may lack the gated form.
