@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -152,7 +153,8 @@ def final_losses(png: Path, rows: Sequence[Row], baseline: str | None) -> bool:
 
 def sweep(png: Path, rows: Sequence[Row], axis: Axis, baseline: str | None) -> bool:
     """Final loss (mean, standard deviation) against a factor; a line for each setting of the other
-    factors that has two values of this one.
+    factors that has two values of this one. With several seeds, lines stand a little beside each
+    other, so that bars of the same value can be told apart; a single one beside them is hollow.
 
     Returns:
       Whether there was anything to draw.
@@ -169,8 +171,13 @@ def sweep(png: Path, rows: Sequence[Row], axis: Axis, baseline: str | None) -> b
     values = list(dict.fromkeys(x for points in lines.values() for x in points))
     numeric = all(isinstance(x, int | float) for x in values)
     position = (lambda x: x) if numeric else values.index
+    width = max(map(position, values)) - min(map(position, values))
     varying = {pair for rest in lines for pair in rest}
     varying = {pair for pair in varying if not all(pair in rest for rest in lines)}
+    # A number that only some lines have, and always the same one, tells none of those apart.
+    counts = Counter(name for name, _ in varying)
+    varying = {(k, v) for k, v in varying if isinstance(v, str) or counts[k] > 1}
+    most = max(len(row.losses) for points in lines.values() for row in points.values())
     shown = []
     for i, (rest, points) in enumerate(lines.items()):
         order = sorted(points, key=position)
@@ -180,8 +187,22 @@ def sweep(png: Path, rows: Sequence[Row], axis: Axis, baseline: str | None) -> b
         )
         style: dict[str, Any] = {"color": COLOURS[i % len(COLOURS)], "capsize": 3, "markersize": 5}
         spread = [_sd(points[x]) for x in order]
-        axes.errorbar(
-            [position(x) for x in order], means, yerr=spread, fmt="o-", label=name, **style
+        aside = i - (len(lines) - 1) / 2 if most > 1 else 0
+        places = [position(x) for x in order]
+        if numeric and axis.log:
+            places = [x * 1.012**aside for x in places]
+        else:
+            places = [x + 0.012 * width * aside for x in places]
+        axes.errorbar(places, means, yerr=spread, fmt="o-", label=name, **style)
+        alone = [j for j, x in enumerate(order) if len(points[x].losses) == 1 < most]
+        axes.plot(
+            [places[j] for j in alone],
+            [means[j] for j in alone],
+            "o",
+            markersize=5,
+            color=style["color"],
+            markerfacecolor="white",
+            zorder=3,
         )
         # Both ends of the bars, but a bad run's long bar should not set the scale either.
         shown += [m + side * s for m, s in zip(means, spread, strict=True) for side in (-1, 0, 1)]
