@@ -119,6 +119,14 @@ def test_the_verdict_of_the_evidence_comes_first():
     own = Options(speedups=Speedups(None, {"M16": 1.405, "gated M16": 1.6}))
     stretched = {run.label: run.tokens for run in definition.get("evidence", own).runs}[gated]
     assert stretched == pytest.approx(tokens["relu2_gated"] / (0.5 + 0.5 / 1.6), rel=2e-3)
+    # So is the fastest recipe.
+    fastest = "M32+projections 65%, warm-up 2%, decay at the end"
+    assert f"{fastest}, equal time" not in study.labels
+    assert len([run for run in study.runs if run.label == fastest]) == 5
+    own = Options(speedups=Speedups(None, {"M16": 1.405, "M32+projections": 1.568}))
+    stretched = {run.label: run.tokens for run in definition.get("evidence", own).runs}
+    saved = tokens[fastest] / (0.35 + 0.65 / 1.568)
+    assert stretched[f"{fastest}, equal time"] == pytest.approx(saved, rel=2e-3)
     # No label takes its speed from another recipe.
     unknown = [label for label in study.labels if speedups.of(label) is None]
     assert {"M8 50%", "M32 70%", "weights only 50%", "tokens24 M16 50%"} <= set(unknown)
