@@ -68,6 +68,9 @@ def test_a_rate_is_not_the_best_for_the_luck_of_its_seed():
     tuned, remarks = choose(runs)
     assert tuned.learning_rate == {"relu2": 2e-3}
     assert "relu2: rates have 1 to 3 seeds" in remarks
+    # To the last digit, where runs are to be taken over: a factor was rounded.
+    runs = [{**run, "config": {"optimizer": {"learning_rate": 1.1}}} for run in runs]
+    assert choose(runs, swept=True)[0].learning_rate == {"relu2": 1.1}
     # One seed that diverged is enough, and the others' seeds stay as they are.
     points[3e-3][1] = math.inf
     assert mean_by_rate(points) == pytest.approx(

@@ -19,7 +19,7 @@ from train.study.definition import Tuned
 from train.study.record import FORMAT, Record, read, write
 
 
-def choose(records: Iterable[Record]) -> tuple[Tuned, list[str]]:
+def choose(records: Iterable[Record], *, swept: bool = False) -> tuple[Tuned, list[str]]:
     """The best batch, learning rates and initial scales of a sweep.
 
     A form's loss at a batch is that at its best rate, for the average seed (`mean_by_rate`). The
@@ -31,6 +31,8 @@ def choose(records: Iterable[Record]) -> tuple[Tuned, list[str]]:
     Args:
       records: results with the factors `ffn`, `learning_rate` and `batch_size`, and `init_scale`
         where it is not the study's own; others are passed over.
+      swept: take the best rate that was swept, to the last digit, instead of a vertex: its runs can
+        then be those of another study.
 
     Returns:
       The choice, and remarks on what makes it doubtful.
@@ -41,6 +43,7 @@ def choose(records: Iterable[Record]) -> tuple[Tuned, list[str]]:
     found: dict[tuple[int, str], dict[float, dict[int, float]]] = defaultdict(
         lambda: defaultdict(dict)
     )
+    exact: dict[tuple[str, float], float] = {}
     scaled: dict[str, dict[tuple[int, float], dict[float, list[float]]]] = defaultdict(dict)
     for record in records:
         factors = dict(record["factors"])
@@ -52,6 +55,8 @@ def choose(records: Iterable[Record]) -> tuple[Tuned, list[str]]:
         batch, ffn, rate = (factors[k] for k in ("batch_size", "ffn", "learning_rate"))
         if scale is None:
             found[batch, ffn][rate][record["seed"]] = loss
+            # A factor may be rounded.
+            exact[ffn, rate] = record["config"]["optimizer"]["learning_rate"] if swept else rate
         else:
             scaled[ffn].setdefault((batch, rate), defaultdict(list))[scale].append(loss)
     means = {place: mean_by_rate(points) for place, points in found.items()}
@@ -67,16 +72,18 @@ def choose(records: Iterable[Record]) -> tuple[Tuned, list[str]]:
     rates, remarks = {}, []
     for ffn in forms:
         points = means[batch, ffn]
-        rates[ffn] = best_rate(list(points), list(points.values()))
-        if min(points, key=points.__getitem__) in (min(points), max(points)):
+        lowest_at = min(points, key=points.__getitem__)
+        vertex = best_rate(list(points), list(points.values()))
+        rates[ffn] = exact[ffn, lowest_at] if swept else vertex
+        if lowest_at in (min(points), max(points)):
             remarks.append(f"{ffn}: the best rate, {rates[ffn]:g}, is at an end of the sweep")
         seeds = {len(by_seed) for by_seed in found[batch, ffn].values()}
         if len(seeds) > 1:
             remarks.append(f"{ffn}: rates have {min(seeds)} to {max(seeds)} seeds")
     scales = {}
     for ffn, places in scaled.items():
-        for (swept, rate), by_scale in places.items():
-            own = means.get((swept, ffn), {}).get(rate, math.inf)
+        for (size, rate), by_scale in places.items():
+            own = means.get((size, ffn), {}).get(rate, math.inf)
             best = min(by_scale, key=lambda scale: float(np.mean(by_scale[scale])))
             if float(np.mean(by_scale[best])) < own:
                 scales[ffn] = best
@@ -153,6 +160,8 @@ class Arguments:
     """Where the choice is written, for --tuned."""
     scales: Path | None = None
     """An earlier choice, with whose initial scales the runs of this sweep were made: kept."""
+    swept: bool = False
+    """Take the best rate that was swept, not the vertex of a parabola: for --reuse of its runs."""
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -162,7 +171,7 @@ def main(argv: list[str] | None = None) -> int:
         content: Mapping[str, Any] | None = read(arguments.sweep)
         if content is None:
             raise ValueError(f"{arguments.sweep} does not exist")
-        tuned, remarks = choose(content.get("runs", ()))
+        tuned, remarks = choose(content.get("runs", ()), swept=arguments.swept)
         if arguments.scales is not None:
             kept = read_tuned(arguments.scales).init_scale
             tuned = dataclasses.replace(tuned, init_scale=kept)
