@@ -123,10 +123,12 @@ def final_losses(png: Path, rows: Sequence[Row], baseline: str | None) -> bool:
     for y, row in enumerate(rows):
         line: dict[str, Any] = {"color": colour[row.label], "capsize": 3, "markersize": 6}
         seeds = list(row.losses.values())
+        seeds = seeds if _mean(row) <= high else []
         panels[0].plot(seeds, [y] * len(seeds), "|", color=colour[row.label], markersize=9)
-        panels[0].errorbar(_mean(row), y, xerr=_sd(row), fmt="o", **line)
         if _mean(row) > high:
             _beyond(panels[0], y, _mean(row), colour[row.label])
+        else:
+            panels[0].errorbar(_mean(row), y, xerr=_sd(row), fmt="o", **line)
         if compared and row.paired is not None:
             reach = 0.0 if math.isnan(row.paired.se) else row.paired.high - row.paired.mean
             panels[1].errorbar(row.paired.mean, y, xerr=reach, fmt="o", **line)
@@ -135,11 +137,13 @@ def final_losses(png: Path, rows: Sequence[Row], baseline: str | None) -> bool:
     panels[0].set_ylim(len(rows) - 0.5, -0.5)
     _style(panels[0])
     _finish(panels[0], LOSS, "", grid="x")
-    _title(panels[0], "Final loss: seeds, mean, standard deviation")
+    _title(panels[0], "Final loss: seeds, mean, sd")
     if compared:
         means = [row.paired.mean for row in rows if row.paired is not None]
         left, right = limits([*means, 0.0])
-        ends = [v for r in rows if r.paired for v in (r.paired.low, r.paired.high)]
+        # The interval of two pairs is so wide that it would press the others flat: it is cut off.
+        several = [r.paired for r in rows if r.paired and len(r.losses) > 2]
+        ends = [v for paired in several for v in (paired.low, paired.high)]
         inside = [v for v in ends if left - (right - left) <= v <= right + (right - left)]
         left, right = min([left, *inside]), max([right, *inside])
         panels[1].set_xlim(left - 0.03 * (right - left), right + 0.03 * (right - left))
