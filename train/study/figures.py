@@ -122,12 +122,11 @@ def final_losses(png: Path, rows: Sequence[Row], baseline: str | None) -> bool:
     low, high = limits([loss for row in rows for loss in row.losses.values()])
     for y, row in enumerate(rows):
         line: dict[str, Any] = {"color": colour[row.label], "capsize": 3, "markersize": 6}
-        seeds = list(row.losses.values())
-        seeds = seeds if _mean(row) <= high else []
-        panels[0].plot(seeds, [y] * len(seeds), "|", color=colour[row.label], markersize=9)
         if _mean(row) > high:
             _beyond(panels[0], y, _mean(row), colour[row.label])
         else:
+            seeds = list(row.losses.values())
+            panels[0].plot(seeds, [y] * len(seeds), "|", color=colour[row.label], markersize=9)
             panels[0].errorbar(_mean(row), y, xerr=_sd(row), fmt="o", **line)
         if compared and row.paired is not None:
             reach = 0.0 if math.isnan(row.paired.se) else row.paired.high - row.paired.mean
@@ -182,6 +181,7 @@ def sweep(png: Path, rows: Sequence[Row], axis: Axis, baseline: str | None) -> b
     counts = Counter(name for name, _ in varying)
     varying = {(k, v) for k, v in varying if isinstance(v, str) or counts[k] > 1}
     most = max(len(row.losses) for points in lines.values() for row in points.values())
+    hollow: dict[str, Any] = {"markersize": 5, "markerfacecolor": "white", "zorder": 3}
     shown = []
     for i, (rest, points) in enumerate(lines.items()):
         order = sorted(points, key=position)
@@ -198,16 +198,9 @@ def sweep(png: Path, rows: Sequence[Row], axis: Axis, baseline: str | None) -> b
         else:
             places = [x + 0.012 * width * aside for x in places]
         axes.errorbar(places, means, yerr=spread, fmt="o-", label=name, **style)
-        alone = [j for j, x in enumerate(order) if len(points[x].losses) == 1 < most]
-        axes.plot(
-            [places[j] for j in alone],
-            [means[j] for j in alone],
-            "o",
-            markersize=5,
-            color=style["color"],
-            markerfacecolor="white",
-            zorder=3,
-        )
+        for place, x, mean in zip(places, order, means, strict=True):
+            if len(points[x].losses) == 1 < most:
+                axes.plot(place, mean, "o", **hollow, color=style["color"])
         # Both ends of the bars, but a bad run's long bar should not set the scale either.
         shown += [m + side * s for m, s in zip(means, spread, strict=True) for side in (-1, 0, 1)]
     base = next((row for row in rows if row.label == baseline), None)
