@@ -1,7 +1,7 @@
 """Do the learning rates of a shorter sweep hold at the evidence's length? Goes around `--tuned`.
 
-Dense relu^2, tuned SwiGLU, gated relu^2 and the recipe at 1, 3/2, 2 and 2/3 times their rates; 66 M
-tokens a run, with the batch and the initialisation that the sweep found. `python -m
+Dense relu^2, tuned SwiGLU, gated relu^2 and the recipe at 1, 3/2, 2, 2/3 and 3 times their rates;
+66 M tokens a run, with the batch and the initialisation that the sweep found. `python -m
 train.study.tuned` chooses from the exported results, for a verdict at other rates.
 """
 
@@ -10,12 +10,12 @@ from train.config import Ffn
 from train.study.definition import Axis, Factor, Options, Study
 
 FFNS: tuple[Ffn, ...] = ("relu2", "swiglu", "relu2_gated")
-TIMES = (1, 3 / 2, 2, 2 / 3)
+TIMES = (1, 3 / 2, 2, 2 / 3, 3)
 RECIPE = "M16 50%"
 
 
 def study(options: Options) -> Study:
-    """Four rates of four models; three seeds."""
+    """Five rates of four models; three seeds."""
     config = base(options, tokens=66e6)
     variants: Variants = {}
     for times in TIMES:

@@ -132,6 +132,24 @@ def test_the_verdict_of_the_evidence_comes_first():
     assert {"M8 50%", "M32 70%", "weights only 50%", "tokens24 M16 50%"} <= set(unknown)
 
 
+def test_longer_runs_are_those_of_the_verdict():
+    options = Options(speedups=Speedups(1.4))
+    evidence, longer = (definition.get(name, options) for name in ("evidence", "longer"))
+    verdict = {(run.label, run.seed): run.config for run in evidence.runs}
+    assert len(longer.runs) == 15
+    for run in longer.runs:
+        shorter = verdict[run.label, run.seed]
+        assert run.tokens == pytest.approx(83e6, rel=1e-3)
+        for part in ("model", "sparsity", "data"):
+            assert getattr(run.config, part) == getattr(shorter, part)
+        share = lambda config: config.sparse_steps / config.steps
+        assert share(run.config) == pytest.approx(share(shorter), abs=1e-3)
+        rate, before = learning_rate_schedule(run.config), learning_rate_schedule(shorter)
+        for part in (0.01, 0.3, 0.9):
+            expected = float(before(round(part * shorter.steps)))
+            assert float(rate(round(part * run.config.steps))) == pytest.approx(expected, rel=0.02)
+
+
 def test_the_rate_falls_in_the_dense_end():
     """Of the variants with a short one, where they say so; before it, it is at its peak."""
     study = definition.get("evidence", Options(speedups=Speedups(1.4)))

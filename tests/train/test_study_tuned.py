@@ -127,10 +127,10 @@ def test_rates_go_around_what_was_tuned():
         )
         found.setdefault(run.label.rpartition(" ")[0], set()).add(run.factors["learning_rate"])
     assert found == {
-        "relu2": {4e-3, 6e-3, 8e-3, 2.67e-3},
-        "M16 50%": {4e-3, 6e-3, 8e-3, 2.67e-3},
-        "swiglu": {2e-3, 3e-3, 4e-3, 1.33e-3},
-        "relu2_gated": {1e-3, 1.5e-3, 2e-3, 6.67e-4},
+        "relu2": {4e-3, 6e-3, 8e-3, 2.67e-3, 1.2e-2},
+        "M16 50%": {4e-3, 6e-3, 8e-3, 2.67e-3, 1.2e-2},
+        "swiglu": {2e-3, 3e-3, 4e-3, 1.33e-3, 6e-3},
+        "relu2_gated": {1e-3, 1.5e-3, 2e-3, 6.67e-4, 3e-3},
     }
     # Losses of dense runs choose the rate, the recipe's own do not.
     records = []
