@@ -33,7 +33,7 @@ it."""
 
 TUNED: dict[Ffn, Sections] = {"relu2": RECIPE, "relu2_gated": RECIPE, "swiglu": RECIPE}
 """What all that is compared with a dense run starts from, by form, on top of the configuration;
-`--tuned FILE.json` sets learning rates and batch over it."""
+`--tuned FILE.json` sets learning rates, batch and whatever else it names over it."""
 
 Variants = dict[str, Config | tuple[Config, Mapping[str, Factor]]]
 """By label, a configuration or one with its factors."""
@@ -83,6 +83,7 @@ def tuned(config: Config, ffn: Ffn, options: Options) -> Config:
     if ffn not in options.tuned.learning_rate:
         known = ", ".join(options.tuned.learning_rate)
         raise ValueError(f"--tuned has no learning rate for {ffn}, only for {known}")
+    config = changed(config, **options.tuned.settings)
     scale = options.tuned.init_scale.get(ffn, config.model.init_scale)
     rate = options.tuned.learning_rate[ffn]
     return changed(config, model={"init_scale": scale}, optimizer={"learning_rate": rate})

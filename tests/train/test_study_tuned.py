@@ -101,14 +101,21 @@ def test_from_file_to_file(tmp_path, capsys):
     assert tuned.init_scale == {}
     # Runs that were made with an earlier choice's initialisation.
     earlier = tmp_path / "earlier.json"
-    earlier.write_text('{"batch_size": 8, "learning_rate": {}, "init_scale": {"relu2": 0.5}}')
+    settings = {"optimizer": {"b2": 0.99}, "model": {"embedding_scale": 1.0}}
+    kept = {"init_scale": {"relu2": 0.5}, "settings": settings}
+    earlier.write_text(json.dumps({"batch_size": 8, "learning_rate": {}} | kept))
     assert main([str(sweep), str(out), "--scales", str(earlier)]) == 0
-    assert read_tuned(out) == dataclasses.replace(tuned, init_scale={"relu2": 0.5})
+    assert "optimizer: b2 0.99\n" in capsys.readouterr().out
+    assert read_tuned(out) == dataclasses.replace(tuned, **kept)
     assert main([str(tmp_path / "none.json"), str(out)]) == 2
     assert capsys.readouterr().err.count("\n") == 1
     for bad in ("[]", "{", '{"batch_size": 1.5, "learning_rate": {}}', '{"batch_size": 1}'):
         out.write_text(bad)
         with pytest.raises(ValueError, match="is no file of"):
+            read_tuned(out)
+    for settings, name in (({"optimizer": {"b3": 1}}, "b3"), ({"optimiser": {}}, "optimiser")):
+        out.write_text(json.dumps({"batch_size": 8, "learning_rate": {}, "settings": settings}))
+        with pytest.raises(ValueError, match=f"has settings that do not fit: .*'{name}'"):
             read_tuned(out)
 
 
@@ -154,6 +161,15 @@ def test_studies_start_from_what_was_tuned():
         assert run.config.optimizer.learning_rate == factor * rates[model.ffn]
         assert model.init_scale == (0.5 if model.ffn == "swiglu" else 1.0)
         assert run.config.optimizer.final_fraction == 0
+    # Whatever else was found good is every form's, and can be varied again.
+    found = {"model": {"output_scale": 0.0}, "optimizer": {"b2": 0.99}}
+    more = Options(tuned=dataclasses.replace(tuned, settings=found))
+    for run in definition.get("dense_recipe", more).runs:
+        change = run.label.partition(", ")[2]
+        assert run.config.model.output_scale == 0
+        assert run.config.optimizer.b2 == (0.999 if change == "b2 0.999" else 0.99)
+        factor = {"2/3": 2 / 3, "3/2": 3 / 2}.get(change.rpartition("rate x ")[2], 1)
+        assert run.config.optimizer.learning_rate == factor * rates[run.config.model.ffn]
     plain = definition.get("evidence", Options(speedups=Speedups(1.4)))
     dense, same = plain.runs[0], definition.get("evidence", options).runs[0]
     assert dense.tokens == pytest.approx(same.tokens, rel=1e-3)

@@ -8,6 +8,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from types import ModuleType
+from typing import Any
 
 from sparsejax.spec import Backend
 from train.config import Config, validate
@@ -130,11 +131,14 @@ class Tuned:
       batch_size: sequences a step, one for all forms, so that comparisons take the same steps.
       learning_rate: peak rate by form of the FFN.
       init_scale: of the layers within the blocks, by form; the study's own where it has none.
+      settings: of all forms, fields by section of the configuration, such as {"optimizer": {"b2":
+        0.99}}: what the sweep held fixed, in the place of the study's own.
     """
 
     batch_size: int
     learning_rate: Mapping[str, float]
     init_scale: Mapping[str, float] = field(default_factory=dict)
+    settings: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

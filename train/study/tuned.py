@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import tyro
 
+from train.config import Config
 from train.study.definition import Tuned
 from train.study.record import FORMAT, Record, read, write
 
@@ -140,14 +141,24 @@ def read_tuned(path: Path) -> Tuned:
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
         batch, rates = found["batch_size"], found["learning_rate"]
-        scales = found.get("init_scale", {})
+        scales, settings = found.get("init_scale", {}), found.get("settings", {})
         floats = [*rates.values(), *scales.values()]
         good = isinstance(batch, int) and all(isinstance(v, float) for v in floats)
+        _check_settings(settings, path)
     except (json.JSONDecodeError, AttributeError, KeyError, TypeError):
         good = False
     if not good:
         raise ValueError(f"{path} is no file of python -m train.study.tuned")
-    return Tuned(batch, rates, scales)
+    return Tuned(batch, rates, scales, settings)
+
+
+def _check_settings(settings: Mapping[str, Mapping[str, Any]], path: Path) -> None:
+    """Refuses sections and fields that no configuration has."""
+    for section, fields in settings.items():
+        try:
+            dataclasses.replace(getattr(Config(), section), **fields)
+        except (AttributeError, TypeError) as error:
+            raise ValueError(f"{path} has settings that do not fit: {error}") from None
 
 
 @dataclass(frozen=True)
@@ -159,7 +170,8 @@ class Arguments:
     output: tyro.conf.Positional[Path]
     """Where the choice is written, for --tuned."""
     scales: Path | None = None
-    """An earlier choice, with whose initial scales the runs of this sweep were made: kept."""
+    """An earlier choice, with whose initial scales and settings the runs of this sweep were made:
+    both are kept."""
     swept: bool = False
     """Take the best rate that was swept, not the vertex of a parabola: for --reuse of its runs."""
 
@@ -173,8 +185,8 @@ def main(argv: list[str] | None = None) -> int:
             raise ValueError(f"{arguments.sweep} does not exist")
         tuned, remarks = choose(content.get("runs", ()), swept=arguments.swept)
         if arguments.scales is not None:
-            kept = read_tuned(arguments.scales).init_scale
-            tuned = dataclasses.replace(tuned, init_scale=kept)
+            kept = read_tuned(arguments.scales)
+            tuned = dataclasses.replace(tuned, init_scale=kept.init_scale, settings=kept.settings)
         write(
             arguments.output,
             {
@@ -182,6 +194,7 @@ def main(argv: list[str] | None = None) -> int:
                 "batch_size": tuned.batch_size,
                 "learning_rate": dict(tuned.learning_rate),
                 "init_scale": dict(tuned.init_scale),
+                "settings": {k: dict(v) for k, v in tuned.settings.items()},
                 "remarks": remarks,
             },
         )
@@ -192,6 +205,8 @@ def main(argv: list[str] | None = None) -> int:
     print(f"batch {tuned.batch_size}; learning rates: {rates}")
     for ffn, scale in tuned.init_scale.items():
         print(f"{ffn}: blocks initialised at {scale:g} of the usual scale")
+    for section, fields in tuned.settings.items():
+        print(f"{section}: {', '.join(f'{k} {v}' for k, v in fields.items())}")
     for remark in remarks:
         print(f"note: {remark}")
     return 0
