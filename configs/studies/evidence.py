@@ -21,6 +21,7 @@ FASTEST = "M32+projections 65%, warm-up 2%"
 ROUNDS: tuple[tuple[str, int], ...] = (
     *(("verdict", seed) for seed in range(5)),
     *(("fastest", seed) for seed in range(5)),
+    *(("held", seed) for seed in range(5)),
     *(("leading", seed) for seed in range(3)),
     *(("ends", seed) for seed in range(3)),
     *(("gated", seed) for seed in range(3)),
@@ -77,6 +78,22 @@ def _fastest(dense: Config, options: Options) -> Variants:
 
 def _fast(dense: Config) -> Config:
     return sparse(dense, share=0.65, warmup=0.02, m=32, attention_projections=True)
+
+
+def _held(dense: Config, options: Options) -> Variants:
+    """A rate that stays at its peak beyond the flip: the dense end begins with steps of full size.
+    The dense run of the same decay is `_fastest`'s."""
+    short = sparse(dense, warmup=0.02)
+    faster = sparse(dense, warmup=0.02, m=32, attention_projections=True)
+    held = "M16 50%, warm-up 2%, decay over 30%"
+    return {
+        held: _falling(short, 0.3),
+        held + SUFFIX: equal_time(
+            _falling(short, 0.3), dense, options.speedups.required("M16 50%")
+        ),
+        "M32+projections 50%, warm-up 2%, decay over 30%": _falling(faster, 0.3),
+        FASTEST + ", decay over 20%": _falling(_fast(dense), 0.2),
+    }
 
 
 def _ends(dense: Config) -> Variants:
@@ -162,7 +179,7 @@ def _others(dense: Config, options: Options) -> Variants:
 
 
 def study(options: Options) -> Study:
-    """Dense relu^2 beside 49 others; five seeds of the verdicts, three to one of the rest."""
+    """Dense relu^2 beside 53 others; five seeds of the verdicts, three to one of the rest."""
     config = base(options, tokens=66e6)
     dense, swiglu = (tuned(config, ffn, options) for ffn in ("relu2", "swiglu"))
     # A sweep that ended early may lack the gated form.
@@ -172,6 +189,7 @@ def study(options: Options) -> Study:
         "verdict": _verdict(dense, swiglu, options),
         "leading": _leading(dense, gated),
         "fastest": _fastest(dense, options),
+        "held": _held(dense, options),
         "ends": _ends(dense),
         "gated": _gated(gated, options),
         "rates": _rates(dense, swiglu),
