@@ -1,6 +1,7 @@
 """Steps and clustering: what changes, what must not, what is the same however computed."""
 
 import dataclasses
+import functools
 
 import chex
 import jax
@@ -47,14 +48,17 @@ class Rig:
         self.graph = model_graph(self.config)
         self.mesh = make_mesh(MeshConfig(), self.config.batch_size)
         self.state = init_state(self.config, self.optimizer, self.mesh)
+        # Functions that the tests of a rig share: each is traced once.
+        self.step, self.cluster = functools.cache(self._step), functools.cache(self._cluster)
+        self.dense = jax.jit(self._dense)
 
-    def step(self, phase):
+    def _step(self, phase):
         return jax.jit(make_train_step(self.config, self.graph, self.optimizer, phase))
 
-    def cluster(self, begin):
+    def _cluster(self, begin):
         return jax.jit(make_cluster_step(self.config, self.graph, begin=begin))
 
-    def dense(self, state, ids):
+    def _dense(self, state, ids):
         return nnx.merge(self.graph, state.params, state.routing)(ids)[0]
 
 
@@ -153,7 +157,8 @@ def test_matrices_rounded_once_give_the_gradients_of_those_rounded_where_they_ar
     options = {"xla_allow_excess_precision": False}
 
     def run():
-        lowered = rig.step(phase).lower(rig.state, batch())
+        step = jax.jit(make_train_step(rig.config, rig.graph, rig.optimizer, phase))
+        lowered = step.lower(rig.state, batch())
         return lowered.compile(compiler_options=options)(rig.state, batch())
 
     once, metrics = run()
