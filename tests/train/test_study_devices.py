@@ -5,8 +5,9 @@ import subprocess
 
 import pytest
 
+from tests.train.study_processes import answer, see
 from train.study import definition, devices
-from train.study.definition import Options, Run
+from train.study.definition import Options
 from train.study.devices import VISIBLE, visible_gpus
 from train.study.pool import Pool, sharers
 from train.study.record import Folders
@@ -42,14 +43,6 @@ def test_sharers(jobs, gpus, most):
     assert sharers(jobs, gpus) == most
 
 
-def see(run: Run, study: str, folders: Folders, jobs: int):
-    """What the process of a run sees; it waits until all four are there."""
-    folders.scratch.joinpath(run.key).touch()
-    while len(list(folders.scratch.glob("relu2*"))) < 4:
-        pass
-    return {"gpu": os.environ.get(VISIBLE), "jobs": jobs}
-
-
 def test_processes_are_spread_evenly(tmp_path, monkeypatch):
     monkeypatch.delenv(VISIBLE, raising=False)
     runs = definition.get("smoke", Options(seeds=(0, 1, 2, 3))).runs
@@ -63,13 +56,6 @@ def test_processes_are_spread_evenly(tmp_path, monkeypatch):
     assert sorted(record["gpu"] for record in seen) == ["3", "3", "7", "7"]
     assert {record["jobs"] for record in seen} == {2}
     assert VISIBLE not in os.environ
-
-
-def answer(run: Run, study: str, folders: Folders, jobs: int):
-    """A run of a process; that of seed 1 waits until it is told to end."""
-    while run.seed == 1 and not folders.scratch.joinpath("end").exists():
-        pass
-    return {"process": os.getpid()}
 
 
 def test_a_process_gets_runs_whose_programs_it_has(tmp_path):

@@ -1,7 +1,6 @@
 """Studies that run: the smoke study end to end, and what the runner does when things go wrong."""
 
 import dataclasses
-import errno
 import json
 import os
 import signal
@@ -13,10 +12,11 @@ import pytest
 from rich.console import Console
 
 from tests.train.data_helpers import write_shard
+from tests.train.study_processes import die, fake, fill_the_disk, pretend, wait
 from train.runtime import reserve_memory
 from train.study import definition, runner
 from train.study.__main__ import main
-from train.study.definition import Options, Run
+from train.study.definition import Options
 from train.study.execute import execute
 from train.study.export import export, reuse, unpack
 from train.study.pool import Pool
@@ -138,10 +138,6 @@ def test_a_run_in_its_own_process(done, tmp_path):
     assert record["final"] == pytest.approx(results(done)["relu2-seed0"]["final"], abs=1e-4)
 
 
-def die(run: Run, study: str, folders: Folders, jobs: int) -> None:
-    os.kill(os.getpid(), signal.SIGKILL)
-
-
 def isolated(folder, monkeypatch, execute):
     """The first run of the smoke study in a process of its own that does this instead."""
     monkeypatch.setattr(runner, "execute", execute)
@@ -155,10 +151,6 @@ def test_a_process_that_dies_is_a_failed_run(tmp_path, monkeypatch):
     study, folders, outcome = isolated(tmp_path, monkeypatch, die)
     assert [r["error"] for r in outcome.failed] == ["its process died: SIGKILL"]
     assert plan(study, study.runs[:1], folders).left == [study.runs[0]]
-
-
-def fill_the_disk(run: Run, study: str, folders: Folders, jobs: int) -> None:
-    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
 def test_a_result_that_a_process_cannot_write_is_a_failure(tmp_path, monkeypatch):
@@ -193,20 +185,6 @@ def test_a_run_that_fails_is_reported_and_tried_again(tmp_path):
     assert record["error"].startswith("FileNotFoundError: data.source='/nowhere/x.bin'")
     assert "Traceback" in folders.log(run).read_text()
     assert plan(study, [run], folders).left == [run]
-
-
-def fake(run: Run, study: str, status: str = "finished", seconds: float = 1.0):
-    return {
-        "format": FORMAT,
-        "label": run.label,
-        "seed": run.seed,
-        "status": status,
-        "error": None if status == "finished" else "boom",
-        "config": dataclasses.asdict(run.config),
-        "tokens": run.tokens,
-        "final": {"loss_dense": 1.0},
-        "wall_seconds": seconds,
-    }
 
 
 @pytest.fixture(name="acted")
@@ -335,11 +313,6 @@ def test_the_studies_are_listed(capsys):
     assert all(name in out and definition.summary(name)[:40] in out for name in definition.names())
 
 
-def wait(run: Run, study: str, folders: Folders, jobs: int) -> None:
-    folders.scratch.joinpath("started").touch()
-    time.sleep(60)
-
-
 def test_a_signal_ends_the_run_in_the_other_process_too(tmp_path, monkeypatch):
     monkeypatch.setattr(runner, "execute", wait)
     study = definition.get("smoke", Options())
@@ -358,21 +331,6 @@ def test_a_signal_ends_the_run_in_the_other_process_too(tmp_path, monkeypatch):
     assert "interrupted" in outcome.stopped
     assert outcome.failed == []
     assert len(outcome.left) == 3
-
-
-def pretend(run: Run, study: str, folders: Folders, jobs: int):
-    """A run that needs another one beside it to come to its end; one label kills its process."""
-    if run.label == "swiglu":
-        os.kill(os.getpid(), signal.SIGKILL)
-    folders.scratch.joinpath(run.key).touch()
-    other = f"{run.label}-seed{1 - run.seed}"
-    for _ in range(1200):
-        if folders.scratch.joinpath(other).exists():
-            record = fake(run, study) | {"jobs": jobs, "process": os.getpid()}
-            write(folders.result(run), record)
-            return record
-        time.sleep(0.05)
-    return fake(run, study, "failed")
 
 
 def test_runs_side_by_side(tmp_path, monkeypatch):
