@@ -11,9 +11,15 @@ def config() -> Config:
         steps=300,
         batch_size=8,
         sequence_length=256,
-        model=ModelConfig(width=128, num_layers=2, num_heads=4),
+        # An embedding that is not drowned by the first block, blocks that start as the identity,
+        # and a rate that is held beyond the sparse phase (docs/quality.md).
+        model=ModelConfig(
+            width=128, num_layers=2, num_heads=4, embedding_scale=1.0, output_scale=0.0
+        ),
         sparsity=Sparsity(m=16, v=128, refresh_every=80, bias_rate=0.01),
         schedule=ScheduleConfig(warmup_steps=30, sparse_fraction=0.5),
-        optimizer=OptimizerConfig(learning_rate=4e-3, warmup_steps=20),
+        optimizer=OptimizerConfig(
+            learning_rate=4e-3, warmup_steps=20, decay="wsd", decay_fraction=0.3, b2=0.99
+        ),
         log=LogConfig(every=10, eval_every=100, eval_windows=32),
     )
