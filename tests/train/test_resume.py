@@ -171,7 +171,7 @@ def test_killed_runs_continue_bit_for_bit(area, undisturbed):
 @pytest.mark.parametrize(
     ("change", "difference"),
     [
-        (("--optimizer.b2", "0.9"), "optimizer.b2: 0.95 in the checkpoint, 0.9 now"),
+        (("--optimizer.b2", "0.9"), "optimizer.b2: 0.99 in the checkpoint, 0.9 now"),
         (("--schedule.warmup-steps", "7"), "schedule.warmup_steps: 6 in the checkpoint, 7 now"),
     ],
 )
