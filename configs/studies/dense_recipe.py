@@ -36,17 +36,17 @@ CHANGES: dict[str, Sections] = {
 
 def _changes(config: Config) -> dict[str, Sections]:
     """All of them, with those that depend on the run's length and peak learning rate."""
-    share = lambda share: {"warmup_steps": round(share * config.steps)}
+    warmup = lambda share: {"warmup_steps": round(share * config.steps)}
     times = lambda factor: {"learning_rate": factor * config.optimizer.learning_rate}
     return CHANGES | {
-        "warm-up 2%": {"optimizer": share(0.02)},
-        "warm-up 15%": {"optimizer": share(0.15)},
+        "warm-up 2%": {"optimizer": warmup(0.02)},
+        "warm-up 15%": {"optimizer": warmup(0.15)},
         "rate x 2/3": {"optimizer": times(2 / 3)},
         "rate x 3/2": {"optimizer": times(3 / 2)},
-        "warm-up 15%, rate x 3/2": {"optimizer": share(0.15) | times(3 / 2)},
+        "warm-up 15%, rate x 3/2": {"optimizer": warmup(0.15) | times(3 / 2)},
         "warm-up 15%, outputs from zero": {
             "model": {"output_scale": 0.0},
-            "optimizer": share(0.15),
+            "optimizer": warmup(0.15),
         },
     }
 
@@ -56,10 +56,11 @@ def study(options: Options) -> Study:
     config = base(options, tokens=25e6)
     variants: Variants = {}
     forms = {ffn: tuned(config, ffn, options) for ffn in FFNS}
-    for name in _changes(config):
+    changes = {ffn: _changes(form) for ffn, form in forms.items()}
+    for name in changes[FFNS[0]]:
         for ffn, form in forms.items():
             factors: dict[str, Factor] = {"ffn": ffn, "change": name}
-            variants[f"{ffn}, {name}"] = (changed(form, **_changes(form)[name]), factors)
+            variants[f"{ffn}, {name}"] = (changed(form, **changes[ffn][name]), factors)
     return Study(
         name="dense_recipe",
         question="What else makes a dense baseline strong, and its seeds agree?",

@@ -101,11 +101,14 @@ def test_from_file_to_file(tmp_path, capsys):
     assert tuned.init_scale == {}
     # Runs that were made with an earlier choice's initialisation.
     earlier = tmp_path / "earlier.json"
-    settings = {"optimizer": {"b2": 0.99}, "model": {"embedding_scale": 1.0}}
+    settings = {
+        "optimizer": {"b2": 0.99, "clip_norm": 1, "decay": "wsd"},
+        "model": {"embedding_scale": 1.0, "output_scale": None},
+    }
     kept = {"init_scale": {"relu2": 0.5}, "settings": settings}
     earlier.write_text(json.dumps({"batch_size": 8, "learning_rate": {}} | kept))
     assert main([str(sweep), str(out), "--scales", str(earlier)]) == 0
-    assert "optimizer: b2 0.99\n" in capsys.readouterr().out
+    assert "optimizer: b2 0.99, clip_norm 1, decay wsd\n" in capsys.readouterr().out
     assert read_tuned(out) == dataclasses.replace(tuned, **kept)
     assert main([str(tmp_path / "none.json"), str(out)]) == 2
     assert capsys.readouterr().err.count("\n") == 1
@@ -113,7 +116,15 @@ def test_from_file_to_file(tmp_path, capsys):
         out.write_text(bad)
         with pytest.raises(ValueError, match="is no file of"):
             read_tuned(out)
-    for settings, name in (({"optimizer": {"b3": 1}}, "b3"), ({"optimiser": {}}, "optimiser")):
+    for settings, name in (
+        ({"optimizer": {"b3": 1}}, "b3"),
+        ({"optimiser": {}}, "optimiser"),
+        ({"steps": {}}, "steps"),
+        ({"optimizer": {"b2": "high"}}, "b2"),
+        ({"optimizer": {"decay": "none"}}, "decay"),
+        ({"model": {"width": 1.5}}, "width"),
+        ({"model": {"qk_norm": 1}}, "qk_norm"),
+    ):
         out.write_text(json.dumps({"batch_size": 8, "learning_rate": {}, "settings": settings}))
         with pytest.raises(ValueError, match=f"has settings that do not fit: .*'{name}'"):
             read_tuned(out)

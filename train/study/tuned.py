@@ -6,6 +6,7 @@ import dataclasses
 import json
 import math
 import sys
+import typing
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -153,12 +154,26 @@ def read_tuned(path: Path) -> Tuned:
 
 
 def _check_settings(settings: Mapping[str, Mapping[str, Any]], path: Path) -> None:
-    """Refuses sections and fields that no configuration has."""
+    """Refuses sections and fields that no configuration has, and values of other types."""
+    sections = typing.get_type_hints(Config)
     for section, fields in settings.items():
-        try:
-            dataclasses.replace(getattr(Config(), section), **fields)
-        except (AttributeError, TypeError) as error:
-            raise ValueError(f"{path} has settings that do not fit: {error}") from None
+        known = sections.get(section)
+        if not dataclasses.is_dataclass(known):
+            raise ValueError(f"{path} has settings that do not fit: no section '{section}'")
+        hints = typing.get_type_hints(known)
+        for name, value in fields.items():
+            if name not in hints or not _fits(value, hints[name]):
+                what = f"'{section}' takes no '{name}' of {value!r}"
+                raise ValueError(f"{path} has settings that do not fit: {what}")
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    """Whether a value that was read from JSON is of a field's type."""
+    if typing.get_origin(hint) is typing.Literal:
+        return value in typing.get_args(hint)
+    if parts := typing.get_args(hint):
+        return any(_fits(value, part) for part in parts)
+    return type(value) is hint or (hint is float and type(value) is int)
 
 
 @dataclass(frozen=True)
