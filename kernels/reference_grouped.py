@@ -7,10 +7,15 @@ together: (T_pad, D) in blocks of V rows, block i of expert `block_expert[i]`; e
 offsets[e]..offsets[e+1], and the rows from offsets[E] on are unused. Every function gives zeros in
 unused rows and never reads them.
 
+With S > 1 shards the neurons are S such sets one behind the other, of which a token meets one
+expert each: h = H / E neurons still, shard by shard. Tokens that agree in all of them lie together:
+`block_expert` and `offsets` then count combinations, c = sum over s of e_s E^s, of which there are
+E^S, and the matrices by expert have S E of them, expert e of shard s being number s E + e.
+
 Packed matrices (values, metadata) are those of `kernels.reference`. Every backend has
 `pack_weight24`, `up24`, `up24_linear`, `down24`, `up24_backward` and `weight_gradient` with the
-same arguments, and may have `weight_gradient24`; only the order of the rows of packed weights,
-within an expert, is a backend's own.
+same arguments, and may have `weight_gradient24`, and shards where it says so (`SHARDS`); only the
+order of the rows of packed weights, within an expert, is a backend's own.
 """
 
 from __future__ import annotations
@@ -28,6 +33,28 @@ GROUP = reference.GROUP
 TILE = reference.TILE
 NEURONS = TILE
 """An expert's neurons come in multiples of this; every backend says so."""
+SHARDS = True
+"""Whether the products take more than one shard; every backend says so."""
+
+
+def experts_of(combinations: int, shards: int) -> int:
+    """E of E^S combinations. ValueError if there is none."""
+    if shards < 1:
+        raise ValueError(f"{shards=} must be at least 1")
+    experts = round(combinations ** (1 / shards))
+    if experts**shards != combinations:
+        raise ValueError(f"{combinations=} must be a power of {shards=}")
+    return experts
+
+
+def expert_in(shard: int, combination: Array, experts: int) -> Array:
+    """The expert of a shard, 0..E-1, in a combination."""
+    return combination // experts**shard % experts
+
+
+def weight_rows(combination: Array, experts: int, shards: int) -> list[Array]:
+    """Numbers, shard by shard, of the experts' matrices that a combination meets."""
+    return [s * experts + expert_in(s, combination, experts) for s in range(shards)]
 
 
 def weight_dims(w: Array, num_experts: int, m: int, scale: ArrayLike | None) -> tuple[int, int]:
@@ -65,7 +92,13 @@ def packed_dims(values: Array, metadata: Array) -> tuple[int, int]:
 
 
 def up_dims(
-    values: Array, metadata: Array, x: Array, offsets: Array, block_expert: Array
+    values: Array,
+    metadata: Array,
+    x: Array,
+    offsets: Array,
+    block_expert: Array,
+    *,
+    shards: int = 1,
 ) -> tuple[int, int, int]:
     """(E, V, h) of a product of tokens with packed weights. ValueError unless arguments fit."""
     hidden, width = packed_dims(values, metadata)
@@ -73,9 +106,11 @@ def up_dims(
         raise ValueError(f"{x.shape=} must be (rows, {width})")
     if x.dtype != values.dtype:
         raise ValueError(f"{x.dtype=} must be {values.dtype=}")
-    experts, v = block_rows(x.shape[0], offsets, block_expert)
-    if hidden % (experts * TILE):
-        raise ValueError(f"{hidden=} must be a multiple of {TILE} for each of {experts=}")
+    combinations, v = block_rows(x.shape[0], offsets, block_expert)
+    experts = experts_of(combinations, shards)
+    if hidden % (shards * experts * TILE):
+        each = f"{experts=}" if shards == 1 else f"{experts=} of {shards=}"
+        raise ValueError(f"{hidden=} must be a multiple of {TILE} for each of {each}")
     return experts, v, hidden // experts
 
 
@@ -96,9 +131,11 @@ def backward_dims(
     y2_metadata: Array,
     offsets: Array,
     block_expert: Array,
+    *,
+    shards: int = 1,
 ) -> tuple[int, int, int]:
     """(E, V, h) of `up24_backward`. ValueError unless its arguments fit."""
-    experts, v, live = up_dims(values, metadata, dy, offsets, block_expert)
+    experts, v, live = up_dims(values, metadata, dy, offsets, block_expert, shards=shards)
     require_saved(y2, y2_metadata, (dy.shape[0], live), dy.dtype)
     return experts, v, live
 
@@ -111,12 +148,17 @@ def down_dims(
     block_expert: Array,
     permutation: Array | None,
     tokens: int | None,
+    *,
+    shards: int = 1,
 ) -> tuple[int, int]:
     """(E, V) of `down24`. ValueError unless its arguments fit."""
     rows, live = packed_dims(y_values, y_metadata)
-    experts, v = block_rows(rows, offsets, block_expert)
-    if w.ndim != 3 or w.shape[:2] != (experts, live):
-        raise ValueError(f"{w.shape=} must be ({experts}, {live}, width)")
+    combinations, v = block_rows(rows, offsets, block_expert)
+    experts = experts_of(combinations, shards)
+    if live % shards:
+        raise ValueError(f"{live=} must be a multiple of {shards=}")
+    if w.ndim != 3 or w.shape[:2] != (shards * experts, live // shards):
+        raise ValueError(f"{w.shape=} must be ({shards * experts}, {live // shards}, width)")
     if w.dtype != y_values.dtype:
         raise ValueError(f"{w.dtype=} must be {y_values.dtype=}")
     if (permutation is None) != (tokens is None):
@@ -126,14 +168,18 @@ def down_dims(
     return experts, v
 
 
-def gradient_dims(y: Array, g: Array, offsets: Array, num_experts: int) -> tuple[int, int]:
+def gradient_dims(
+    y: Array, g: Array, offsets: Array, num_experts: int, *, shards: int = 1
+) -> tuple[int, int]:
     """(h, D) of `weight_gradient`. ValueError unless its arguments fit."""
     if y.ndim != 2 or g.ndim != 2 or y.shape[0] != g.shape[0]:
         raise ValueError(f"{y.shape=} and {g.shape=} must be matrices with equal rows")
     if y.dtype != g.dtype:
         raise ValueError(f"{y.dtype=} must be {g.dtype=}")
-    if offsets.shape != (num_experts + 1,) or offsets.dtype != jnp.int32:
-        expected = (num_experts + 1,)
+    if shards < 1 or y.shape[1] % shards:
+        raise ValueError(f"{y.shape=}: neurons must be a multiple of {shards=}")
+    if offsets.shape != (num_experts**shards + 1,) or offsets.dtype != jnp.int32:
+        expected = (num_experts**shards + 1,)
         raise ValueError(f"{offsets.shape=}, {offsets.dtype=} must be {expected}, int32")
     return y.shape[1], g.shape[1]
 
@@ -238,10 +284,16 @@ def _by_block(function: Callable, rows: tuple[Array, ...], offsets: Array, block
     return jax.tree.map(lambda o: o.reshape(blocks * v, o.shape[2]), out)
 
 
-def _of_expert(values: Array, metadata: Array, experts: int) -> Array:
-    """Packed weights as dense (E, h, D)."""
+def _of_expert(values: Array, metadata: Array, experts: int, shards: int) -> Callable:
+    """From a combination to its rows (h, D) of packed weights."""
     dense = reference.unpack24(values, metadata)
-    return dense.reshape(experts, -1, dense.shape[1])
+    return _rows_of(dense.reshape(shards * experts, -1, dense.shape[1]), shards)
+
+
+def _rows_of(w: Array, shards: int) -> Callable:
+    """From a combination to its rows (h, D) of weights by expert (S E, h / S, D)."""
+    experts = w.shape[0] // shards
+    return lambda c: jnp.concatenate([w[g] for g in weight_rows(c, experts, shards)])
 
 
 def _gather(dense: Array, metadata: Array) -> Array:
@@ -259,6 +311,7 @@ def up24(
     offsets: Array,
     block_expert: Array,
     *,
+    shards: int = 1,
     config: None = None,
 ) -> tuple[Array, Array, Array]:
     """Y2 = two of four of relu(x_p W_e^T)^2, dense and packed.
@@ -268,7 +321,7 @@ def up24(
     Args:
       values, metadata: of `pack_weight24`.
       x_p: (T_pad, D), dtype of `values`.
-      offsets: (E + 1,) int32. block_expert: (T_pad / V,) int32.
+      offsets: (E^S + 1,) int32. block_expert: (T_pad / V,) int32. shards: S.
       config: none for this backend.
 
     Returns:
@@ -279,11 +332,11 @@ def up24(
       ValueError: an argument is not allowed, or the shapes do not fit.
     """
     del config
-    experts, _, _ = up_dims(values, metadata, x_p, offsets, block_expert)
-    w = _of_expert(values, metadata, experts)
+    experts, _, _ = up_dims(values, metadata, x_p, offsets, block_expert, shards=shards)
+    w = _of_expert(values, metadata, experts, shards)
 
     def block(expert, x):
-        y = jnp.square(jax.nn.relu(_product(x, w[expert], (1, 1))))
+        y = jnp.square(jax.nn.relu(_product(x, w(expert), (1, 1))))
         return jnp.where(reference.select24(y, by="value"), y, 0.0), y
 
     kept, full = _by_block(block, (x_p,), offsets, block_expert)
@@ -298,6 +351,7 @@ def up24_linear(
     offsets: Array,
     block_expert: Array,
     *,
+    shards: int = 1,
     config: None = None,
 ) -> Array:
     """x_p W_e^T, all of it: the products around a gate, where `up24` alone cannot choose.
@@ -305,7 +359,7 @@ def up24_linear(
     Args:
       values, metadata: of `pack_weight24`.
       x_p: (T_pad, D), dtype of `values`.
-      offsets: (E + 1,) int32. block_expert: (T_pad / V,) int32.
+      offsets: (E^S + 1,) int32. block_expert: (T_pad / V,) int32. shards: S.
       config: none for this backend.
 
     Returns:
@@ -315,9 +369,9 @@ def up24_linear(
       ValueError: the shapes do not fit.
     """
     del config
-    experts, _, _ = up_dims(values, metadata, x_p, offsets, block_expert)
-    w = _of_expert(values, metadata, experts)
-    product = lambda expert, x: _product(x, w[expert], (1, 1)).astype(x.dtype)
+    experts, _, _ = up_dims(values, metadata, x_p, offsets, block_expert, shards=shards)
+    w = _of_expert(values, metadata, experts, shards)
+    product = lambda expert, x: _product(x, w(expert), (1, 1)).astype(x.dtype)
     return _by_block(product, (x_p,), offsets, block_expert)
 
 
@@ -337,14 +391,15 @@ def down24(
     *,
     permutation: Array | None = None,
     tokens: int | None = None,
+    shards: int = 1,
     config: None = None,
 ) -> Array:
     """Y W_e for 2:4 activations: Y3 = Y2 W2_e and dX = dY1 W1_e.
 
     Args:
       y_values, y_metadata: of Y (T_pad, h), packed along h.
-      w: (E, h, D), dtype of `y_values`.
-      offsets: (E + 1,) int32. block_expert: (T_pad / V,) int32.
+      w: (S E, h / S, D), dtype of `y_values`.
+      offsets: (E^S + 1,) int32. block_expert: (T_pad / V,) int32. shards: S.
       permutation: None, or (T_pad,) int32: the token of each row, T or more for padding. Then the
         result is in the order of the tokens. Every token has a row.
       tokens: T, with `permutation`.
@@ -357,12 +412,13 @@ def down24(
       ValueError: the shapes do not fit.
     """
     del config
-    down_dims(y_values, y_metadata, w, offsets, block_expert, permutation, tokens)
+    down_dims(y_values, y_metadata, w, offsets, block_expert, permutation, tokens, shards=shards)
     w = jnp.asarray(w)
+    rows = _rows_of(w, shards)
     y = reference.unpack24(y_values, y_metadata)
 
     def block(expert, y):
-        return _product(y, w[expert], (1, 0)).astype(w.dtype)
+        return _product(y, rows(expert), (1, 0)).astype(w.dtype)
 
     return by_token(_by_block(block, (y,), offsets, block_expert), permutation, tokens)
 
@@ -376,6 +432,7 @@ def up24_backward(
     offsets: Array,
     block_expert: Array,
     *,
+    shards: int = 1,
     config: None = None,
 ) -> tuple[Array, Array]:
     """dY1 = 2 sqrt(Y2) (dy_p W_e^T) on the support of Y2, dense and packed.
@@ -384,7 +441,7 @@ def up24_backward(
       values, metadata: of `pack_weight24`, of the second matrix of the network.
       dy_p: (T_pad, D), dtype of `values`.
       y2: (T_pad, h) and y2_metadata: of `up24`.
-      offsets: (E + 1,) int32. block_expert: (T_pad / V,) int32.
+      offsets: (E^S + 1,) int32. block_expert: (T_pad / V,) int32. shards: S.
       config: none for this backend.
 
     Returns:
@@ -394,11 +451,12 @@ def up24_backward(
       ValueError: the shapes do not fit.
     """
     del config
-    experts, _, _ = backward_dims(values, metadata, dy_p, y2, y2_metadata, offsets, block_expert)
-    w = _of_expert(values, metadata, experts)
+    arguments = (values, metadata, dy_p, y2, y2_metadata, offsets, block_expert)
+    experts, _, _ = backward_dims(*arguments, shards=shards)
+    w = _of_expert(values, metadata, experts, shards)
 
     def block(expert, dy, y2):
-        dy2 = _product(dy, w[expert], (1, 1))
+        dy2 = _product(dy, w(expert), (1, 1))
         return (2.0 * jnp.sqrt(y2.astype(jnp.float32)) * dy2).astype(dy.dtype)
 
     dy1 = _by_block(block, (dy_p, y2), offsets, block_expert)
@@ -406,33 +464,52 @@ def up24_backward(
 
 
 def weight_gradient(
-    y: Array, g: Array, offsets: Array, *, num_experts: int, config: None = None
+    y: Array,
+    g: Array,
+    offsets: Array,
+    *,
+    num_experts: int,
+    shards: int = 1,
+    config: None = None,
 ) -> Array:
     """Y_e^T G_e for the rows of each expert: dW2_e = Y2^T dY3, dW1_e = dY1^T X, as the weights lie.
 
     Args:
       y: (T_pad, h). g: (T_pad, D), of one dtype.
-      offsets: (E + 1,) int32. num_experts: E.
+      offsets: (E^S + 1,) int32. num_experts: E. shards: S.
       config: none for this backend.
 
     Returns:
-      (H, D) float32, neurons interleaved; zeros for an expert without rows.
+      (H, D) float32, neurons interleaved, shard by shard; zeros for an expert without rows.
 
     Raises:
       ValueError: the shapes do not fit.
     """
     del config
-    gradient_dims(y, g, offsets, num_experts)
+    gradient_dims(y, g, offsets, num_experts, shards=shards)
     experts = jnp.arange(num_experts, dtype=jnp.int32)
-    _, dw = lax.scan(lambda _, e: (None, _gradient(e, y, g, offsets)), None, experts)
-    return interleaved(dw)
+    found = []
+    for s, part in enumerate(jnp.split(jnp.asarray(y), shards, axis=1)):
+        one = lambda _, e, s=s, part=part: (
+            None,
+            _gradient(_rows_with(e, s, part.shape[0], offsets, num_experts), part, g),
+        )
+        found.append(interleaved(lax.scan(one, None, experts)[1]))
+    return jnp.concatenate(found)
 
 
-def _gradient(e: Array, y: Array, g: Array, offsets: Array) -> Array:
-    """Y^T G for the rows of expert e: (h, D) float32."""
+def _rows_with(e: Array, shard: int, rows: int, offsets: Array, experts: int) -> Array:
+    """(rows, 1) bool: the rows whose combination has expert e in this shard."""
     offsets = jnp.asarray(offsets)
-    row = jnp.arange(y.shape[0], dtype=jnp.int32)[:, None]
-    own = (row >= offsets[e]) & (row < offsets[e + 1])
+    row = jnp.arange(rows, dtype=jnp.int32)[:, None]
+    combination = jnp.arange(offsets.shape[0] - 1, dtype=jnp.int32)
+    own = (row >= offsets[:-1]) & (row < offsets[1:])
+    own &= expert_in(shard, combination, experts) == e
+    return jnp.any(own, axis=1, keepdims=True)
+
+
+def _gradient(own: Array, y: Array, g: Array) -> Array:
+    """Y^T G for the rows `own`: (h, D) float32."""
     # Both are masked: an unused row may hold anything, NaN as well.
     return _product(jnp.where(own, y, 0), jnp.where(own, g, 0), (0, 0))
 
@@ -503,7 +580,8 @@ def weight_gradient24(
     def one(_, inputs):
         e, whole = inputs
         dense = jnp.zeros((live,), bool).at[whole].set(True)
-        return None, _gradient(e, jnp.where(dense, y, kept), g, offsets)
+        own = _rows_with(e, 0, y.shape[0], offsets, num_experts)
+        return None, _gradient(own, jnp.where(dense, y, kept), g)
 
     _, dw = lax.scan(one, None, (jnp.arange(num_experts, dtype=jnp.int32), densest))
     return interleaved(dw)

@@ -49,6 +49,8 @@ from sparsejax.remat import keep
 from sparsejax.routing import (
     assign_tokens,
     cluster_neurons,
+    combine,
+    counts_by_shard,
     fit_bias,
     interleave,
     plan_tokens,
@@ -159,13 +161,22 @@ def _gathered_bwd(dtype, stored, axes, like, g):
 _gathered.defvjp(_gathered_fwd, _gathered_bwd)
 
 
+COMBINATIONS = 16
+"""Combinations of experts by which tokens are laid out at most, where a kernel takes several shards
+at once. Each is padded to whole blocks of V tokens, half a block on average."""
+
+
 @dataclass(frozen=True)
 class _Layout:
-    """Sizes of a network on the mesh; `mesh` None is one device. Hashable: static everywhere."""
+    """Sizes of a network on the mesh; `mesh` None is one device. Hashable: static everywhere.
+
+    together: groups that one call of the kernels serves, of `local_groups`.
+    """
 
     mesh: AbstractMesh | None
     axes: MeshAxes
     sparsity: Sparsity
+    together: int = 1
 
     def size(self, *names: str) -> int:
         return 1 if self.mesh is None else math.prod(self.mesh.shape[name] for name in names)
@@ -193,6 +204,11 @@ class _Layout:
     def local_groups(self) -> int:
         """Groups of neurons on one device."""
         return self.groups // self.tensor
+
+    @property
+    def calls(self) -> int:
+        """Calls of the kernels on one device."""
+        return self.local_groups // self.together
 
     @property
     def router_spec(self) -> P:
@@ -414,7 +430,7 @@ def _gather(packed: PackedFFN, layout: _Layout) -> PackedFFN:
 
 
 def _group(packed: PackedFFN, g: int, groups: int) -> PackedFFN:
-    """The weights of one group of neurons of this device."""
+    """The weights of one of so many groups of neurons of this device."""
 
     def rows(a: Array) -> Array:
         size = a.shape[0] // groups
@@ -506,7 +522,32 @@ def apply_routed(
         tokens=math.prod(x.shape[:-1]) // devices,
     )
     kernels = _serving(packed, sparsity, sizes, gated=wg is not None)
+    if wg is None and kernels is not None and packed.precision != "fp8":
+        layout = dataclasses.replace(layout, together=_together(layout, kernels, sizes))
     return _routed_ffn(x, w1, w2, wg, packed, router, kernels, layout)
+
+
+def _together(layout: _Layout, kernels: registry.Backend, sizes: routed_ffn_grouped.Sizes) -> int:
+    """Groups of neurons that one call of the kernels can serve, and that are worth it.
+
+    Their tokens are then gathered and stored once, for a little more padding: at most an eighth of
+    the tokens, and `COMBINATIONS`.
+    """
+    sparsity, groups = layout.sparsity, layout.local_groups
+    if sparsity.num_experts == 1 or not layout.own_clusters:
+        return 1
+    for together in range(groups, 1, -1):
+        combinations = sparsity.num_experts**together
+        padding = combinations * sparsity.v // 2
+        if groups % together or combinations > COMBINATIONS or 8 * padding > (sizes.tokens or 0):
+            continue
+        try:
+            of_all = sizes._replace(shards=together)
+            routed_ffn_grouped.check(kernels, sparsity, of_all, gated=False)
+        except NotImplementedError:
+            continue
+        return together
+    return 1
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(6, 7))
@@ -521,20 +562,25 @@ def _routed_ffn_fwd(x, w1, w2, wg, packed, router, kernels, layout):
     def local(x, packed, router):
         tokens = x.reshape(-1, x.shape[-1])
         packed = _gather(packed, layout)
-        y, saved, counts = 0, [], []
-        for g in range(layout.local_groups):
+        y, saved, counts, together = 0, [], [], layout.together
+
+        def choice(g):
+            if not chooses:
+                return router.reshape(-1)
+            own = slice(g * experts, (g + 1) * experts)
+            centers, bias = (a[own] for a in router)
+            return assign_tokens(tokens, centers, bias, sparsity.metric)
+
+        for call in range(layout.calls):
             if experts == 1:
                 plan, count = None, jnp.full((1,), tokens.shape[0], jnp.int32)
             else:
-                if chooses:
-                    own = slice(g * experts, (g + 1) * experts)
-                    centers, bias = (a[own] for a in router)
-                    expert = assign_tokens(tokens, centers, bias, sparsity.metric)
-                else:
-                    expert = router.reshape(-1)
-                plan = plan_tokens(expert, experts, sparsity.v, spread=sparsity.spread_tokens)
-                count = plan.counts
-            part = _group(packed, g, layout.local_groups)
+                chosen = [choice(g) for g in range(call * together, (call + 1) * together)]
+                spread = sparsity.spread_tokens
+                combined = combine(chosen, experts)
+                plan = plan_tokens(combined, experts**together, sparsity.v, spread=spread)
+                count = counts_by_shard(plan.counts, experts, together)
+            part = _group(packed, call, layout.calls)
             out, kept = path.forward(tokens, part, plan, sparsity, kernels)
             y = y + out
             saved.append((kept, plan))
@@ -569,8 +615,8 @@ def _routed_ffn_bwd(kernels, layout, residuals, cotangents):
         dy = dy.reshape(-1, shape[-1])
         packed = _gather(packed, layout)
         dx, parts = 0, []
-        for g, (kept, plan) in enumerate(jax.tree.map(lambda a: a[0], saved)):
-            part = _group(packed, g, layout.local_groups)
+        for call, (kept, plan) in enumerate(jax.tree.map(lambda a: a[0], saved)):
+            part = _group(packed, call, layout.calls)
             own, dw = path.backward(dy, kept, part, plan, sparsity, kernels)
             dx = dx + own
             parts.append(dw)

@@ -22,6 +22,7 @@ ROUNDS: tuple[tuple[str, int], ...] = (
     *(("verdict", seed) for seed in range(5)),
     *(("fastest", seed) for seed in range(5)),
     *(("held", seed) for seed in range(5)),
+    *(("shards", seed) for seed in range(5)),
     *(("leading", seed) for seed in range(3)),
     *(("ends", seed) for seed in range(3)),
     *(("gated", seed) for seed in range(3)),
@@ -82,20 +83,46 @@ def _fast(dense: Config) -> Config:
 
 def _held(dense: Config, options: Options) -> Variants:
     """A rate that stays at its peak beyond the flip: the dense end begins with steps of full size.
-    The dense run of the same decay is `_fastest`'s. What a small model on a CPU found best."""
+    The dense run of the same decay and rate is `_fastest`'s. What a small model on a CPU found
+    best, and lower peaks, since a rate that is held is a higher one on average."""
     held = lambda share=0.5, **sparsity: _falling(
         sparse(dense, share=share, warmup=0.02, **sparsity), 0.3
     )
     recipe, speedup = held(), options.speedups.required("M16 50%")
-    higher = {"learning_rate": 3 / 2 * dense.optimizer.learning_rate}
+    rate = lambda config, factor: changed(
+        config, optimizer={"learning_rate": factor * config.optimizer.learning_rate}
+    )
     label = "M16 50%, warm-up 2%, decay over 30%"
-    return {
+    variants: Variants = {
         label: recipe,
         label + SUFFIX: equal_time(recipe, dense, speedup),
-        label + ", rate x 3/2": changed(recipe, optimizer=higher),
+        label + ", rate x 3/2": rate(recipe, 3 / 2),
         "M8 50%, warm-up 2%, decay over 30%": held(m=8),
         "M8 65%, warm-up 2%, decay over 30%": held(0.65, m=8),
         FASTEST + ", decay over 20%": _falling(_fast(dense), 0.2),
+    }
+    for factor, name in ((2 / 3, ", rate x 2/3"), (1 / 2, ", rate x 1/2")):
+        variants |= {
+            "relu2, decay over 30%" + name: rate(_falling(dense, 0.3), factor),
+            label + name: rate(recipe, factor),
+            "M8 65%, warm-up 2%, decay over 30%" + name: rate(held(0.65, m=8), factor),
+        }
+    return variants
+
+
+def _shards(dense: Config) -> Variants:
+    """A token chooses an expert in each of several parts of the neurons: as many neurons meet it,
+    and it has a wider choice of them. Falling rates as dense training likes them best."""
+    short = lambda share=0.5, **sparsity: _falling(
+        sparse(dense, share=share, warmup=0.02, **sparsity), 0.6
+    )
+    return {
+        "M16 in 4 50%, warm-up 2%, decay over 60%": short(shards=4),
+        "M16 in 4 65%, warm-up 2%, decay over 60%": short(0.65, shards=4),
+        "M16 50%, warm-up 2%, decay over 60%": short(),
+        "M8 in 4 65%, warm-up 2%, decay over 60%": short(0.65, m=8, shards=4),
+        "M16 in 2 50%, warm-up 2%, decay over 60%": short(shards=2),
+        "M32 in 2 50%, warm-up 2%, decay over 60%": short(m=32, shards=2),
     }
 
 
@@ -193,6 +220,7 @@ def study(options: Options) -> Study:
         "leading": _leading(dense, gated),
         "fastest": _fastest(dense, options),
         "held": _held(dense, options),
+        "shards": _shards(dense),
         "ends": _ends(dense),
         "gated": _gated(gated, options),
         "rates": _rates(dense, swiglu),

@@ -294,6 +294,28 @@ def tile_order(tile, major_tiles, minor_tiles: int, width: int):
     return major, band * width + lax.rem(rest, width)
 
 
+def check_shards(experts: int, shards: int) -> None:
+    """Raises NotImplementedError for shards that no grouped kernel serves."""
+    if shards > 1 and experts**shards > 64:
+        raise NotImplementedError(f"{experts=} of {shards=} make more than 64 combinations")
+
+
+def choose(index, values):
+    """values[index] of numbers known beforehand, for a scalar index."""
+    found = jnp.int32(values[-1])
+    for i, value in enumerate(values[:-1]):
+        found = jnp.where(index == i, jnp.int32(value), found)
+    return found
+
+
+def expert_number(combination, shard, experts: int, shards: int):
+    """Number, of all shards', of the expert that a combination has in a shard: scalars."""
+    if shards == 1:
+        return combination
+    power = choose(shard, [experts**s for s in range(shards)])
+    return shard * experts + lax.rem(lax.div(combination, power), jnp.int32(experts))
+
+
 def used_tiles(offsets_g):
     """Token tiles that belong to an expert."""
     return lax.div(offsets_g[offsets_g.shape[0] - 1], jnp.int32(TOKENS))
@@ -454,7 +476,10 @@ class Loop:
         return tuple(self.ring[name].at[slot] for name in ("a_s", "meta_s", "b_s"))
 
     def produce(self, tiles, origin: Callable) -> None:
-        """Runs the producer; `origin(i)` is (m0, n0, B's offset in k) of the block's i-th tile."""
+        """Runs the producer; `origin(i)` is (m0, n0, B's offset in k) of the block's i-th tile.
+
+        The offset may be a function of k, of the first element of a step.
+        """
         fill, stages, bars = _fill(self.tile), self.tile.stages, self.ring["bars"]
 
         def tile(i, state):
@@ -464,7 +489,8 @@ class Loop:
                 slot, parity = state
                 stage = self._stage(slot)
                 k0 = k * self.tile.tile_k
-                fill(*self.operands, *stage, bars, slot, parity, m0, n0, k0, b_k0)
+                offset = b_k0(k0) if callable(b_k0) else b_k0
+                fill(*self.operands, *stage, bars, slot, parity, m0, n0, k0, offset)
                 return next_stage(stages, slot, parity)
 
             return lax.fori_loop(0, self.k_steps, step, state)

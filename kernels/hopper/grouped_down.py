@@ -167,11 +167,14 @@ def launch(
     tokens: int | None,
     out_dtype: Any,
     name: str,
+    experts: int = 1,
+    shards: int = 1,
 ) -> jax.Array:
     """scale (Y W_e) for a tile, in the rows' order or the tokens'.
 
     operands: values and metadata of Y (T_pad, h), and W, (E h, D) or, "nk", (E D, h). scale:
-    (T_pad,) or None. layout: offsets and block_expert.
+    (T_pad,) or None. layout: offsets and block_expert. experts: E, which matters where there are
+    several shards, and then W is (S E h / S, D).
     """
     rows, live = operands[0].shape[0], 2 * operands[0].shape[1]
     column_tiles = pl.cdiv(width, _COLUMNS)
@@ -204,6 +207,15 @@ def launch(
                 block, column = part(i)
                 expert = expert_g[lax.div(block, jnp.int32(v // common.TOKENS))]
                 token0, column0 = block * common.TOKENS, column * _COLUMNS
+                if shards > 1:
+                    of_shard = live // shards
+
+                    def offset(k0):
+                        shard = lax.div(k0, jnp.int32(of_shard))
+                        number = common.expert_number(expert, shard, experts, shards)
+                        return (number - shard) * of_shard
+
+                    return token0, column0, offset
                 if t.b_layout == "kn":
                     return token0, column0, expert * live
                 # A last tile may reach into the next expert's rows: what it makes of them has no
@@ -247,6 +259,7 @@ def down24(
     *,
     permutation: jax.Array | None = None,
     tokens: int | None = None,
+    shards: int = 1,
     config: common.GroupedConfig | None = None,
 ) -> jax.Array:
     """`kernels.reference_grouped.down24`.
@@ -254,14 +267,14 @@ def down24(
     Raises ValueError for shapes that do not fit and NotImplementedError where `check_down24` does.
     """
     arguments = (y_values, y_metadata, w, offsets, block_expert)
-    check_down24(*arguments, permutation=permutation, tokens=tokens, config=config)
+    check_down24(*arguments, permutation=permutation, tokens=tokens, shards=shards, config=config)
     config = config or common.GroupedConfig()
-    _, v = reference_grouped.down_dims(*arguments, permutation, tokens)
-    experts, live, width = w.shape
+    experts, v = reference_grouped.down_dims(*arguments, permutation, tokens, shards=shards)
+    matrices, of_shard, width = w.shape
     return launch(
         tile(w.dtype, config),
         config,
-        (y_values, y_metadata, w.reshape(experts * live, width)),
+        (y_values, y_metadata, w.reshape(matrices * of_shard, width)),
         None,
         (offsets, block_expert),
         v=v,
@@ -270,6 +283,8 @@ def down24(
         tokens=tokens,
         out_dtype=w.dtype,
         name="down24_hopper",
+        experts=experts,
+        shards=shards,
     )
 
 
@@ -282,6 +297,7 @@ def check_down24(
     *,
     permutation: jax.Array | None = None,
     tokens: int | None = None,
+    shards: int = 1,
     config: common.GroupedConfig | None = None,
 ) -> None:
     """Raises NotImplementedError if this device, shape or dtype is not served, else returns None.
@@ -289,6 +305,7 @@ def check_down24(
     Arguments that contradict one another raise ValueError.
     """
     arguments = (y_values, y_metadata, w, offsets, block_expert)
-    _, v = reference_grouped.down_dims(*arguments, permutation, tokens)
+    experts, v = reference_grouped.down_dims(*arguments, permutation, tokens, shards=shards)
     common.check_shapes(v, w.shape[1], w.shape[2], w.dtype)
+    common.check_shards(experts, shards)
     tile(w.dtype, config or common.GroupedConfig())

@@ -2,8 +2,9 @@
 
 Both operands are read as they lie, tokens along rows, so both are transposed by the MMA. A block's
 tile is 128 neurons by 256 columns; each of two warpgroups takes 64 neurons. The number of steps of
-a tile is its expert's number of tokens, read from the offsets. Results are stored where the
-parameters have those neurons, interleaved with other experts'.
+a tile is its expert's number of tokens, read from the offsets; with several shards they lie in as
+many runs as there are combinations with that expert. Results are stored where the parameters have
+those neurons, interleaved with other experts'.
 """
 
 from __future__ import annotations
@@ -182,6 +183,30 @@ def part_of(tile, rows: int, columns: int, width: int, offsets_g) -> Part:
     return Part(e, row * NEURONS, column * COLUMNS, token0, steps)
 
 
+class _Runs(NamedTuple):
+    """Where the rows lie of an expert of one shard of several: scalars, but for the offsets.
+
+    In each run the experts of the lower shards are one combination of the E^shard there are, and
+    those of the higher ones another: run j is number j % E^shard of the former.
+    """
+
+    expert: jax.Array
+    power: jax.Array
+    experts: int
+    offsets_g: Any
+
+    def bounds(self, j):
+        """First row and end of the j-th run."""
+        higher, lower = (f(j, self.power) for f in (lax.div, lax.rem))
+        combination = (higher * self.experts + self.expert) * self.power + lower
+        return self.offsets_g[combination], self.offsets_g[combination + 1]
+
+
+def _steps(bounds) -> jax.Array:
+    first, end = bounds
+    return lax.div(end - first, jnp.int32(STEP))
+
+
 class Ring(NamedTuple):
     """The stages in shared memory, and their barriers."""
 
@@ -249,6 +274,7 @@ def weight_gradient(
     offsets: jax.Array,
     *,
     num_experts: int,
+    shards: int = 1,
     config: common.GroupedConfig | None = None,
 ) -> jax.Array:
     """`kernels.reference_grouped.weight_gradient`.
@@ -256,13 +282,15 @@ def weight_gradient(
     `offsets` must be multiples of 128, as V is. Raises ValueError for shapes that do not fit and
     NotImplementedError where `check_weight_gradient` does.
     """
-    check_weight_gradient(y, g, offsets, num_experts=num_experts, config=config)
+    check_weight_gradient(y, g, offsets, num_experts=num_experts, shards=shards, config=config)
     config = config or common.GroupedConfig()
-    live, width = reference_grouped.gradient_dims(y, g, offsets, num_experts)
+    live, width = reference_grouped.gradient_dims(y, g, offsets, num_experts, shards=shards)
     dtype = common.ptx_name(y.dtype)
     stages = stages_of(config)
-    rows, columns = live // NEURONS, pl.cdiv(width, COLUMNS)
-    tiles = num_experts * rows * columns
+    of_shard = live // shards
+    rows, columns = of_shard // NEURONS, pl.cdiv(width, COLUMNS)
+    tiles = shards * num_experts * rows * columns
+    runs = num_experts ** (shards - 1)
     blocks = min(device.num_cores(), tiles)
 
     def body(y_g, g_g, offsets_g, out_g):
@@ -276,14 +304,39 @@ def weight_gradient(
 
             def part(i):
                 tile = lax.axis_index("block") + i * blocks
-                return part_of(tile, rows, columns, config.width, offsets_g)
+                if shards == 1:
+                    return part_of(tile, rows, columns, config.width, offsets_g)
+                number, rest = (f(tile, jnp.int32(rows * columns)) for f in (lax.div, lax.rem))
+                row, column = common.tile_order(rest, jnp.int32(rows), columns, config.width)
+                shard, expert = (f(number, jnp.int32(num_experts)) for f in (lax.div, lax.rem))
+                neuron0, zero = shard * of_shard + row * NEURONS, jnp.int32(0)
+                own = runs_of(shard, expert)
+                count = lambda j, steps: steps + _steps(own.bounds(j))
+                steps = lax.fori_loop(0, runs, count, zero)
+                return Part(expert, neuron0, column * COLUMNS, zero, steps)
+
+            def runs_of(shard, expert):
+                power = common.choose(shard, [num_experts**s for s in range(shards)])
+                return _Runs(expert, power, num_experts, offsets_g)
+
+            def produce_part(part, state):
+                if shards == 1:
+                    return produce(ring, fill, y_g, g_g, part, state)
+                own = runs_of(lax.div(part.neuron0, jnp.int32(of_shard)), part.expert)
+
+                def run(j, state):
+                    bounds = own.bounds(j)
+                    run = part._replace(token0=bounds[0], steps=_steps(bounds))
+                    return produce(ring, fill, y_g, g_g, run, state)
+
+                return lax.fori_loop(0, runs, run, state)
 
             @pl.when(wg == 2)
             def _producer():
                 plgpu.set_max_registers(40, action="decrease")
 
                 def tile(i, state):
-                    return produce(ring, fill, y_g, g_g, part(i), state)
+                    return produce_part(part(i), state)
 
                 lax.fori_loop(0, own, tile, (jnp.int32(0), jnp.int32(1)))
 
@@ -316,12 +369,14 @@ def check_weight_gradient(
     offsets: jax.Array,
     *,
     num_experts: int,
+    shards: int = 1,
     config: common.GroupedConfig | None = None,
 ) -> None:
     """Raises NotImplementedError if this device, shape or dtype is not served, else returns None.
 
     Arguments that contradict one another raise ValueError.
     """
-    live, width = reference_grouped.gradient_dims(y, g, offsets, num_experts)
-    common.check_shapes(common.TOKENS, live, width, y.dtype)
+    live, width = reference_grouped.gradient_dims(y, g, offsets, num_experts, shards=shards)
+    common.check_shapes(common.TOKENS, live // shards, width, y.dtype)
+    common.check_shards(num_experts, shards)
     stages_of(config or common.GroupedConfig())

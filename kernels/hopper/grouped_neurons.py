@@ -202,7 +202,7 @@ class Plan:
     """The tiles of a product of weights (E h, D) and tokens, inside a kernel.
 
     used: token tiles in use. expert_g: experts of blocks of tokens, in global memory; per_expert:
-    token tiles in a block.
+    token tiles in a block. experts, shards: E and S.
     """
 
     tile: common.SparseTile
@@ -212,6 +212,8 @@ class Plan:
     used: Any
     expert_g: Any
     per_expert: int
+    experts: int
+    shards: int
 
     def own_tiles(self):
         """Number of the block's tiles."""
@@ -228,6 +230,11 @@ class Plan:
         """Of the operands of the i-th tile, for `Loop.produce`."""
         token0, neuron0 = self.part(i)
         expert = self.expert_g[lax.div(token0, jnp.int32(common.TOKENS * self.per_expert))]
+        if self.shards > 1:
+            of_shard = self.live // self.shards
+            shard, neuron0 = (f(neuron0, jnp.int32(of_shard)) for f in (lax.div, lax.rem))
+            expert = common.expert_number(expert, shard, self.experts, self.shards)
+            return expert * of_shard + neuron0, token0, jnp.int32(0)
         return expert * self.live + neuron0, token0, jnp.int32(0)
 
 
@@ -239,10 +246,16 @@ def plan_of(
     v: int,
     offsets_g: Any,
     expert_g: Any,
+    experts: int = 1,
+    shards: int = 1,
 ) -> Plan:
-    """The plan of a kernel's block; v: tokens of a block that belong to one expert."""
+    """The plan of a kernel's block; v: tokens of a block that belong to one expert.
+
+    experts: E, which matters where there are several shards.
+    """
     used = common.used_tiles(offsets_g)
-    return Plan(t, live, blocks, config.width, used, expert_g, v // common.TOKENS)
+    per_expert = v // common.TOKENS
+    return Plan(t, live, blocks, config.width, used, expert_g, per_expert, experts, shards)
 
 
 def blocks_of(t: common.SparseTile, rows: int, live: int) -> int:
@@ -259,7 +272,8 @@ def neuron_tile(
     barriers: bool = False,
     b_dtype: Any = None,
 ) -> common.SparseTile:
-    """The tile for h live neurons, with `other_bytes` of shared memory for each warpgroup.
+    """The tile for h live neurons of a shard, with `other_bytes` of shared memory for each
+    warpgroup.
 
     barriers: whether each warpgroup also has a barrier of its own. b_dtype: of the tokens, where it
     may be another one than `dtype`.

@@ -221,6 +221,7 @@ def up24(
     offsets: jax.Array,
     block_expert: jax.Array,
     *,
+    shards: int = 1,
     config: common.GroupedConfig | None = None,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """`kernels.reference_grouped.up24` for weights packed by this backend's `pack_weight24`.
@@ -228,8 +229,9 @@ def up24(
     Raises ValueError for shapes that do not fit and NotImplementedError where `check_up24` does.
     """
     arguments = (values, metadata, x_p, offsets, block_expert)
-    check_up24(*arguments, config=config)
-    y2, y2_values, y2_metadata = _run(arguments, _tile, _choice, config or common.GroupedConfig())
+    check_up24(*arguments, shards=shards, config=config)
+    config = config or common.GroupedConfig()
+    y2, y2_values, y2_metadata = _run(arguments, _tile, _choice, shards, config)
     return y2, y2_values, y2_metadata
 
 
@@ -240,6 +242,7 @@ def up24_linear(
     offsets: jax.Array,
     block_expert: jax.Array,
     *,
+    shards: int = 1,
     config: common.GroupedConfig | None = None,
 ) -> jax.Array:
     """`kernels.reference_grouped.up24_linear` for weights packed by this backend's `pack_weight24`.
@@ -248,8 +251,8 @@ def up24_linear(
     where the stages of a configuration do not fit.
     """
     arguments = (values, metadata, x_p, offsets, block_expert)
-    check_up24(*arguments)
-    (y,) = _run(arguments, _linear_tile, _rounding, config or common.GroupedConfig())
+    check_up24(*arguments, shards=shards)
+    (y,) = _run(arguments, _linear_tile, _rounding, shards, config or common.GroupedConfig())
     return y
 
 
@@ -257,12 +260,13 @@ def _run(
     arguments: tuple[jax.Array, ...],
     tile: Callable[..., common.SparseTile],
     epilogue: Callable[..., _Epilogue],
+    shards: int,
     config: common.GroupedConfig,
 ) -> Sequence[jax.Array]:
-    _, v, live = reference_grouped.up_dims(*arguments)
+    experts, v, live = reference_grouped.up_dims(*arguments, shards=shards)
     values, _, x_p, *_ = arguments
     rows, width = x_p.shape
-    t = tile(live, values.dtype, config)
+    t = tile(live // shards, values.dtype, config)
     blocks = neurons.blocks_of(t, rows, live)
     e = epilogue(rows, live, x_p.dtype, t)
 
@@ -271,7 +275,8 @@ def _run(
         def _scope(**refs):
             wg = lax.axis_index("wg")
             ring = {name: refs[name] for name in t.scratch()}
-            plan = neurons.plan_of(t, live, blocks, config, v, offsets_g, expert_g)
+            layout = offsets_g, expert_g, experts, shards
+            plan = neurons.plan_of(t, live, blocks, config, v, *layout)
             loop = common.Loop(t, width // common.TILE_K, (values_g, metadata_g, x_g), ring)
             common.init_barriers(t.stages, t.warpgroups)(ring["bars"])
 
@@ -309,6 +314,7 @@ def check_up24(
     offsets: jax.Array,
     block_expert: jax.Array,
     *,
+    shards: int = 1,
     config: common.GroupedConfig | None = None,
 ) -> None:
     """Raises NotImplementedError if this device, shape or dtype is not served, else returns None.
@@ -316,6 +322,8 @@ def check_up24(
     Of `up24_linear` as well, but for a configuration, whose stages fit more easily there. Arguments
     that contradict one another raise ValueError.
     """
-    _, v, live = reference_grouped.up_dims(values, metadata, x_p, offsets, block_expert)
-    common.check_shapes(v, live, x_p.shape[1], values.dtype)
-    _tile(live, values.dtype, config or common.GroupedConfig())
+    arguments = (values, metadata, x_p, offsets, block_expert)
+    experts, v, live = reference_grouped.up_dims(*arguments, shards=shards)
+    common.check_shapes(v, live // shards, x_p.shape[1], values.dtype)
+    common.check_shards(experts, shards)
+    _tile(live // shards, values.dtype, config or common.GroupedConfig())

@@ -149,6 +149,7 @@ def up24_backward(
     offsets: jax.Array,
     block_expert: jax.Array,
     *,
+    shards: int = 1,
     config: common.GroupedConfig | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """`kernels.reference_grouped.up24_backward` for this backend's `pack_weight24`.
@@ -157,11 +158,11 @@ def up24_backward(
     `check_up24_backward` does.
     """
     arguments = (values, metadata, dy_p, y2, y2_metadata, offsets, block_expert)
-    check_up24_backward(*arguments, config=config)
+    check_up24_backward(*arguments, shards=shards, config=config)
     config = config or common.GroupedConfig()
-    _, v, live = reference_grouped.backward_dims(*arguments)
+    experts, v, live = reference_grouped.backward_dims(*arguments, shards=shards)
     rows, width = dy_p.shape
-    t = _tile(live, values.dtype, config)
+    t = _tile(live // shards, values.dtype, config)
     blocks = neurons.blocks_of(t, rows, live)
 
     def body(values_g, metadata_g, dy_g, y2_g, y2_meta_g, offsets_g, expert_g, out_g, out_values_g):
@@ -175,7 +176,8 @@ def up24_backward(
         )
         def _scope(dense_s, packed_s, y2_meta_s, **ring):
             wg = lax.axis_index("wg")
-            plan = neurons.plan_of(t, live, blocks, config, v, offsets_g, expert_g)
+            layout = offsets_g, expert_g, experts, shards
+            plan = neurons.plan_of(t, live, blocks, config, v, *layout)
             loop = common.Loop(t, width // common.TILE_K, (values_g, metadata_g, dy_g), ring)
             bars = ring["bars"]
             common.init_barriers(t.stages, t.warpgroups, t.spare)(bars)
@@ -232,14 +234,15 @@ def check_up24_backward(
     offsets: jax.Array,
     block_expert: jax.Array,
     *,
+    shards: int = 1,
     config: common.GroupedConfig | None = None,
 ) -> None:
     """Raises NotImplementedError if this device, shape or dtype is not served, else returns None.
 
     Arguments that contradict one another raise ValueError.
     """
-    _, v, live = reference_grouped.backward_dims(
-        values, metadata, dy_p, y2, y2_metadata, offsets, block_expert
-    )
-    common.check_shapes(v, live, dy_p.shape[1], values.dtype)
-    _tile(live, values.dtype, config or common.GroupedConfig())
+    arguments = (values, metadata, dy_p, y2, y2_metadata, offsets, block_expert)
+    experts, v, live = reference_grouped.backward_dims(*arguments, shards=shards)
+    common.check_shapes(v, live // shards, dy_p.shape[1], values.dtype)
+    common.check_shards(experts, shards)
+    _tile(live // shards, values.dtype, config or common.GroupedConfig())

@@ -12,8 +12,11 @@ from kernels.triton.grouped_pack import check_pack_weight24, pack_weight24
 from kernels.triton.grouped_up import check_up24, up24, up24_linear
 from kernels.triton.grouped_up_backward import check_up24_backward, up24_backward
 
+SHARDS = False
+
 __all__ = [
     "NEURONS",
+    "SHARDS",
     "GradientConfig",
     "check_down24",
     "check_pack_weight24",

@@ -15,6 +15,10 @@ neurons with most non-zeros in Y2, whose support dY1 has as well. The gated form
 
 XLA permutes the tokens that come in, so that it can fuse the gather with its neighbours; down24
 stores what goes out where its token is.
+
+Weights of several shards make one network where the backend takes them: the plan then lays tokens
+out by the combination of their experts (`sparsejax.routing.tokens.combine`), so that they are
+gathered, multiplied and stored once for all shards.
 """
 
 from __future__ import annotations
@@ -49,6 +53,8 @@ class Sizes(NamedTuple):
     """T; None while packing, before there are tokens."""
     columns: int | None = None
     """Of the width, those that packing sees: a device's of a mesh; None for all."""
+    shards: int = 1
+    """Shards, of `hidden` neurons each, that one call of a product serves."""
 
     @property
     def packed_columns(self) -> int:
@@ -89,7 +95,7 @@ def module(kernels: registry.Backend, suffix: str = "") -> Any:
         raise NotImplementedError(missing) from error
 
 
-_OPTIONS = ("num_experts", "m", "dtype", "tokens")
+_OPTIONS = ("num_experts", "m", "dtype", "tokens", "shards")
 
 
 class Functions:
@@ -112,9 +118,9 @@ def batchable(function: Callable[..., Any], kernels: registry.Backend) -> Callab
     return jax.custom_batching.sequential_vmap(function)
 
 
-def padded_rows(tokens: int, sparsity: Sparsity) -> int:
+def padded_rows(tokens: int, sparsity: Sparsity, shards: int = 1) -> int:
     """T_pad."""
-    return padded_tokens(tokens, sparsity.num_experts, sparsity.v)
+    return padded_tokens(tokens, sparsity.num_experts**shards, sparsity.v)
 
 
 def check(kernels: registry.Backend, sparsity: Sparsity, sizes: Sizes, *, gated: bool) -> None:
@@ -153,27 +159,40 @@ def check(kernels: registry.Backend, sparsity: Sparsity, sizes: Sizes, *, gated:
     def metadata(m: int, k: int) -> jax.ShapeDtypeStruct:
         return array(m // 64, k // 64, 128, dtype=jnp.int32)
 
+    shards = sizes.shards
+    options = {} if shards == 1 else {"shards": shards}
+    if shards > 1 and not functions.SHARDS:
+        raise NotImplementedError(f"backend={kernels!r} takes no {shards=} at once")
     # Any number of blocks stands for all while the tokens are not known.
-    rows = 4 * sparsity.v * experts if sizes.tokens is None else padded_rows(sizes.tokens, sparsity)
-    layout = array(experts + 1, dtype=jnp.int32), array(rows // sparsity.v, dtype=jnp.int32)
-    weight = array(sizes.hidden, width // 2), metadata(sizes.hidden, width)
-    x, y2 = array(rows, width), array(rows, live)
-    half, kept = array(rows, live // 2), metadata(rows, live)
-    dense = array(experts, live, width)
+    rows = 4 * sparsity.v * experts
+    if sizes.tokens is not None:
+        rows = padded_rows(sizes.tokens, sparsity, shards)
+    layout = (
+        array(experts**shards + 1, dtype=jnp.int32),
+        array(rows // sparsity.v, dtype=jnp.int32),
+    )
+    hidden = shards * sizes.hidden
+    weight = array(hidden, width // 2), metadata(hidden, width)
+    x, y2 = array(rows, width), array(rows, shards * live)
+    half, kept = array(rows, shards * live // 2), metadata(rows, shards * live)
+    dense = array(shards * experts, live, width)
     master = array(sizes.hidden, sizes.packed_columns, dtype=jnp.float32)
     functions.check_pack_weight24(
         master, num_experts=experts, m=_m(sparsity), scale=1.0, dtype=dtype
     )
-    functions.check_down24(half, kept, dense, *layout)
-    functions.check_up24(*weight, x, *layout)  # of `up24_linear` too
+    functions.check_down24(half, kept, dense, *layout, **options)
+    functions.check_up24(*weight, x, *layout, **options)  # of `up24_linear` too
     if gated:
         _, check_pack24 = registry.load("pack24", kernels)
         check_pack24(y2, axis=1, mode="magnitude", dtype=dtype)
     else:
-        functions.check_up24_backward(*weight, x, y2, kept, *layout)
+        functions.check_up24_backward(*weight, x, y2, kept, *layout, **options)
     if sparsity.weight_gradient == "dense":
-        functions.check_weight_gradient(y2, x, layout[0], num_experts=experts)
+        functions.check_weight_gradient(y2, x, layout[0], num_experts=experts, **options)
         return
+    if shards > 1:
+        wanted = sparsity.weight_gradient
+        raise NotImplementedError(f"weight_gradient={wanted!r} is not served for {shards=} at once")
     check_24 = getattr(functions, "check_weight_gradient24", None)
     if check_24 is None:
         raise NotImplementedError(
@@ -325,11 +344,20 @@ def densest(y2: Array, offsets: Array, sparsity: Sparsity) -> Array:
     return reference_grouped.densest_neurons(counts, number)
 
 
-def down(functions, values, metadata, w, layout: Layout, tokens: int, order: Array | None):
+def _shards(packed: PackedFFN, sparsity: Sparsity) -> dict[str, int]:
+    """The option of the products for weights of several shards; none for one."""
+    shards = packed.w1.dense.shape[0] // sparsity.num_experts
+    return {} if shards == 1 else {"shards": shards}
+
+
+def down(
+    functions, values, metadata, w, layout: Layout, tokens: int, order: Array | None, **options
+):
     """Y W (T, D) in the order of the tokens."""
     if order is None:
-        return functions.down24(values, metadata, w, *layout)[:tokens]
-    return functions.down24(values, metadata, w, *layout, permutation=order, tokens=tokens)
+        return functions.down24(values, metadata, w, *layout, **options)[:tokens]
+    by_token = {"permutation": order, "tokens": tokens}
+    return functions.down24(values, metadata, w, *layout, **by_token, **options)
 
 
 def forward(
@@ -345,22 +373,24 @@ def forward(
     def network(x: Array, packed: PackedFFN, plan: TokenPlan | None) -> tuple[Array, Saved]:
         tokens = x.shape[0]
         layout, by_row = layout_of(tokens, plan, sparsity), order(tokens, plan, sparsity)
-        x = stack(x, plan, sparsity)
-        y2, values, metadata = functions.up24(packed.w1.values, packed.w1.metadata, x, *layout)
-        y3 = down(functions, values, metadata, packed.w2.dense, layout, tokens, by_row)
+        x, shards = stack(x, plan, sparsity), _shards(packed, sparsity)
+        weight = packed.w1.values, packed.w1.metadata
+        y2, values, metadata = functions.up24(*weight, x, *layout, **shards)
+        y3 = down(functions, values, metadata, packed.w2.dense, layout, tokens, by_row, **shards)
         return y3, Saved(x, y2, metadata)
 
     return batchable(network, kernels)(x, packed, plan)
 
 
 def weight_gradients(
-    functions: Functions, y2: Array, layout: Layout, sparsity: Sparsity
+    functions: Functions, y2: Array, layout: Layout, sparsity: Sparsity, **shards: int
 ) -> Callable[[Array, Array], Array]:
     """The product Y^T G of each expert, (H, D) float32, for Y (T_pad, h) and G (T_pad, D).
 
-    y2: (T_pad, h), whose non-zeros say which neurons tokens24 leaves dense.
+    y2: (T_pad, h), whose non-zeros say which neurons tokens24 leaves dense. shards: their number,
+    if there are several.
     """
-    experts = {"num_experts": sparsity.num_experts}
+    experts = {"num_experts": sparsity.num_experts, **shards}
     if sparsity.weight_gradient == "dense":
         return lambda y, g: functions.weight_gradient(y, g, layout.offsets, **experts)
     # Both products leave the same neurons dense.
@@ -382,12 +412,13 @@ def backward(
     def network(dy, saved, packed, plan):
         tokens = dy.shape[0]
         layout, by_row = layout_of(tokens, plan, sparsity), order(tokens, plan, sparsity)
-        weight_gradient = weight_gradients(functions, saved.y2, layout, sparsity)
+        shards = _shards(packed, sparsity)
+        weight_gradient = weight_gradients(functions, saved.y2, layout, sparsity, **shards)
         dy = stack(dy, plan, sparsity)
-        dy1, values = functions.up24_backward(
-            packed.w2.values, packed.w2.metadata, dy, saved.y2, saved.metadata, *layout
-        )
-        dx = down(functions, values, saved.metadata, packed.w1.dense, layout, tokens, by_row)
+        weight, kept = (packed.w2.values, packed.w2.metadata), (saved.y2, saved.metadata)
+        dy1, values = functions.up24_backward(*weight, dy, *kept, *layout, **shards)
+        first = packed.w1.dense
+        dx = down(functions, values, saved.metadata, first, layout, tokens, by_row, **shards)
         return dx, weight_gradient(dy1, saved.x), weight_gradient(saved.y2, dy)
 
     dx, dw1, dw2 = batchable(network, kernels)(dy, saved, packed, plan)

@@ -5,6 +5,8 @@ from sparsejax.routing.neurons import from_expert_major, interleave, permute_ffn
 from sparsejax.routing.tokens import (
     TokenPlan,
     assign_tokens,
+    combine,
+    counts_by_shard,
     fit_bias,
     plan_tokens,
     token_scores,
@@ -26,6 +28,8 @@ __all__ = [
     "choose_groups",
     "cluster_neurons",
     "cluster_within_experts",
+    "combine",
+    "counts_by_shard",
     "expert_counts",
     "fit_bias",
     "fit_within_experts",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from functools import partial
 from typing import NamedTuple, get_args
 
@@ -171,6 +172,37 @@ def fit_bias(scores: Array, bias: Array, members: Array | None = None) -> Array:
     if experts == 1:
         return bias
     return -balancing_prices(scores.T, -bias, _SWEEPS, members)
+
+
+def combine(experts: Sequence[Array], num_experts: int) -> Array:
+    """The combination of experts that each token has in several shards: sum over s of e_s E^s.
+
+    Args:
+      experts: of each shard the expert of each token, (T,) int32 in 0..E-1. num_experts: E.
+
+    Returns:
+      (T,) int32 in 0..E^S-1, which `plan_tokens` takes for the experts of one shard.
+    """
+    first, *others = experts
+    return sum((e * num_experts**s for s, e in enumerate(others, 1)), start=first)
+
+
+def counts_by_shard(counts: Array, num_experts: int, shards: int) -> Array:
+    """Tokens of each expert, shard by shard, from those of each combination.
+
+    Args:
+      counts: (E^S,) int32. num_experts: E. shards: S.
+
+    Returns:
+      (S E,) int32.
+    """
+    if shards == 1:
+        return counts
+    # The last axis is the first shard's.
+    cube = counts.reshape((num_experts,) * shards)
+    axes = set(range(shards))
+    parts = [jnp.sum(cube, tuple(axes - {shards - 1 - s})) for s in range(shards)]
+    return jnp.concatenate(parts).astype(counts.dtype)
 
 
 @partial(jax.jit, static_argnames=("num_experts", "v", "spread"))
