@@ -110,20 +110,31 @@ def _held(dense: Config, options: Options) -> Variants:
     return variants
 
 
-def _shards(dense: Config) -> Variants:
+def _shards(dense: Config, swiglu: Config, options: Options) -> Variants:
     """A token chooses an expert in each of several parts of the neurons: as many neurons meet it,
-    and it has a wider choice of them. Falling rates as dense training likes them best."""
+    and it has a wider choice of them. All rates fall during the last 60% of the steps, which is
+    best for dense runs of `_ends`; recipes at equal wall-clock where their speed is known."""
     short = lambda share=0.5, **sparsity: _falling(
         sparse(dense, share=share, warmup=0.02, **sparsity), 0.6
     )
-    return {
-        "M16 in 4 50%, warm-up 2%, decay over 60%": short(shards=4),
-        "M16 in 4 65%, warm-up 2%, decay over 60%": short(0.65, shards=4),
-        "M16 50%, warm-up 2%, decay over 60%": short(),
-        "M8 in 4 65%, warm-up 2%, decay over 60%": short(0.65, m=8, shards=4),
-        "M16 in 2 50%, warm-up 2%, decay over 60%": short(shards=2),
-        "M32 in 2 50%, warm-up 2%, decay over 60%": short(m=32, shards=2),
+    how = ", warm-up 2%, decay over 60%"
+    variants: Variants = {
+        "M8 in 4 60%" + how: short(0.6, m=8, shards=4),
+        "M8 in 4 65%" + how: short(0.65, m=8, shards=4),
+        "M16 in 4 50%" + how: short(shards=4),
+        "M16 in 4 65%" + how: short(0.65, shards=4),
+        "M16 in 2 50%" + how: short(shards=2),
+        "M32 in 2 50%" + how: short(m=32, shards=2),
+        "M16 50%" + how: short(),
+        "swiglu, decay over 60%": _falling(swiglu, 0.6),
+        "relu2, decay over 80%": _falling(dense, 0.8),
+        "relu2, decay over 45%": _falling(dense, 0.45),
     }
+    for label in list(variants)[:3]:
+        speedup, recipe = options.speedups.of(label), variants[label]
+        if speedup is not None and isinstance(recipe, Config):
+            variants[label + SUFFIX] = equal_time(recipe, dense, speedup)
+    return variants
 
 
 def _ends(dense: Config) -> Variants:
@@ -209,7 +220,7 @@ def _others(dense: Config, options: Options) -> Variants:
 
 
 def study(options: Options) -> Study:
-    """Dense relu^2 beside 55 others; five seeds of the verdicts, three to one of the rest."""
+    """Dense relu^2 beside some 70 others; five seeds of the verdicts, three to one of the rest."""
     config = base(options, tokens=66e6)
     dense, swiglu = (tuned(config, ffn, options) for ffn in ("relu2", "swiglu"))
     # A sweep that ended early may lack the gated form.
@@ -220,7 +231,7 @@ def study(options: Options) -> Study:
         "leading": _leading(dense, gated),
         "fastest": _fastest(dense, options),
         "held": _held(dense, options),
-        "shards": _shards(dense),
+        "shards": _shards(dense, swiglu, options),
         "ends": _ends(dense),
         "gated": _gated(gated, options),
         "rates": _rates(dense, swiglu),

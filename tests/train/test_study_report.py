@@ -168,6 +168,17 @@ def test_new_speedups_replace_the_stored_ones_and_none_leaves_them(output):
     assert read_header(output).speedups == Speedups(1.5)
 
 
+def test_another_baseline(output):
+    rows = {r.label: r for r in make_report(output, Console(quiet=True), baseline="sparse 50%")}
+    assert rows["sparse 50%"].paired is None
+    assert "Differences are to **sparse 50%**" in (output / "report.md").read_text()
+    reverse = {r.label: r for r in make_report(output, Console(quiet=True))}["sparse 50%"]
+    assert rows["dense"].paired.mean == pytest.approx(-reverse.paired.mean)
+    assert rows["dense"].run_speedup == pytest.approx(1 / reverse.run_speedup)
+    with pytest.raises(ValueError, match="'sparse 51%' has no results"):
+        make_report(output, Console(quiet=True), baseline="sparse 51%")
+
+
 def test_runs_that_went_wrong_are_counted_and_named(output):
     records = results()
     records[3] = failure("sparse 50%", 0, "non_finite")

@@ -294,6 +294,7 @@ def test_only_takes_labels_and_patterns():
         (["smoke", "--speedup", "-1"], "speedup=-1.0 must be a positive number"),
         (["smoke", "--speedup", "1", "--speedup-from", "x"], "not both"),
         (["smoke", "--speedup-from", "/nowhere.json"], "/nowhere.json"),
+        (["smoke", "--baseline", "relu3"], "relu3"),
         (["equal_time"], "give --speedup S"),
         (["smoke", "--report"], "holds no results"),
     ],

@@ -41,6 +41,8 @@ class Arguments:
     """Print the studies, or with a name its runs and what is done, and run nothing."""
     report: bool = False
     """Print and draw the report from the results that are there, and run nothing."""
+    baseline: str | None = None
+    """Label that the report compares with, instead of the study's own."""
     output: Path | None = None
     """Folder of results and report; None is runs/studies/NAME."""
     scratch: Path | None = None
@@ -116,7 +118,7 @@ def run(arguments: Arguments, console: Console) -> int:
         _gather(arguments, output)
         if arguments.also and arguments.export is not None:
             export(output, arguments.export)
-        make_report(output, console, speedups)
+        make_report(output, console, speedups, baseline=arguments.baseline)
         return 0
     folders = Folders(output, arguments.scratch or output / "scratch")
     options = definition.Options(
@@ -129,6 +131,8 @@ def run(arguments: Arguments, console: Console) -> int:
     )
     study = definition.get(arguments.name, options)
     runs = select(study, arguments.only)
+    if arguments.baseline is not None and arguments.baseline not in study.labels:
+        raise ValueError(f"--baseline {arguments.baseline!r} is no label of {study.name!r}: --list")
     _gather(arguments, output)
     for file in arguments.reuse:
         reuse(file, study, output)
@@ -158,7 +162,7 @@ def run(arguments: Arguments, console: Console) -> int:
     )
     save()
     if outcome.done or outcome.failed:
-        make_report(output, console)
+        make_report(output, console, baseline=arguments.baseline)
     return 1 if outcome.failed else 0
 
 

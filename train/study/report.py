@@ -115,19 +115,26 @@ def read_header(output: Path) -> Header:
     )
 
 
-def make_report(output: Path, console: Console, speedups: Speedups | None = None) -> list[Row]:
+def make_report(
+    output: Path,
+    console: Console,
+    speedups: Speedups | None = None,
+    *,
+    baseline: str | None = None,
+) -> list[Row]:
     """Prints the table and writes report.md and the pictures into the results' folder.
 
     Args:
       output: the folder.
       console: where the table is printed.
       speedups: replace those in study.json.
+      baseline: the label to compare with, instead of the one in study.json.
 
     Returns:
       The table's rows.
 
     Raises:
-      ValueError: no results, or unreadable ones.
+      ValueError: no results, or unreadable ones, or none of this baseline.
     """
     header = read_header(output)
     if speedups is not None and speedups.known:
@@ -135,6 +142,10 @@ def make_report(output: Path, console: Console, speedups: Speedups | None = None
     records = read_all(output)
     if not records:
         raise ValueError(f"{output} holds no results yet")
+    if baseline is not None:
+        if (found := {record["label"] for record in records}).isdisjoint([baseline]):
+            raise ValueError(f"{baseline=} has no results; {len(found)} other labels have")
+        header = dataclasses.replace(header, baseline=baseline)
     rows = summarise(header, records)
     console.print(_console_table(header, rows))
     notes = remarks(header, records)
