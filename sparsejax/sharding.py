@@ -522,12 +522,15 @@ def apply_routed(
         tokens=math.prod(x.shape[:-1]) // devices,
     )
     kernels = _serving(packed, sparsity, sizes, gated=wg is not None)
-    if wg is None and kernels is not None and packed.precision != "fp8":
-        layout = dataclasses.replace(layout, together=_together(layout, kernels, sizes))
+    if kernels is not None and packed.precision != "fp8":
+        together = _together(layout, kernels, sizes, gated=wg is not None)
+        layout = dataclasses.replace(layout, together=together)
     return _routed_ffn(x, w1, w2, wg, packed, router, kernels, layout)
 
 
-def _together(layout: _Layout, kernels: registry.Backend, sizes: routed_ffn_grouped.Sizes) -> int:
+def _together(
+    layout: _Layout, kernels: registry.Backend, sizes: routed_ffn_grouped.Sizes, *, gated: bool
+) -> int:
     """Groups of neurons that one call of the kernels can serve, and that are worth it.
 
     Their tokens are then gathered and stored once, for a little more padding: at most an eighth of
@@ -543,7 +546,7 @@ def _together(layout: _Layout, kernels: registry.Backend, sizes: routed_ffn_grou
             continue
         try:
             of_all = sizes._replace(shards=together)
-            routed_ffn_grouped.check(kernels, sparsity, of_all, gated=False)
+            routed_ffn_grouped.check(kernels, sparsity, of_all, gated=gated)
         except NotImplementedError:
             continue
         return together

@@ -36,6 +36,7 @@ from sparsejax.ops.routed_ffn_grouped import (
     layout_of,
     module,
     order,
+    shards_of,
     stack,
     weight_gradients,
 )
@@ -91,12 +92,14 @@ def forward(
         assert packed.wg is not None
         tokens = x.shape[0]
         layout, by_row = layout_of(tokens, plan, sparsity), order(tokens, plan, sparsity)
-        x = stack(x, plan, sparsity)
+        x, shards = stack(x, plan, sparsity), shards_of(packed, sparsity)
         y1, yg = (
-            functions.up24_linear(w.values, w.metadata, x, *layout) for w in (packed.w1, packed.wg)
+            functions.up24_linear(w.values, w.metadata, x, *layout, **shards)
+            for w in (packed.w1, packed.wg)
         )
         y2, rows = gate(y1, yg)
-        y3 = down(functions, *pack(y2, kernels), packed.w2.dense, layout, tokens, by_row)
+        kept = pack(y2, kernels)
+        y3 = down(functions, kept, packed.w2.dense, layout, tokens, by_row, shards)
         return y3, Saved(x, rows)
 
     return batchable(network, kernels)(x, packed, plan)
@@ -116,13 +119,15 @@ def backward(
     def network(dy, saved, packed, plan):
         tokens = dy.shape[0]
         layout, by_row = layout_of(tokens, plan, sparsity), order(tokens, plan, sparsity)
-        weight_gradient = weight_gradients(functions, saved.rows.live, layout, sparsity)
+        shards = shards_of(packed, sparsity)
+        live = saved.rows.live
+        weight_gradient = weight_gradients(functions, live, layout, sparsity, **shards)
         dy = stack(dy, plan, sparsity)
-        dy2 = functions.up24_linear(packed.w2.values, packed.w2.metadata, dy, *layout)
+        dy2 = functions.up24_linear(packed.w2.values, packed.w2.metadata, dy, *layout, **shards)
         y2, dy1, dyg = differentiate(dy2.astype(jnp.float32), saved.rows)
         assert dyg is not None
         dx1, dxg = (
-            down(functions, *pack(d, kernels), w.dense, layout, tokens, by_row)
+            down(functions, pack(d, kernels), w.dense, layout, tokens, by_row, shards)
             for d, w in ((dy1, packed.w1), (dyg, packed.wg))
         )
         dw1, dwg = (weight_gradient(d, saved.x) for d in (dy1, dyg))

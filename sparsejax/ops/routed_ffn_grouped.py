@@ -26,7 +26,7 @@ from __future__ import annotations
 import importlib
 import inspect
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -344,20 +344,25 @@ def densest(y2: Array, offsets: Array, sparsity: Sparsity) -> Array:
     return reference_grouped.densest_neurons(counts, number)
 
 
-def _shards(packed: PackedFFN, sparsity: Sparsity) -> dict[str, int]:
+def shards_of(packed: PackedFFN, sparsity: Sparsity) -> dict[str, int]:
     """The option of the products for weights of several shards; none for one."""
     shards = packed.w1.dense.shape[0] // sparsity.num_experts
     return {} if shards == 1 else {"shards": shards}
 
 
 def down(
-    functions, values, metadata, w, layout: Layout, tokens: int, order: Array | None, **options
-):
-    """Y W (T, D) in the order of the tokens."""
+    functions: Functions,
+    packed: tuple[Array, Array],
+    w: Array,
+    layout: Layout,
+    tokens: int,
+    order: Array | None,
+    shards: Mapping[str, int],
+) -> Array:
+    """Y W (T, D) in the order of the tokens; packed: values and metadata of Y."""
     if order is None:
-        return functions.down24(values, metadata, w, *layout, **options)[:tokens]
-    by_token = {"permutation": order, "tokens": tokens}
-    return functions.down24(values, metadata, w, *layout, **by_token, **options)
+        return functions.down24(*packed, w, *layout, **shards)[:tokens]
+    return functions.down24(*packed, w, *layout, permutation=order, tokens=tokens, **shards)
 
 
 def forward(
@@ -373,10 +378,11 @@ def forward(
     def network(x: Array, packed: PackedFFN, plan: TokenPlan | None) -> tuple[Array, Saved]:
         tokens = x.shape[0]
         layout, by_row = layout_of(tokens, plan, sparsity), order(tokens, plan, sparsity)
-        x, shards = stack(x, plan, sparsity), _shards(packed, sparsity)
+        x, shards = stack(x, plan, sparsity), shards_of(packed, sparsity)
         weight = packed.w1.values, packed.w1.metadata
         y2, values, metadata = functions.up24(*weight, x, *layout, **shards)
-        y3 = down(functions, values, metadata, packed.w2.dense, layout, tokens, by_row, **shards)
+        kept = values, metadata
+        y3 = down(functions, kept, packed.w2.dense, layout, tokens, by_row, shards)
         return y3, Saved(x, y2, metadata)
 
     return batchable(network, kernels)(x, packed, plan)
@@ -412,13 +418,13 @@ def backward(
     def network(dy, saved, packed, plan):
         tokens = dy.shape[0]
         layout, by_row = layout_of(tokens, plan, sparsity), order(tokens, plan, sparsity)
-        shards = _shards(packed, sparsity)
+        shards = shards_of(packed, sparsity)
         weight_gradient = weight_gradients(functions, saved.y2, layout, sparsity, **shards)
         dy = stack(dy, plan, sparsity)
         weight, kept = (packed.w2.values, packed.w2.metadata), (saved.y2, saved.metadata)
         dy1, values = functions.up24_backward(*weight, dy, *kept, *layout, **shards)
-        first = packed.w1.dense
-        dx = down(functions, values, saved.metadata, first, layout, tokens, by_row, **shards)
+        dy1_kept = values, saved.metadata
+        dx = down(functions, dy1_kept, packed.w1.dense, layout, tokens, by_row, shards)
         return dx, weight_gradient(dy1, saved.x), weight_gradient(saved.y2, dy)
 
     dx, dw1, dw2 = batchable(network, kernels)(dy, saved, packed, plan)

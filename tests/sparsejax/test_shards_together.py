@@ -29,14 +29,14 @@ def problem(m: int, shards: int, tokens: int, width: int = D):
     return [jnp.asarray(a, jnp.float32) for a in arrays]
 
 
-def run(sparsity, x, dy, w1, w2, centers, bias, dtype=jnp.float32):
-    betas = jnp.asarray([1.5, 1.25, 1.0])
-    packed = sharding.pack_ffn(w1, w2, None, betas, sparsity, dtype=dtype, axes=None)
-    f = lambda x, w1, w2: sharding.routed_ffn(
-        x, w1, w2, None, packed, centers, bias, sparsity, axes=None
+def run(sparsity, x, dy, w1, w2, centers, bias, dtype=jnp.float32, gated=False):
+    betas, wg = jnp.asarray([1.5, 1.25, 1.0]), w1[::-1] if gated else None
+    packed = sharding.pack_ffn(w1, w2, wg, betas, sparsity, dtype=dtype, axes=None)
+    f = lambda x, w1, w2, wg: sharding.routed_ffn(
+        x, w1, w2, wg, packed, centers, bias, sparsity, axes=None
     )
-    y, vjp, counts = jax.vjp(f, x.astype(dtype), w1, w2, has_aux=True)
-    return y, counts, *vjp(dy.astype(dtype))
+    y, vjp, counts = jax.vjp(f, x.astype(dtype), w1, w2, wg, has_aux=True)
+    return y, counts, *(d for d in vjp(dy.astype(dtype)) if d is not None)
 
 
 @pytest.fixture
@@ -46,21 +46,22 @@ def on_reference(monkeypatch):
     monkeypatch.setattr(routed_ffn_grouped, "recheck", lambda packed, *args, **kwargs: packed)
 
 
+@pytest.mark.parametrize("gated", [False, True])
 @pytest.mark.parametrize(
     ("m", "shards", "tokens", "together"),
     [(8, 2, 1024, 2), (8, 4, 4096, 4), (16, 2, 4096, 2), (16, 4, 4096, 2)],
 )
 def test_the_network_is_the_same_together_and_one_by_one(
-    on_reference, monkeypatch, m, shards, tokens, together
+    on_reference, monkeypatch, m, shards, tokens, together, gated
 ):
     sparsity, arguments = Sparsity(m=m, v=V, shards=shards), problem(m, shards, tokens)
     layout = sharding._layout(sparsity, None, D, arguments[2].shape[0])
     sizes = routed_ffn_grouped.Sizes(D, 64 * m // 4, jnp.dtype(jnp.float32), tokens)
-    assert sharding._together(layout, "reference", sizes) == together
-    found = jax.jit(lambda *a: run(sparsity, *a))(*arguments)
+    assert sharding._together(layout, "reference", sizes, gated=False) == together
+    found = jax.jit(lambda *a: run(sparsity, *a, gated=gated))(*arguments)
     monkeypatch.setattr(sharding, "COMBINATIONS", 1)
-    assert sharding._together(layout, "reference", sizes) == 1
-    expected = jax.jit(lambda *a: run(sparsity, *a))(*arguments)
+    assert sharding._together(layout, "reference", sizes, gated=False) == 1
+    expected = jax.jit(lambda *a: run(sparsity, *a, gated=gated))(*arguments)
     np.testing.assert_array_equal(found[1], expected[1])
     assert found[1].sum() == shards * tokens
     for a, b in zip(found, expected, strict=True):
@@ -85,7 +86,7 @@ def test_how_many_shards_go_together(on_reference, changes, tokens, together):
     hidden = 64 * sparsity.num_experts
     layout = sharding._layout(sparsity, None, D, hidden * sparsity.num_shards)
     sizes = routed_ffn_grouped.Sizes(D, hidden, jnp.dtype(jnp.bfloat16), tokens)
-    assert sharding._together(layout, "reference", sizes) == together
+    assert sharding._together(layout, "reference", sizes, gated=False) == together
 
 
 def test_a_backend_that_takes_one_shard_gets_one(on_reference, monkeypatch):
@@ -96,7 +97,7 @@ def test_a_backend_that_takes_one_shard_gets_one(on_reference, monkeypatch):
     names = [n for n in dir(reference) if n.startswith("check_")]
     one = SimpleNamespace(NEURONS=64, SHARDS=False, **{n: getattr(reference, n) for n in names})
     monkeypatch.setattr(routed_ffn_grouped, "module", lambda _: one)
-    assert sharding._together(layout, "triton", sizes) == 1
+    assert sharding._together(layout, "triton", sizes, gated=False) == 1
 
 
 @pytest.mark.parametrize(("at_once", "calls"), [(True, 1), (False, 4)])
@@ -115,8 +116,9 @@ def test_lowers_for_a_gpu_on_any_machine(monkeypatch, at_once, calls):
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("gated", [False, True])
 @pytest.mark.parametrize(("m", "shards"), [(8, 4), (16, 2), (16, 4)])
-def test_on_a_gpu(monkeypatch, m, shards):
+def test_on_a_gpu(monkeypatch, m, shards, gated):
     if "hopper" not in registry.available_backends():
         pytest.skip(f"hopper does not run on {jax.devices()[0].device_kind}")
     sparsity = Sparsity(m=m, v=128, shards=shards, backend="hopper")
@@ -127,7 +129,7 @@ def test_on_a_gpu(monkeypatch, m, shards):
         monkeypatch.setattr("kernels.hopper.grouped24.SHARDS", shards_at_once)
         with warnings.catch_warnings():
             warnings.simplefilter("error", registry.FallbackWarning)
-            step = jax.jit(lambda *a: run(sparsity, *a, dtype=jnp.bfloat16))
+            step = jax.jit(lambda *a: run(sparsity, *a, dtype=jnp.bfloat16, gated=gated))
             found.append(step(*arguments))
     np.testing.assert_array_equal(found[0][1], found[1][1])
     for a, b in zip(*found, strict=True):
