@@ -2,11 +2,13 @@
 
 A tile of tokens never crosses from one expert to the next, but the last one of an expert may hang
 over its end: what it computes there is not stored. Tiles are numbered expert by expert, and behind
-them come those of the unused rows, which are set to zero.
+them come those of the unused rows, which are set to zero. Where a token meets an expert in each of
+several shards, combinations of experts take the place of experts.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import math
 from collections.abc import Iterator
@@ -58,6 +60,67 @@ def part(offsets_ref, index: jax.Array, size: int, rows: int) -> Part:
         own = Part(jnp.int32(e), start + (index - before) * size, stop)
         found = Part(*(jnp.where(here, a, b) for a, b in zip(own, found, strict=True)))
         before = before + tiles
+    return found
+
+
+class Columns(NamedTuple):
+    """Neurons of a program, scalars.
+
+    Attributes:
+      first: the first neuron, and end: the one behind the shard's last one, of a row's live ones.
+      row: the first neuron's row among the packed weights of all experts.
+    """
+
+    first: jax.Array
+    end: jax.Array
+    row: jax.Array
+
+
+@dataclasses.dataclass(frozen=True)
+class Shards:
+    """The live neurons of a product of tokens and packed weights.
+
+    experts, shards: E and S. live: neurons that a token meets, in all shards. size: of a tile.
+    """
+
+    experts: int
+    shards: int
+    live: int
+    size: int
+
+    @property
+    def of_shard(self) -> int:
+        """Live neurons of one shard."""
+        return self.live // self.shards
+
+    @property
+    def tiles(self) -> int:
+        """Tiles of neurons; none crosses from one shard to the next."""
+        return self.shards * math.ceil(self.of_shard / self.size)
+
+    def neurons(self, combination: jax.Array, tile: jax.Array) -> Columns:
+        """Those of a tile, for tokens of a combination of experts."""
+        per_shard = jnp.int32(self.tiles // self.shards)
+        shard, within = lax.div(tile, per_shard), lax.rem(tile, per_shard)
+        first = shard * self.of_shard + within * self.size
+        number = expert_number(combination, shard, self.experts, self.shards)
+        row = number * self.of_shard + within * self.size
+        return Columns(first, (shard + 1) * self.of_shard, row)
+
+
+def expert_number(combination, shard, experts: int, shards: int):
+    """Number, of all shards', of the expert that a combination has in a shard: scalars."""
+    if shards == 1:
+        return combination
+    digit = lax.rem(lax.div(combination, power(shard, experts, shards)), jnp.int32(experts))
+    return shard * experts + digit
+
+
+def power(shard, experts: int, shards: int):
+    """E^shard, of a scalar shard: what its expert counts for in a combination."""
+    found = jnp.int32(1)
+    for s in range(1, shards):
+        found = jnp.where(shard == s, jnp.int32(experts**s), found)
     return found
 
 

@@ -22,6 +22,7 @@ def down24(
     *,
     permutation: jax.Array | None = None,
     tokens: int | None = None,
+    shards: int = 1,
     config: Spmm24Config | None = None,
     interpret: bool = False,
 ) -> jax.Array:
@@ -34,27 +35,34 @@ def down24(
     Raises ValueError for shapes that do not fit and NotImplementedError where `check_down24` does.
     """
     arguments = (y_values, y_metadata, w, offsets, block_expert)
-    reference_grouped.down_dims(*arguments, permutation, tokens)
+    experts, _ = reference_grouped.down_dims(*arguments, permutation, tokens, shards=shards)
     if not interpret:
-        check_down24(*arguments, permutation=permutation, tokens=tokens, config=config)
+        check_down24(
+            *arguments, permutation=permutation, tokens=tokens, shards=shards, config=config
+        )
     rows, shape = y_values.shape[0], (y_values.shape[0], w.shape[2])
-    config = common.sparse_config("down24", config, shape, rows, *w.shape)
+    sizes = experts, shards * w.shape[1], w.shape[2]
+    config = common.sparse_config("down24", config, shape, rows, *sizes)
     return _down24(
         y_values,
         y_metadata,
         w.reshape(-1, w.shape[2]),
         offsets,
         permutation,
+        experts=experts,
+        shards=shards,
         tokens=tokens,
         config=config,
         interpret=interpret,
     )
 
 
-def _down24(values, metadata, w, offsets, permutation, *, tokens, config, interpret):
-    rows, live = values.shape[0], 2 * values.shape[1]
-    tile, experts, width = config.tile, offsets.shape[0] - 1, w.shape[1]
-    token_tiles = common.num_parts(rows, experts, tile.block_m)
+def _down24(
+    values, metadata, w, offsets, permutation, *, experts, shards, tokens, config, interpret
+):
+    rows, of_shard = values.shape[0], 2 * values.shape[1] // shards
+    tile, combinations, width = config.tile, offsets.shape[0] - 1, w.shape[1]
+    token_tiles = common.num_parts(rows, combinations, tile.block_m)
     column_tiles = pl.cdiv(width, tile.block_n)
 
     def kernel(values_ref, metadata_ref, w_ref, offsets_ref, *rest):
@@ -70,8 +78,12 @@ def _down24(values, metadata, w, offsets, permutation, *, tokens, config, interp
             token = plt.load(permutation_ref[0].at[jnp.minimum(row, rows - 1)])
             return token, valid & (token < tokens).astype(jnp.int32)
 
-        @pl.when(part.expert < experts)
+        @pl.when(part.expert < combinations)
         def _multiply():
+            numbers = [
+                common.expert_number(part.expert, jnp.int32(s), experts, shards)
+                for s in range(shards)
+            ]
             acc = mainloop.accumulate(
                 values_ref,
                 metadata_ref,
@@ -80,7 +92,7 @@ def _down24(values, metadata, w, offsets, permutation, *, tokens, config, interp
                 column0,
                 tile,
                 b_layout="kn",
-                b_row=part.expert * live,
+                b_rows=[number * of_shard for number in numbers],
                 aligned=False,
                 emulate=interpret,
             )
@@ -97,7 +109,7 @@ def _down24(values, metadata, w, offsets, permutation, *, tokens, config, interp
         # In the order of tokens there are no unused rows.
         if not permutation_ref:
 
-            @pl.when(part.expert == experts)
+            @pl.when(part.expert == combinations)
             def _clear():
                 block = common.Block(
                     out_ref, part.first, column0, tile.block_m, tile.block_n, part.end
@@ -125,6 +137,7 @@ def check_down24(
     *,
     permutation: jax.Array | None = None,
     tokens: int | None = None,
+    shards: int = 1,
     config: Spmm24Config | None = None,
 ) -> None:
     """Raises NotImplementedError if this device, shape or dtype is not served, else returns None.
@@ -133,5 +146,5 @@ def check_down24(
     """
     del config
     arguments = (y_values, y_metadata, w, offsets, block_expert)
-    _, v = reference_grouped.down_dims(*arguments, permutation, tokens)
+    _, v = reference_grouped.down_dims(*arguments, permutation, tokens, shards=shards)
     common.check("down24", v, w.shape[1], w.shape[2], w.dtype)

@@ -72,6 +72,7 @@ def weight_gradient(
     offsets: jax.Array,
     *,
     num_experts: int,
+    shards: int = 1,
     config: GradientConfig | None = None,
     interpret: bool = False,
 ) -> jax.Array:
@@ -83,46 +84,65 @@ def weight_gradient(
     Raises ValueError for shapes that do not fit and NotImplementedError where
     `check_weight_gradient` does.
     """
-    live, width = reference_grouped.gradient_dims(y, g, offsets, num_experts)
+    live, width = reference_grouped.gradient_dims(y, g, offsets, num_experts, shards=shards)
     if not interpret:
-        check_weight_gradient(y, g, offsets, num_experts=num_experts, config=config)
+        check_weight_gradient(y, g, offsets, num_experts=num_experts, shards=shards, config=config)
     if config is None:
         found = common.tuned("weight_gradient", y.shape[0], num_experts, live, width)
         config = _default_config() if found is None else GradientConfig(**found)
     _check_config(config)
-    return _weight_gradient(y, g, offsets, config=config, interpret=interpret)
+    return _weight_gradient(
+        y, g, offsets, experts=num_experts, shards=shards, config=config, interpret=interpret
+    )
 
 
-def _weight_gradient(y, g, offsets, *, config, interpret):
-    experts, live, width = offsets.shape[0] - 1, y.shape[1], g.shape[1]
-    block_m, block_n = _dividing(config.block_m, live), _dividing(config.block_n, width)
+def _weight_gradient(y, g, offsets, *, experts, shards, config, interpret):
+    of_shard, width = y.shape[1] // shards, g.shape[1]
+    block_m, block_n = _dividing(config.block_m, of_shard), _dividing(config.block_n, width)
     block_k = config.block_k
-    tiles_m, tiles_n = live // block_m, width // block_n
+    tiles_m, tiles_n = of_shard // block_m, width // block_n
+    runs = experts ** (shards - 1)
 
     def kernel(y_ref, g_ref, offsets_ref, out_ref):
         program, tiles = pl.program_id(0), jnp.int32(tiles_m * tiles_n)
-        expert = lax.div(program, tiles)
+        number = lax.div(program, tiles)
         tile_m, tile_n = tile_order(lax.rem(program, tiles), tiles_m, tiles_n, config.group_m)
-        neuron = tile_m * block_m + jnp.arange(block_m)
+        shard, expert = lax.div(number, jnp.int32(experts)), lax.rem(number, jnp.int32(experts))
+        neuron = shard * of_shard + tile_m * block_m + jnp.arange(block_m)
         column = tile_n * block_n + jnp.arange(block_n)
-        first, end = offsets_ref[expert], offsets_ref[expert + 1]
 
-        def step(i, acc):
-            token = first + i * block_k + jnp.arange(block_k)
-            a = plt.load(y_ref.at[token[:, None], neuron[None, :]])
-            b = plt.load(g_ref.at[token[:, None], column[None, :]])
-            return acc + plt.dot(a, b, trans_a=True)
+        def products(combination, acc):
+            """Adds those of the rows of a combination."""
+            first, end = offsets_ref[combination], offsets_ref[combination + 1]
 
-        steps = lax.div(end - first, jnp.int32(block_k))
-        acc = lax.fori_loop(0, steps, step, jnp.zeros((block_m, block_n), jnp.float32))
+            def step(i, acc):
+                token = first + i * block_k + jnp.arange(block_k)
+                a = plt.load(y_ref.at[token[:, None], neuron[None, :]])
+                b = plt.load(g_ref.at[token[:, None], column[None, :]])
+                return acc + plt.dot(a, b, trans_a=True)
+
+            return lax.fori_loop(0, lax.div(end - first, jnp.int32(block_k)), step, acc)
+
+        acc = jnp.zeros((block_m, block_n), jnp.float32)
+        if shards == 1:
+            acc = products(expert, acc)
+        else:
+            # The combinations with this expert: what the others are is number j.
+            power = common.power(shard, experts, shards)
+
+            def run(j, acc):
+                higher, lower = lax.div(j, power), lax.rem(j, power)
+                return products((higher * experts + expert) * power + lower, acc)
+
+            acc = lax.fori_loop(0, runs, run, acc)
         # Where the parameters have the neurons, interleaved with other experts'.
         row = (neuron >> 2) * (4 * experts) + 4 * expert + (neuron & 3)
         plt.store(out_ref.at[row[:, None], column[None, :]], acc)
 
     return pl.pallas_call(
         kernel,
-        grid=(experts * tiles_m * tiles_n,),
-        out_shape=jax.ShapeDtypeStruct((experts * live, width), jnp.float32),
+        grid=(shards * experts * tiles_m * tiles_n,),
+        out_shape=jax.ShapeDtypeStruct((experts * y.shape[1], width), jnp.float32),
         compiler_params=plt.CompilerParams(num_warps=config.warps, num_stages=config.stages),
         interpret=interpret,
         name="weight_gradient",
@@ -135,6 +155,7 @@ def check_weight_gradient(
     offsets: jax.Array,
     *,
     num_experts: int,
+    shards: int = 1,
     config: GradientConfig | None = None,
 ) -> None:
     """Raises NotImplementedError if this device, shape or dtype is not served, else returns None.
@@ -142,5 +163,5 @@ def check_weight_gradient(
     Arguments that contradict one another raise ValueError.
     """
     del config
-    live, width = reference_grouped.gradient_dims(y, g, offsets, num_experts)
-    common.check("weight_gradient", 64, live, width, y.dtype)
+    live, width = reference_grouped.gradient_dims(y, g, offsets, num_experts, shards=shards)
+    common.check("weight_gradient", 64, live // shards, width, y.dtype)

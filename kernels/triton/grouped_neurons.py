@@ -19,7 +19,7 @@ from jax import lax
 
 from kernels.groups24 import CHOOSE, SCALE, WIDENINGS
 from kernels.triton import mainloop, output, ptx
-from kernels.triton.grouped_common import Part
+from kernels.triton.grouped_common import Columns, Part
 from kernels.triton.mainloop import Tile
 from kernels.triton.pack24 import from_word, select
 
@@ -111,17 +111,17 @@ class Neurons:
     """A program's results: tokens in rows, neurons in columns.
 
     Args:
-      neuron0, token0: scalars, the tile's first neuron, in its expert, and first token.
-      end: scalar, the token behind the last one to be stored. live: neurons of an expert.
+      columns: the tile's neurons. token0: scalar, its first token.
+      end: scalar, the token behind the last one to be stored.
     """
 
-    def __init__(self, neuron0, token0, end, live: int, tile: Tile, *, emulate: bool):
-        place = output.place(neuron0, token0, tile)
+    def __init__(self, columns: Columns, token0, end, tile: Tile, *, emulate: bool):
+        place = output.place(columns.first, token0, tile)
         self.neuron, self.token, self.q, self.t = place
-        self.end, self.live, self.tile, self.emulate = end, live, tile, emulate
+        self.end, self.neuron_end, self.tile, self.emulate = end, columns.end, tile, emulate
 
     def valid(self, token, neuron) -> jax.Array:
-        return ((token < self.end) & (neuron < self.live)).astype(jnp.int32)
+        return ((token < self.end) & (neuron < self.neuron_end)).astype(jnp.int32)
 
     def load(self, ref, f: int, j: int, c: int) -> list[jax.Array]:
         """Two words: the thread's group, as `accumulators` numbers them, of a dense (T_pad, h)."""
@@ -209,13 +209,12 @@ def multiply(
     metadata_ref,
     tokens_ref,
     part: Part,
-    neuron0: jax.Array,
-    live: int,
+    columns: Columns,
     tile: Tile,
     *,
     emulate: bool,
 ) -> tuple[list[jax.Array], Neurons]:
-    """The packed weights of a part's expert, from a neuron on, times its tokens; and what is where.
+    """Packed weights of a part's experts, from a neuron on, times its tokens; and what is where.
 
     Returns:
       the thread's accumulators, and its place among the results.
@@ -224,14 +223,14 @@ def multiply(
         values_ref,
         metadata_ref,
         tokens_ref,
-        part.expert * live + neuron0,
+        columns.row,
         part.first,
         tile,
         b_layout="nk",
         aligned=False,
         emulate=emulate,
     )
-    return acc, Neurons(neuron0, part.first, part.end, live, tile, emulate=emulate)
+    return acc, Neurons(columns, part.first, part.end, tile, emulate=emulate)
 
 
 def check_tile(config: Any) -> None:

@@ -29,6 +29,7 @@ def up24(
     offsets: jax.Array,
     block_expert: jax.Array,
     *,
+    shards: int = 1,
     config: Spmm24Config | None = None,
     interpret: bool = False,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
@@ -42,9 +43,9 @@ def up24(
     """
     arguments = (values, metadata, x_p, offsets, block_expert)
     if not interpret:
-        check_up24(*arguments, config=config)
-    y2, y2_values, y2_metadata = _up24("up24", arguments, config, interpret)
-    _, _, live = reference_grouped.up_dims(*arguments)
+        check_up24(*arguments, shards=shards, config=config)
+    y2, y2_values, y2_metadata = _up24("up24", arguments, shards, config, interpret)
+    _, _, live = reference_grouped.up_dims(*arguments, shards=shards)
     return y2, y2_values, y2_metadata.reshape(-1, live // 64, 128)
 
 
@@ -55,6 +56,7 @@ def up24_linear(
     offsets: jax.Array,
     block_expert: jax.Array,
     *,
+    shards: int = 1,
     config: Spmm24Config | None = None,
     interpret: bool = False,
 ) -> jax.Array:
@@ -66,22 +68,23 @@ def up24_linear(
     """
     arguments = (values, metadata, x_p, offsets, block_expert)
     if not interpret:
-        check_up24(*arguments, config=config)
-    (y,) = _up24("up24_linear", arguments, config, interpret)
+        check_up24(*arguments, shards=shards, config=config)
+    (y,) = _up24("up24_linear", arguments, shards, config, interpret)
     return y
 
 
-def _up24(name: str, arguments: tuple[jax.Array, ...], config, interpret: bool):
+def _up24(name: str, arguments: tuple[jax.Array, ...], shards: int, config, interpret: bool):
     """Results of `up24`, the metadata as (T_pad / 64, 2 h), or the one of `up24_linear`."""
-    experts, _, live = reference_grouped.up_dims(*arguments)
+    experts, _, live = reference_grouped.up_dims(*arguments, shards=shards)
     values, metadata, x, offsets, _ = arguments
     rows, width = x.shape
     shape = experts * live, rows // experts
     config = common.sparse_config("up24", config, shape, rows, experts, live, width)
     neurons.check_tile(config)
     tile = config.tile
-    neuron_tiles = pl.cdiv(live, tile.block_m)
-    token_tiles = common.num_parts(rows, experts, tile.block_n)
+    plan = common.Shards(experts, shards, live, tile.block_m)
+    combinations, neuron_tiles = experts**shards, plan.tiles
+    token_tiles = common.num_parts(rows, combinations, tile.block_n)
     write: Callable[..., None] = _write_chosen if name == "up24" else _write_all
     # Of each result: its shape, the word of unused rows, and the tokens of a row.
     outs = [
@@ -94,23 +97,24 @@ def _up24(name: str, arguments: tuple[jax.Array, ...], config, interpret: bool):
         neuron_tile, token_tile = tile_order(
             pl.program_id(0), neuron_tiles, token_tiles, config.group_m
         )
-        neuron0 = neuron_tile * tile.block_m
         part = common.part(offsets_ref, token_tile, tile.block_n, rows)
+        columns = plan.neurons(part.expert, neuron_tile)
         shared_memory.reserve(values_ref, out_refs[0], tile, emulate=interpret)
 
-        @pl.when(part.expert < experts)
+        @pl.when(part.expert < combinations)
         def _multiply():
             acc, at = neurons.multiply(
-                values_ref, metadata_ref, x_ref, part, neuron0, live, tile, emulate=interpret
+                values_ref, metadata_ref, x_ref, part, columns, tile, emulate=interpret
             )
             write(at, acc, *out_refs)
 
-        @pl.when(part.expert == experts)
+        @pl.when(part.expert == combinations)
         def _clear():
             for ref, (out, word, by) in zip(out_refs, outs, strict=True):
                 cols = tile.block_m * out.shape[1] // live
+                col = lax.div(columns.first * (2 * out.shape[1] // live), jnp.int32(2))
                 row, end = (lax.div(v, jnp.int32(by)) for v in (part.first, part.end))
-                block = common.Block(ref, row, neuron_tile * cols, tile.block_n // by, cols, end)
+                block = common.Block(ref, row, col, tile.block_n // by, cols, end)
                 common.fill(block, word, tile.threads, emulate=interpret)
 
     return common.call(
@@ -170,6 +174,7 @@ def check_up24(
     offsets: jax.Array,
     block_expert: jax.Array,
     *,
+    shards: int = 1,
     config: Spmm24Config | None = None,
 ) -> None:
     """Raises NotImplementedError if this device, shape or dtype is not served, else returns None.
@@ -177,5 +182,6 @@ def check_up24(
     Of `up24_linear` as well. Arguments that contradict one another raise ValueError.
     """
     del config
-    _, v, live = reference_grouped.up_dims(values, metadata, x_p, offsets, block_expert)
-    common.check("up24", v, live, x_p.shape[1], values.dtype)
+    arguments = (values, metadata, x_p, offsets, block_expert)
+    _, v, live = reference_grouped.up_dims(*arguments, shards=shards)
+    common.check("up24", v, live // shards, x_p.shape[1], values.dtype)

@@ -6,6 +6,8 @@ from typing import Any
 
 import jax
 import jax.experimental.pallas as pl
+import jax.numpy as jnp
+from jax import lax
 
 from kernels import reference_grouped
 from kernels.triton import grouped_common as common
@@ -26,6 +28,7 @@ def up24_backward(
     offsets: jax.Array,
     block_expert: jax.Array,
     *,
+    shards: int = 1,
     config: Spmm24Config | None = None,
     interpret: bool = False,
 ) -> tuple[jax.Array, jax.Array]:
@@ -37,40 +40,41 @@ def up24_backward(
     `check_up24_backward` does.
     """
     arguments = (values, metadata, dy_p, y2, y2_metadata, offsets, block_expert)
-    experts, _, live = reference_grouped.backward_dims(*arguments)
+    experts, _, live = reference_grouped.backward_dims(*arguments, shards=shards)
     if not interpret:
-        check_up24_backward(*arguments, config=config)
+        check_up24_backward(*arguments, shards=shards, config=config)
     rows, width = dy_p.shape
     shape = experts * live, rows // experts
     config = common.sparse_config("up24_backward", config, shape, rows, experts, live, width)
     neurons.check_tile(config)
-    return _up24_backward(*arguments[:-1], live=live, config=config, interpret=interpret)
+    plan = common.Shards(experts, shards, live, config.tile.block_m)
+    return _up24_backward(*arguments[:-1], plan=plan, config=config, interpret=interpret)
 
 
-def _up24_backward(values, metadata, dy, y2, y2_metadata, offsets, *, live, config, interpret):
-    rows, tile, experts = dy.shape[0], config.tile, offsets.shape[0] - 1
-    neuron_tiles = pl.cdiv(live, tile.block_m)
-    token_tiles = common.num_parts(rows, experts, tile.block_n)
+def _up24_backward(values, metadata, dy, y2, y2_metadata, offsets, *, plan, config, interpret):
+    rows, tile, combinations = dy.shape[0], config.tile, offsets.shape[0] - 1
+    neuron_tiles, live = plan.tiles, plan.live
+    token_tiles = common.num_parts(rows, combinations, tile.block_n)
 
     def kernel(values_ref, metadata_ref, dy_ref, y2_ref, y2_metadata_ref, offsets_ref, *out_refs):
         out_ref, out_values_ref = out_refs
         neuron_tile, token_tile = tile_order(
             pl.program_id(0), neuron_tiles, token_tiles, config.group_m
         )
-        neuron0 = neuron_tile * tile.block_m
         part = common.part(offsets_ref, token_tile, tile.block_n, rows)
+        columns = plan.neurons(part.expert, neuron_tile)
         shared_memory.reserve(values_ref, out_ref, tile, emulate=interpret)
 
         def rows_of(ref, cols: int) -> common.Block:
-            col = neuron_tile * cols
+            col = lax.div(columns.first, jnp.int32(tile.block_m // cols))
             return common.Block(ref, part.first, col, tile.block_n, cols, part.end)
 
-        @pl.when(part.expert < experts)
+        @pl.when(part.expert < combinations)
         def _multiply():
             # What the epilogue needs is read from memory meanwhile.
             common.prefetch(rows_of(y2_ref, tile.block_m), tile.threads, emulate=interpret)
             acc, at = neurons.multiply(
-                values_ref, metadata_ref, dy_ref, part, neuron0, live, tile, emulate=interpret
+                values_ref, metadata_ref, dy_ref, part, columns, tile, emulate=interpret
             )
             places = [
                 (f, sixteen)
@@ -85,7 +89,7 @@ def _up24_backward(values, metadata, dy, y2, y2_metadata, offsets, *, live, conf
                     loaded.append(_load(at, *places[i + _AHEAD], y2_ref, y2_metadata_ref))
                 at.store(out_ref, out_values_ref, groups, *place)
 
-        @pl.when(part.expert == experts)
+        @pl.when(part.expert == combinations)
         def _clear():
             for ref, cols in ((out_ref, tile.block_m), (out_values_ref, tile.block_m // 2)):
                 common.fill(rows_of(ref, cols), 0, tile.threads, emulate=interpret)
@@ -139,6 +143,7 @@ def check_up24_backward(
     offsets: jax.Array,
     block_expert: jax.Array,
     *,
+    shards: int = 1,
     config: Spmm24Config | None = None,
 ) -> None:
     """Raises NotImplementedError if this device, shape or dtype is not served, else returns None.
@@ -146,7 +151,6 @@ def check_up24_backward(
     Arguments that contradict one another raise ValueError.
     """
     del config
-    _, v, live = reference_grouped.backward_dims(
-        values, metadata, dy_p, y2, y2_metadata, offsets, block_expert
-    )
-    common.check("up24_backward", v, live, dy_p.shape[1], values.dtype)
+    arguments = (values, metadata, dy_p, y2, y2_metadata, offsets, block_expert)
+    _, v, live = reference_grouped.backward_dims(*arguments, shards=shards)
+    common.check("up24_backward", v, live // shards, dy_p.shape[1], values.dtype)

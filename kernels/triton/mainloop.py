@@ -24,7 +24,8 @@ Products alone, from registers, with this epilogue, run at 730 (k 2048) to 840 (
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+import itertools
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -99,7 +100,7 @@ def accumulate(
     tile: Tile,
     *,
     b_layout: str,
-    b_row: jax.Array | None = None,
+    b_rows: Sequence[jax.Array] = (),
     aligned: bool = True,
     emulate: bool,
 ) -> list[jax.Array]:
@@ -112,7 +113,8 @@ def accumulate(
       m0, n0: scalars, the tile's first row and column, m0 a multiple of 64 and n0 of 8. Rows and
         columns past the edge are clamped: what they accumulate is meaningless and must not be
         stored.
-      b_row: for "kn": scalar, the row of `b_ref` where k begins, if that has more rows than k.
+      b_rows: for "kn": scalars, the rows of `b_ref` where equal parts of k begin, if that has more
+        rows than k; the parts are whole stages.
       aligned: whether m0 and n0 are multiples of the tile's sizes, which saves clamping.
 
     Returns:
@@ -120,15 +122,13 @@ def accumulate(
       16 i + 8 (c // 2) + q, column 8 j + 2 t + c % 2 of the warp's tile.
     """
     if emulate:
-        return _emulate(values_ref, metadata_ref, b_ref, m0, n0, tile, b_layout, b_row)
+        return _emulate(values_ref, metadata_ref, b_ref, m0, n0, tile, b_layout, b_rows)
     m, k_half = values_ref.shape
     n = b_ref.shape[0] if b_layout == "nk" else b_ref.shape[1]
     kind = {"bfloat16": "bf16", "float16": "f16"}[jnp.dtype(values_ref.dtype).name]
-    writer = _Writer(
-        tile, m, n, 2 * k_half, b_layout, kind, aligned=aligned, b_row=b_row is not None
-    )
+    writer = _Writer(tile, m, n, 2 * k_half, b_layout, kind, aligned=aligned, parts=len(b_rows))
     asm = writer.write()
-    origin = [m0, n0] if b_row is None else [m0, n0, b_row]
+    origin = [m0, n0, *b_rows]
     starts = [jnp.full((tile.threads,), x, jnp.int32) for x in origin]
     count = 4 * tile.frags_m * tile.frags_n
     return ptx.inline_ptx(asm, [values_ref, metadata_ref, b_ref], starts, out=["float32"] * count)
@@ -147,16 +147,16 @@ class _Writer:
         kind: str,
         *,
         aligned: bool = True,
-        b_row: bool = False,
+        parts: int = 0,
     ):
         self.tile, self.m, self.n, self.k, self.b_layout, self.kind = tile, m, n, k, b_layout, kind
         # Whether a tile may hang over the edge.
         self.ragged_m = not aligned or m % tile.block_m != 0
         self.ragged_n = not aligned or n % tile.block_n != 0
         self.count = 4 * tile.frags_m * tile.frags_n
-        args = [f"${self.count + i}" for i in range(6)]
-        self.a_arg, self.metadata_arg, self.b_arg, self.m0_arg, self.n0_arg, self.b_row_arg = args
-        self.b_row = b_row
+        args = [f"${self.count + i}" for i in range(5 + parts)]
+        self.a_arg, self.metadata_arg, self.b_arg, self.m0_arg, self.n0_arg = args[:5]
+        self.b_row_args = args[5:]
         self.stage_bytes = tile.a_bytes + tile.b_bytes
         # Shared tiles are rows of 16-byte chunks.
         self.a_chunks = tile.block_k // 16
@@ -167,6 +167,11 @@ class _Writer:
         # A warp's metadata lies in one or several 64-row tiles.
         self.metadata_tiles = max(1, tile.frags_m // 4)
         self.steps = k // tile.block_k
+        # Where k is in parts of B that lie apart, B's addresses jump after each part.
+        self.parts = max(parts, 1)
+        if self.steps % self.parts:
+            raise ValueError(f"{k=} must be {parts=} of whole stages of {tile.block_k}")
+        self.part_steps = self.steps // self.parts
         # Copies run this many stages ahead. One stage stays free of copies and products, so that
         # the fastest warp may overwrite it while the slowest is one stage behind.
         self.distance = tile.stages - 2
@@ -198,6 +203,7 @@ class _Writer:
             f".reg .b32 a_dst<{self.a_copies}>, b_dst<{self.b_copies}>, a_src<2>, b_src<8>;",
             f".reg .b64 a_ptr<{self.a_copies}>, b_ptr<{self.b_copies}>;",
             f".reg .b64 meta_ptr<{self.metadata_tiles}>;",
+            *([f".reg .b64 jump<{self.parts}>;"] if self.parts > 1 else []),
             ".reg .b32 tid, lane, warp, wm, wn, row, col, ring, x, y, z;",
             ".reg .b32 read, read_bar, read_parity, write, write_bar, write_parity;",
             ".reg .b32 to_copy, to_read, to_do, at;",
@@ -264,8 +270,8 @@ class _Writer:
             self.emit("shl.b32 y, col, 3;", f"add.s32 y, y, {self.n0_arg};")
             if self.ragged_n:
                 self.emit(f"min.s32 y, y, {n - 8};")
-            if self.b_row:
-                self.emit(f"add.s32 row, row, {self.b_row_arg};")
+            if self.b_row_args:
+                self.emit(f"add.s32 row, row, {self.b_row_args[0]};")
             self.emit(f"mad.wide.s32 {out}, row, {2 * n}, {self.b_arg};")
             self.emit(f"mad.wide.s32 {out}, y, 2, {out};")
 
@@ -274,6 +280,12 @@ class _Writer:
         chunks("a", self.a_copies, self.a_chunks, 0, rows_of_a)
         source = rows_of_b if self.b_layout == "nk" else along_n
         chunks("b", self.b_copies, self.b_chunks, tile.a_bytes, source)
+        for i, (before, after) in enumerate(itertools.pairwise(self.b_row_args), 1):
+            self.emit(
+                f"sub.s32 x, {after}, {before};",
+                f"sub.s32 x, x, {k // self.parts};",
+                f"mad.wide.s32 jump{i}, x, {2 * n}, 0;",
+            )
 
     def _metadata_addresses(self) -> None:
         """Metadata goes straight to registers: a thread's word feeds 16 rows of two k32 steps."""
@@ -334,6 +346,11 @@ class _Writer:
             )
             for i in range(number)
         ]
+
+    def _jump(self, part: int, guard: str) -> None:
+        """Moves B's addresses from the end of a part of k to the start of this one."""
+        for i in range(self.b_copies):
+            self.emit(f"{guard}add.s64 b_ptr{i}, b_ptr{i}, jump{part};")
 
     def _commit(self, guard: str) -> None:
         """Makes the arrival of this thread's copies complete the stage's first barrier."""
@@ -405,10 +422,12 @@ class _Writer:
                 f"@p mbarrier.init.shared.b64 [read_bar + {released}], {tile.threads // 32};",
             )
         self.emit("bar.sync 0;")
-        for _ in range(min(self.distance, self.steps)):
+        for copied in range(1, min(self.distance, self.steps) + 1):
             for copy in self._copies(""):
                 self.emit(*copy)
             self._commit("")
+            if copied % self.part_steps == 0 and copied < self.steps:
+                self._jump(copied // self.part_steps, "")
         self.emit(
             f"mov.s32 to_copy, {self.steps - self.distance};",
             f"mov.u32 to_read, {self.steps};",
@@ -476,6 +495,10 @@ class _Writer:
     def _next_stage(self) -> None:
         """All fragments of this stage are in registers: release it, and wait for the next one."""
         self._commit("@copying ")
+        for part in range(self.distance // self.part_steps + 1, self.parts):
+            # What remains to be copied says which stage was the last one.
+            self.emit(f"setp.eq.s32 p, to_copy, {self.steps - part * self.part_steps};")
+            self._jump(part, "@p ")
         self.emit("@leader mbarrier.arrive.shared.b64 _, [read_bar + 8];")
         self._advance("read")
         self.emit("sub.u32 to_read, to_read, 1;", "setp.eq.u32 p, to_read, 0;")
@@ -489,7 +512,7 @@ def _registers(name: str, first: int) -> str:
     return "{" + ", ".join(f"{name}{first + i}" for i in range(4)) + "}"
 
 
-def _emulate(values_ref, metadata_ref, b_ref, m0, n0, tile: Tile, b_layout: str, b_row):
+def _emulate(values_ref, metadata_ref, b_ref, m0, n0, tile: Tile, b_layout: str, b_rows):
     m, k_half = values_ref.shape
     n = b_ref.shape[0] if b_layout == "nk" else b_ref.shape[1]
     rows = jnp.minimum(m0 + jnp.arange(tile.block_m), m - 1)
@@ -497,8 +520,9 @@ def _emulate(values_ref, metadata_ref, b_ref, m0, n0, tile: Tile, b_layout: str,
     a = _decompress(values_ref[...], metadata_ref[...])[rows]
     b = b_ref[...].astype(jnp.float32)
     b = b[cols].T if b_layout == "nk" else b[:, cols]
-    if b_row is not None:
-        b = lax.dynamic_slice_in_dim(b, b_row, 2 * k_half)
+    if b_rows:
+        size = 2 * k_half // len(b_rows)
+        b = jnp.concatenate([lax.dynamic_slice_in_dim(b, row, size) for row in b_rows])
     out = jnp.dot(a, b, precision=lax.Precision.HIGHEST)
     out = out.reshape(tile.warps_m, tile.frags_m, 2, 8, tile.warps_n, tile.frags_n, 4, 2)
     # (frag m, frag n, row half, pair) then (warp m, warp n, q, t).

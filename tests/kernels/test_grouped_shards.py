@@ -1,4 +1,5 @@
-"""Products of several shards at once: definition, order of tokens, and what Hopper's kernels index.
+"""Products of several shards at once: definition, order of tokens, Triton's kernels interpreted,
+and what Hopper's kernels index.
 
 A token meets one expert in each shard; tokens of one combination of experts lie together.
 """
@@ -12,10 +13,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kernels import reference_grouped
+from kernels import reference, reference_grouped
 from kernels.hopper import grouped24, grouped_common, grouped_dw
 from kernels.registry import assume_capability
+from kernels.triton import grouped24 as triton
+from kernels.triton.grouped_common import expert_number
+from kernels.triton.spmm24 import Spmm24Config
 from sparsejax.routing import combine, counts_by_shard, plan_tokens
+from tests.kernels.test_grouped_reference import layout
+from tests.kernels.test_triton import an_h100
 
 pytestmark = pytest.mark.core
 
@@ -149,8 +155,55 @@ def test_hopper_finds_experts_and_their_runs(experts, shards):
         covered.append(sum(int(b[1] - b[0]) for b in bounds))
     assert sum(covered) == shards * int(offsets[-1])
     for c, shard in itertools.product(range(combinations), range(shards)):
-        number = grouped_common.expert_number(jnp.int32(c), jnp.int32(shard), experts, shards)
-        assert int(number) == int(reference_grouped.weight_rows(c, experts, shards)[shard])
+        for find in (grouped_common.expert_number, expert_number):
+            number = find(jnp.int32(c), jnp.int32(shard), experts, shards)
+            assert int(number) == int(reference_grouped.weight_rows(c, experts, shards)[shard])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("warps_m", [1, 2], ids=["tile-fits", "tile-hangs-over"])
+def test_triton_interpreted(warps_m):
+    """Tiles of 64 and 128 neurons, of which a shard has 64; a combination without tokens."""
+    experts, shards, counts = 2, 2, [70, 0, 64, 130]
+    offsets, combination, rows = layout(counts)
+    at, used = (offsets, combination), int(offsets[-1])
+    options = {"num_experts": experts, "m": 4 * experts, "scale": 1.5}
+    weights = [draw(s, experts * OF_SHARD, WIDTH) * WIDTH**-0.5 for s in range(shards)]
+    pack = lambda one: [jnp.concatenate(p) for p in zip(*map(one, weights), strict=True)]
+    packed = pack(lambda w: triton.pack_weight24(w, **options, interpret=True))
+    definition = pack(lambda w: reference_grouped.pack_weight24(w, **options))
+    unused = jnp.arange(rows)[:, None] >= used
+    x, dy = (
+        jnp.where(unused, jnp.nan, draw(seed, rows, WIDTH)).astype(jnp.bfloat16)
+        for seed in (11, 12)
+    )
+    config = Spmm24Config(
+        warps_m=warps_m, warps_n=4, frags_m=4, frags_n=4, block_k=32, stages=3, group_m=2
+    )
+    run = {"shards": shards, "config": config, "interpret": True}
+
+    def close(actual, expected, tolerance=1e-3):
+        actual, expected = (np.asarray(a, np.float64) for a in (actual, expected))
+        assert np.linalg.norm(actual - expected) < tolerance * np.linalg.norm(expected)
+
+    y2, values, metadata = triton.up24(*packed[:2], x, *at, **run)
+    expected, *_ = reference_grouped.up24(*definition[:2], x, *at, shards=shards)
+    close(y2, expected)
+    np.testing.assert_array_equal(reference.unpack24(values, metadata), y2)
+    assert (np.asarray(metadata)[used // 64 :] == 0x44444444).all()
+    linear = triton.up24_linear(*packed[:2], x, *at, **run)
+    close(linear, reference_grouped.up24_linear(*definition[:2], x, *at, shards=shards))
+    down = triton.down24(values, metadata, packed[2], *at, **run)
+    close(down, reference_grouped.down24(values, metadata, packed[2], *at, shards=shards))
+    backward = (dy, y2, metadata, *at)
+    dy1, dy1_values = triton.up24_backward(*packed[:2], *backward, **run)
+    close(dy1, reference_grouped.up24_backward(*definition[:2], *backward, shards=shards)[0])
+    np.testing.assert_array_equal(reference.unpack24(dy1_values, metadata), dy1)
+    for out in (y2, values, linear, down, dy1, dy1_values):
+        assert not np.asarray(out, np.float32)[used:].any()
+    gradient = {"num_experts": experts, "shards": shards}
+    dw = triton.weight_gradient(dy1, x, offsets, **gradient, interpret=True)
+    close(dw, reference_grouped.weight_gradient(dy1, x, offsets, **gradient), 1e-5)
 
 
 def shapes(width: int, hidden: int, tokens: int, m: int, shards: int, v: int = 128):
@@ -176,14 +229,17 @@ def shapes(width: int, hidden: int, tokens: int, m: int, shards: int, v: int = 1
 
 
 @pytest.mark.parametrize(
+    ("backend", "call"), [(grouped24, "mosaic_gpu"), (triton, "xla.gpu.triton")], ids=["h", "t"]
+)
+@pytest.mark.parametrize(
     "sizes", [(2048, 8192, 16384, 8, 4), (512, 2048, 8192, 16, 2), (64, 768, 300, 8, 3)], ids=str
 )
-def test_lowers_for_cuda(sizes):
+def test_lowers_for_cuda(sizes, backend, call):
     for name, (args, options, expected) in shapes(*sizes).items():
-        function, options = getattr(grouped24, name), options | {"shards": sizes[4]}
-        with assume_capability((9, 0)):
+        function, options = getattr(backend, name), options | {"shards": sizes[4]}
+        with an_h100():
             trace = jax.jit(lambda *a, f=function, o=options: f(*a, **o)).trace(*args)
-            assert "mosaic_gpu" in trace.lower(lowering_platforms=("cuda",)).as_text()
+            assert call in trace.lower(lowering_platforms=("cuda",)).as_text()
         assert tuple(o.shape for o in jax.tree.leaves(trace.out_info)) == expected
 
 

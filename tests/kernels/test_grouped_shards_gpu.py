@@ -11,12 +11,14 @@ from tests.kernels.test_grouped_gpu import FROBENIUS, distance, draw, load, same
 pytestmark = pytest.mark.gpu
 
 # backend, E, S, tokens, D, neurons of an expert
-CASES = [
-    ("hopper", 2, 4, 3000, 256, 256),
-    ("hopper", 4, 2, 3000, 192, 128),
-    ("hopper", 2, 3, 700, 64, 384),
-    ("hopper", 8, 2, 9000, 1024, 256),
+SIZES = [
+    (2, 4, 3000, 256, 256),
+    (4, 2, 3000, 192, 128),
+    (2, 3, 700, 64, 384),
+    (8, 2, 9000, 1024, 256),
 ]
+CASES = [*((backend, *sizes) for backend in ("hopper", "triton") for sizes in SIZES),
+         ("triton", 2, 2, 500, 128, 192)]  # fmt: skip
 
 
 class Problem:

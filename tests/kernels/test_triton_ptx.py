@@ -238,8 +238,40 @@ def test_a_tile_that_starts_anywhere(b_layout):
         stored = np.full((row + k, n), np.nan, ml_dtypes.bfloat16)
         stored[row:] = b.T
         starts.append(row)
-    options = {"aligned": False, "b_row": b_layout == "kn"}
+    options = {"aligned": False, "parts": int(b_layout == "kn")}
     out = run_tile(tile, m, n, k, b_layout, (values, metadata, stored), starts, **options)
     expected = dense[m0:] @ b[n0:].astype(np.float32).T
     rows, cols = expected.shape
     np.testing.assert_allclose(out[:rows, :cols], expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("tile", "k"),
+    [
+        (mainloop.Tile(4, 2, 4, 8, 64, 5), 384),  # the first jumps before the loop
+        (mainloop.Tile(2, 2, 4, 4, 64, 4), 768),
+        (mainloop.Tile(2, 2, 2, 4, 32, 3), 192),
+        (mainloop.Tile(1, 2, 8, 4, 32, 6), 384),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("parts", [2, 3])
+def test_parts_of_k_that_lie_apart(tile, k, parts):
+    """As `down24` of several shards: each has rows of its own in B."""
+    rng = np.random.default_rng(0)
+    m, n, size = tile.block_m, tile.block_n, k // parts
+    values, metadata, dense = sparse_operand(rng, m, k)
+    b = rng.standard_normal((k, n)).astype(ml_dtypes.bfloat16)
+    rows = [int(r) * size for r in rng.permutation(parts + 2)[:parts]]
+    stored = np.full(((parts + 2) * size, n), np.nan, ml_dtypes.bfloat16)
+    for i, row in enumerate(rows):
+        stored[row : row + size] = b[i * size : (i + 1) * size]
+    starts, options = [0, 0, *rows], {"aligned": False, "parts": parts}
+    out = run_tile(tile, m, n, k, "kn", (values, metadata, stored), starts, **options)
+    np.testing.assert_allclose(out, dense @ b.astype(np.float32), rtol=1e-4, atol=1e-4)
+
+
+def test_parts_are_whole_stages():
+    tile = mainloop.Tile(4, 2, 4, 8, 64, 5)
+    with pytest.raises(ValueError, match="parts=2 of whole stages of 64"):
+        mainloop._Writer(tile, 256, 256, 192, "kn", "bf16", parts=2)
