@@ -169,16 +169,32 @@ def test_a_held_rate_falls_after_the_flip():
     study = definition.get("evidence", Options(speedups=Speedups(1.4)))
     shares = {"decay over 30%": 0.3, "decay over 20%": 0.2}
     held = {run.label: run.config for run in study.runs for name in shares if name in run.label}
-    assert len(held) == 6
+    assert len(held) == 12
     for label, config in held.items():
         share = next(share for name, share in shares.items() if name in label)
         rate, peak = learning_rate_schedule(config), config.optimizer.learning_rate
         begin = round((1 - share) * config.steps)
         flip = config.schedule.warmup_steps + config.sparse_steps
-        assert 0 < flip <= begin - 0.03 * config.steps
+        assert (config.sparse_steps > 0) == ("relu2" not in label)
+        assert flip <= begin - 0.03 * config.steps
+        flip = flip or config.optimizer.warmup_steps
         assert rate(flip) == rate(begin - 2) == pytest.approx(peak)
         assert rate(begin + 0.02 * config.steps) < 0.99 * peak
         assert rate(config.steps - 1) == pytest.approx(0.0, abs=1e-9)
+
+
+def test_parts_of_the_neurons_are_what_the_label_says():
+    study = definition.get("evidence", Options(speedups=Speedups(1.4)))
+    parts = {}
+    for run in study.runs:
+        recipe = run.label.partition(",")[0].split()
+        m = recipe[0].partition("+")[0].removeprefix("M")
+        if m.isdigit():
+            shards = int(recipe[2]) if recipe[1] == "in" else None
+            assert (run.config.sparsity.m, run.config.sparsity.shards) == (int(m), shards)
+            parts.setdefault(shards, set()).add(run.label)
+    assert len(parts[2]) == 2
+    assert len(parts[4]) == 7  # three of them at equal wall-clock too
 
 
 def test_what_was_tuned_is_where_comparisons_start(monkeypatch):
@@ -192,7 +208,7 @@ def test_what_was_tuned_is_where_comparisons_start(monkeypatch):
                 assert config.model.norm_eps == 1e-4
                 assert config.optimizer.learning_rate != 7e-3
             elif config.model.ffn == "relu2" and not run.label.startswith("lr"):
-                if run.label.endswith((" rate", " rate x 2/3", " rate x 3/2")):
+                if run.label.endswith((" rate", " rate x 1/2", " rate x 2/3", " rate x 3/2")):
                     continue  # around the tuned rate: tests/train/test_study_tuned.py
                 assert config.optimizer.learning_rate == 7e-3, (name, run.label)
     # The sweep goes around the tuned point.

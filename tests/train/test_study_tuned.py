@@ -168,7 +168,8 @@ def test_studies_start_from_what_was_tuned():
     for run in definition.get("evidence", options).runs:
         assert run.config.batch_size == 16
         model = run.config.model
-        factors = {"lower rate": 2 / 3, "higher rate": 3 / 2, "rate x 3/2": 3 / 2}
+        factors = {"lower rate": 2 / 3, "higher rate": 3 / 2}
+        factors |= {"rate x 1/2": 1 / 2, "rate x 2/3": 2 / 3, "rate x 3/2": 3 / 2}
         factor = factors.get(run.label.rpartition(", ")[2], 1)
         assert run.config.optimizer.learning_rate == factor * rates[model.ffn]
         assert model.init_scale == (0.5 if model.ffn == "swiglu" else 1.0)
