@@ -175,8 +175,12 @@ def test_another_baseline(output):
     reverse = {r.label: r for r in make_report(output, Console(quiet=True))}["sparse 50%"]
     assert rows["dense"].paired.mean == pytest.approx(-reverse.paired.mean)
     assert rows["dense"].run_speedup == pytest.approx(1 / reverse.run_speedup)
-    with pytest.raises(ValueError, match="'sparse 51%' has no results"):
+    with pytest.raises(ValueError, match="'sparse 51%' is no label"):
         make_report(output, Console(quiet=True), baseline="sparse 51%")
+    for path in (output / "results").glob("sparse*50*"):
+        path.unlink()
+    rows = make_report(output, Console(quiet=True), baseline="sparse 50%")
+    assert all(row.paired is None for row in rows)
 
 
 def test_runs_that_went_wrong_are_counted_and_named(output):

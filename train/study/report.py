@@ -134,7 +134,7 @@ def make_report(
       The table's rows.
 
     Raises:
-      ValueError: no results, or unreadable ones, or none of this baseline.
+      ValueError: no results, or unreadable ones, or a baseline that no label is.
     """
     header = read_header(output)
     if speedups is not None and speedups.known:
@@ -143,8 +143,9 @@ def make_report(
     if not records:
         raise ValueError(f"{output} holds no results yet")
     if baseline is not None:
-        if (found := {record["label"] for record in records}).isdisjoint([baseline]):
-            raise ValueError(f"{baseline=} has no results; {len(found)} other labels have")
+        # One of the study's labels whose runs are still to be done is remarked on below.
+        if baseline not in (*header.labels, *(record["label"] for record in records)):
+            raise ValueError(f"{baseline=} is no label of study {header.name!r}")
         header = dataclasses.replace(header, baseline=baseline)
     rows = summarise(header, records)
     console.print(_console_table(header, rows))
