@@ -300,22 +300,6 @@ def check_shards(experts: int, shards: int) -> None:
         raise NotImplementedError(f"{experts=} of {shards=} make more than 64 combinations")
 
 
-def choose(index, values):
-    """values[index] of numbers known beforehand, for a scalar index."""
-    found = jnp.int32(values[-1])
-    for i, value in enumerate(values[:-1]):
-        found = jnp.where(index == i, jnp.int32(value), found)
-    return found
-
-
-def expert_number(combination, shard, experts: int, shards: int):
-    """Number, of all shards', of the expert that a combination has in a shard: scalars."""
-    if shards == 1:
-        return combination
-    power = choose(shard, [experts**s for s in range(shards)])
-    return shard * experts + lax.rem(lax.div(combination, power), jnp.int32(experts))
-
-
 def used_tiles(offsets_g):
     """Token tiles that belong to an expert."""
     return lax.div(offsets_g[offsets_g.shape[0] - 1], jnp.int32(TOKENS))

@@ -18,6 +18,7 @@ from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, llvm, vector
 
 from kernels import reference_grouped
+from kernels.combinations import expert_number
 from kernels.hopper import device, ptx
 from kernels.hopper import grouped_common as common
 
@@ -212,7 +213,7 @@ def launch(
 
                     def offset(k0):
                         shard = lax.div(k0, jnp.int32(of_shard))
-                        number = common.expert_number(expert, shard, experts, shards)
+                        number = expert_number(expert, shard, experts, shards)
                         return (number - shard) * of_shard
 
                     return token0, column0, offset

@@ -23,6 +23,7 @@ from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, llvm, vector
 
 from kernels import reference_grouped
+from kernels.combinations import power, with_expert
 from kernels.hopper import device, ptx
 from kernels.hopper import grouped_common as common
 
@@ -186,8 +187,7 @@ def part_of(tile, rows: int, columns: int, width: int, offsets_g) -> Part:
 class _Runs(NamedTuple):
     """Where the rows lie of an expert of one shard of several: scalars, but for the offsets.
 
-    In each run the experts of the lower shards are one combination of the E^shard there are, and
-    those of the higher ones another: run j is number j % E^shard of the former.
+    Each run is of a combination; power: E^shard. experts: E.
     """
 
     expert: jax.Array
@@ -197,8 +197,7 @@ class _Runs(NamedTuple):
 
     def bounds(self, j):
         """First row and end of the j-th run."""
-        higher, lower = (f(j, self.power) for f in (lax.div, lax.rem))
-        combination = (higher * self.experts + self.expert) * self.power + lower
+        combination = with_expert(j, self.expert, self.power, self.experts)
         return self.offsets_g[combination], self.offsets_g[combination + 1]
 
 
@@ -316,8 +315,7 @@ def weight_gradient(
                 return Part(expert, neuron0, column * COLUMNS, zero, steps)
 
             def runs_of(shard, expert):
-                power = common.choose(shard, [num_experts**s for s in range(shards)])
-                return _Runs(expert, power, num_experts, offsets_g)
+                return _Runs(expert, power(shard, num_experts, shards), num_experts, offsets_g)
 
             def produce_part(part, state):
                 if shards == 1:

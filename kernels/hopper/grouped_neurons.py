@@ -23,6 +23,7 @@ from jax.experimental.mosaic.gpu import utils
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, llvm, vector
 
+from kernels.combinations import expert_number
 from kernels.hopper import device, ptx
 from kernels.hopper import grouped_common as common
 
@@ -233,7 +234,7 @@ class Plan:
         if self.shards > 1:
             of_shard = self.live // self.shards
             shard, neuron0 = (f(neuron0, jnp.int32(of_shard)) for f in (lax.div, lax.rem))
-            expert = common.expert_number(expert, shard, self.experts, self.shards)
+            expert = expert_number(expert, shard, self.experts, self.shards)
             return expert * of_shard + neuron0, token0, jnp.int32(0)
         return expert * self.live + neuron0, token0, jnp.int32(0)
 

@@ -20,6 +20,7 @@ import jax.experimental.pallas.triton as plt
 import jax.numpy as jnp
 from jax import lax
 
+from kernels.combinations import expert_number
 from kernels.triton import device, ptx
 from kernels.triton.mainloop import Tile
 from kernels.triton.spmm24 import Spmm24Config, check_config, heuristic_config
@@ -106,22 +107,6 @@ class Shards:
         number = expert_number(combination, shard, self.experts, self.shards)
         row = number * self.of_shard + within * self.size
         return Columns(first, (shard + 1) * self.of_shard, row)
-
-
-def expert_number(combination, shard, experts: int, shards: int):
-    """Number, of all shards', of the expert that a combination has in a shard: scalars."""
-    if shards == 1:
-        return combination
-    digit = lax.rem(lax.div(combination, power(shard, experts, shards)), jnp.int32(experts))
-    return shard * experts + digit
-
-
-def power(shard, experts: int, shards: int):
-    """E^shard, of a scalar shard: what its expert counts for in a combination."""
-    found = jnp.int32(1)
-    for s in range(1, shards):
-        found = jnp.where(shard == s, jnp.int32(experts**s), found)
-    return found
 
 
 class Block(NamedTuple):

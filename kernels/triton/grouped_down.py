@@ -8,6 +8,7 @@ import jax.experimental.pallas.triton as plt
 import jax.numpy as jnp
 
 from kernels import reference_grouped
+from kernels.combinations import expert_number
 from kernels.triton import grouped_common as common
 from kernels.triton import mainloop, output, shared_memory
 from kernels.triton.spmm24 import Spmm24Config, tile_order
@@ -81,8 +82,7 @@ def _down24(
         @pl.when(part.expert < combinations)
         def _multiply():
             numbers = [
-                common.expert_number(part.expert, jnp.int32(s), experts, shards)
-                for s in range(shards)
+                expert_number(part.expert, jnp.int32(s), experts, shards) for s in range(shards)
             ]
             acc = mainloop.accumulate(
                 values_ref,

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from kernels import reference_grouped
+from kernels.combinations import power, with_expert
 from kernels.triton import device
 from kernels.triton import grouped_common as common
 from kernels.triton.spmm24 import tile_order
@@ -128,11 +129,10 @@ def _weight_gradient(y, g, offsets, *, experts, shards, config, interpret):
             acc = products(expert, acc)
         else:
             # The combinations with this expert: what the others are is number j.
-            power = common.power(shard, experts, shards)
+            of_shard_power = power(shard, experts, shards)
 
             def run(j, acc):
-                higher, lower = lax.div(j, power), lax.rem(j, power)
-                return products((higher * experts + expert) * power + lower, acc)
+                return products(with_expert(j, expert, of_shard_power, experts), acc)
 
             acc = lax.fori_loop(0, runs, run, acc)
         # Where the parameters have the neurons, interleaved with other experts'.

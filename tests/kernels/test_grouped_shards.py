@@ -13,11 +13,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from kernels import combinations as combinations_of
 from kernels import reference, reference_grouped
-from kernels.hopper import grouped24, grouped_common, grouped_dw
+from kernels.hopper import grouped24, grouped_dw
 from kernels.registry import assume_capability
 from kernels.triton import grouped24 as triton
-from kernels.triton.grouped_common import expert_number
 from kernels.triton.spmm24 import Spmm24Config
 from sparsejax.routing import combine, counts_by_shard, plan_tokens
 from tests.kernels.test_grouped_reference import layout
@@ -137,15 +137,15 @@ def test_refuses_what_is_no_power(combinations, shards, message):
 
 
 @pytest.mark.parametrize(("experts", "shards"), [(2, 4), (4, 2), (2, 1), (4, 3)])
-def test_hopper_finds_experts_and_their_runs(experts, shards):
+def test_kernels_find_experts_and_their_runs(experts, shards):
     """What the kernels compute from scalars, against the definition."""
     combinations = experts**shards
     blocks = np.random.default_rng(0).integers(0, 3, combinations)
     offsets = jnp.asarray(np.concatenate([[0], np.cumsum(blocks)]) * grouped_dw.STEP, jnp.int32)
     covered = []
     for shard, expert in itertools.product(range(shards), range(experts)):
-        power = grouped_common.choose(jnp.int32(shard), [experts**s for s in range(shards)])
-        runs = grouped_dw._Runs(jnp.int32(expert), power, experts, offsets)
+        own = combinations_of.power(jnp.int32(shard), experts, shards)
+        runs = grouped_dw._Runs(jnp.int32(expert), own, experts, offsets)
         bounds = [runs.bounds(jnp.int32(j)) for j in range(experts ** (shards - 1))]
         found = {c for c in range(combinations)
                  if int(reference_grouped.expert_in(shard, c, experts)) == expert}  # fmt: skip
@@ -155,9 +155,8 @@ def test_hopper_finds_experts_and_their_runs(experts, shards):
         covered.append(sum(int(b[1] - b[0]) for b in bounds))
     assert sum(covered) == shards * int(offsets[-1])
     for c, shard in itertools.product(range(combinations), range(shards)):
-        for find in (grouped_common.expert_number, expert_number):
-            number = find(jnp.int32(c), jnp.int32(shard), experts, shards)
-            assert int(number) == int(reference_grouped.weight_rows(c, experts, shards)[shard])
+        number = combinations_of.expert_number(jnp.int32(c), jnp.int32(shard), experts, shards)
+        assert int(number) == int(reference_grouped.weight_rows(c, experts, shards)[shard])
 
 
 @pytest.mark.slow
