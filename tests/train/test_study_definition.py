@@ -169,7 +169,7 @@ def test_a_held_rate_falls_after_the_flip():
     study = definition.get("evidence", Options(speedups=Speedups(1.4)))
     shares = {"decay over 30%": 0.3, "decay over 20%": 0.2}
     held = {run.label: run.config for run in study.runs for name in shares if name in run.label}
-    assert len(held) == 12
+    assert len(held) == 13
     for label, config in held.items():
         share = next(share for name, share in shares.items() if name in label)
         rate, peak = learning_rate_schedule(config), config.optimizer.learning_rate
@@ -194,7 +194,7 @@ def test_parts_of_the_neurons_are_what_the_label_says():
             assert (run.config.sparsity.m, run.config.sparsity.shards) == (int(m), shards)
             parts.setdefault(shards, set()).add(run.label)
     assert len(parts[2]) == 2
-    assert len(parts[4]) == 7  # three of them at equal wall-clock too
+    assert len(parts[4]) == 9  # three of them at equal wall-clock too
 
 
 def test_what_was_tuned_is_where_comparisons_start(monkeypatch):
