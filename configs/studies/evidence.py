@@ -114,11 +114,10 @@ def _shards(dense: Config, swiglu: Config, options: Options) -> Variants:
     """A token chooses an expert in each of several parts of the neurons: as many neurons meet it,
     and it has a wider choice of them. Most rates fall during the last 60% of the steps, which is
     best for dense runs of `_ends`; recipes at equal wall-clock where their speed is known."""
-    short = lambda share=0.5, **sparsity: _falling(
-        sparse(dense, share=share, warmup=0.02, **sparsity), 0.6
+    short = lambda share=0.5, fall=0.6, **sparsity: _falling(
+        sparse(dense, share=share, warmup=0.02, **sparsity), fall
     )
     how = ", warm-up 2%, decay over 60%"
-    later = lambda share: _falling(sparse(dense, share=0.65, warmup=0.02, m=8, shards=4), share)
     variants: Variants = {
         "M8 in 4 60%" + how: short(0.6, m=8, shards=4),
         "M8 in 4 65%" + how: short(0.65, m=8, shards=4),
@@ -127,8 +126,8 @@ def _shards(dense: Config, swiglu: Config, options: Options) -> Variants:
         "M16 in 2 50%" + how: short(shards=2),
         "M32 in 2 50%" + how: short(m=32, shards=2),
         "M16 50%" + how: short(),
-        "M8 in 4 65%, warm-up 2%, decay over 45%": later(0.45),
-        "M8 in 4 65%, warm-up 2%, decay over 30%": later(0.3),
+        "M8 in 4 65%, warm-up 2%, decay over 45%": short(0.65, 0.45, m=8, shards=4),
+        "M8 in 4 65%, warm-up 2%, decay over 30%": short(0.65, 0.3, m=8, shards=4),
         "swiglu, decay over 60%": _falling(swiglu, 0.6),
         "relu2, decay over 80%": _falling(dense, 0.8),
         "relu2, decay over 45%": _falling(dense, 0.45),

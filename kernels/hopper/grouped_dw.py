@@ -175,10 +175,15 @@ class Part(NamedTuple):
     steps: jax.Array
 
 
+def _place_of(tile, rows: int, columns: int, width: int) -> tuple:
+    """Expert, row and column of the tile of a number; `rows` by `columns` tiles are an expert's."""
+    e, rest = (f(tile, jnp.int32(rows * columns)) for f in (lax.div, lax.rem))
+    return e, *common.tile_order(rest, jnp.int32(rows), columns, width)
+
+
 def part_of(tile, rows: int, columns: int, width: int, offsets_g) -> Part:
     """The tile of a number, expert by expert; `rows` by `columns` tiles are an expert's."""
-    e, rest = (f(tile, jnp.int32(rows * columns)) for f in (lax.div, lax.rem))
-    row, column = common.tile_order(rest, jnp.int32(rows), columns, width)
+    e, row, column = _place_of(tile, rows, columns, width)
     token0, end = offsets_g[e], offsets_g[e + 1]
     steps = lax.div(end - token0, jnp.int32(STEP))
     return Part(e, row * NEURONS, column * COLUMNS, token0, steps)
@@ -305,8 +310,7 @@ def weight_gradient(
                 tile = lax.axis_index("block") + i * blocks
                 if shards == 1:
                     return part_of(tile, rows, columns, config.width, offsets_g)
-                number, rest = (f(tile, jnp.int32(rows * columns)) for f in (lax.div, lax.rem))
-                row, column = common.tile_order(rest, jnp.int32(rows), columns, config.width)
+                number, row, column = _place_of(tile, rows, columns, config.width)
                 shard, expert = (f(number, jnp.int32(num_experts)) for f in (lax.div, lax.rem))
                 neuron0, zero = shard * of_shard + row * NEURONS, jnp.int32(0)
                 own = runs_of(shard, expert)

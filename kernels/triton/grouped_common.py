@@ -64,22 +64,9 @@ def part(offsets_ref, index: jax.Array, size: int, rows: int) -> Part:
     return found
 
 
-class Columns(NamedTuple):
-    """Neurons of a program, scalars.
-
-    Attributes:
-      first: the first neuron, and end: the one behind the shard's last one, of a row's live ones.
-      row: the first neuron's row among the packed weights of all experts.
-    """
-
-    first: jax.Array
-    end: jax.Array
-    row: jax.Array
-
-
 @dataclasses.dataclass(frozen=True)
 class Shards:
-    """The live neurons of a product of tokens and packed weights.
+    """The live neurons of a product of tokens and packed weights, in tiles.
 
     experts, shards: E and S. live: neurons that a token meets, in all shards. size: of a tile.
     """
@@ -95,18 +82,52 @@ class Shards:
         return self.live // self.shards
 
     @property
-    def tiles(self) -> int:
-        """Tiles of neurons; none crosses from one shard to the next."""
-        return self.shards * math.ceil(self.of_shard / self.size)
+    def tiles_of_shard(self) -> int:
+        """Tiles of a shard's neurons; none crosses from one shard to the next."""
+        return math.ceil(self.of_shard / self.size)
 
-    def neurons(self, combination: jax.Array, tile: jax.Array) -> Columns:
-        """Those of a tile, for tokens of a combination of experts."""
-        per_shard = jnp.int32(self.tiles // self.shards)
-        shard, within = lax.div(tile, per_shard), lax.rem(tile, per_shard)
+    @property
+    def tiles(self) -> int:
+        """Tiles of all of them."""
+        return self.shards * self.tiles_of_shard
+
+    def columns(self, tile: jax.Array) -> Columns:
+        """The neurons of a tile."""
+        if self.shards == 1:
+            return Columns(self, tile, jnp.int32(0), tile * self.size, self.live)
+        shard, within = (f(tile, jnp.int32(self.tiles_of_shard)) for f in (lax.div, lax.rem))
         first = shard * self.of_shard + within * self.size
-        number = expert_number(combination, shard, self.experts, self.shards)
-        row = number * self.of_shard + within * self.size
-        return Columns(first, (shard + 1) * self.of_shard, row)
+        return Columns(self, tile, shard, first, (shard + 1) * self.of_shard)
+
+
+class Columns(NamedTuple):
+    """Neurons of a program.
+
+    Attributes:
+      plan: of which they are a tile. tile: its number, a scalar. shard: theirs, a scalar.
+      first: scalar, the first one of a token's live neurons. end: scalar, behind the shard's last.
+    """
+
+    plan: Shards
+    tile: jax.Array
+    shard: jax.Array
+    first: jax.Array
+    end: jax.Array | int
+
+    def column(self, columns: int) -> jax.Array:
+        """The first one's column of a matrix with so many columns for a tile of neurons."""
+        if self.plan.shards == 1:
+            return self.tile * columns
+        return lax.div(self.first * columns, jnp.int32(self.plan.size))
+
+    def row(self, combination: jax.Array) -> jax.Array:
+        """The first one's row among the packed weights of all experts."""
+        number = expert_number(combination, self.shard, self.plan.experts, self.plan.shards)
+        # Of the shard's own neurons; with one shard these are all.
+        first = (
+            self.first if self.plan.shards == 1 else self.first - self.shard * self.plan.of_shard
+        )
+        return number * self.plan.of_shard + first
 
 
 class Block(NamedTuple):

@@ -108,8 +108,11 @@ def _weight_gradient(y, g, offsets, *, experts, shards, config, interpret):
         program, tiles = pl.program_id(0), jnp.int32(tiles_m * tiles_n)
         number = lax.div(program, tiles)
         tile_m, tile_n = tile_order(lax.rem(program, tiles), tiles_m, tiles_n, config.group_m)
-        shard, expert = lax.div(number, jnp.int32(experts)), lax.rem(number, jnp.int32(experts))
-        neuron = shard * of_shard + tile_m * block_m + jnp.arange(block_m)
+        neuron = tile_m * block_m + jnp.arange(block_m)
+        expert = number
+        if shards > 1:
+            shard, expert = (f(number, jnp.int32(experts)) for f in (lax.div, lax.rem))
+            neuron += shard * of_shard
         column = tile_n * block_n + jnp.arange(block_n)
 
         def products(combination, acc):

@@ -223,7 +223,7 @@ def multiply(
         values_ref,
         metadata_ref,
         tokens_ref,
-        columns.row,
+        columns.row(part.expert),
         part.first,
         tile,
         b_layout="nk",

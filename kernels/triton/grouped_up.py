@@ -97,8 +97,8 @@ def _up24(name: str, arguments: tuple[jax.Array, ...], shards: int, config, inte
         neuron_tile, token_tile = tile_order(
             pl.program_id(0), neuron_tiles, token_tiles, config.group_m
         )
+        columns = plan.columns(neuron_tile)
         part = common.part(offsets_ref, token_tile, tile.block_n, rows)
-        columns = plan.neurons(part.expert, neuron_tile)
         shared_memory.reserve(values_ref, out_refs[0], tile, emulate=interpret)
 
         @pl.when(part.expert < combinations)
@@ -112,9 +112,8 @@ def _up24(name: str, arguments: tuple[jax.Array, ...], shards: int, config, inte
         def _clear():
             for ref, (out, word, by) in zip(out_refs, outs, strict=True):
                 cols = tile.block_m * out.shape[1] // live
-                col = lax.div(columns.first * (2 * out.shape[1] // live), jnp.int32(2))
                 row, end = (lax.div(v, jnp.int32(by)) for v in (part.first, part.end))
-                block = common.Block(ref, row, col, tile.block_n // by, cols, end)
+                block = common.Block(ref, row, columns.column(cols), tile.block_n // by, cols, end)
                 common.fill(block, word, tile.threads, emulate=interpret)
 
     return common.call(

@@ -6,8 +6,6 @@ from typing import Any
 
 import jax
 import jax.experimental.pallas as pl
-import jax.numpy as jnp
-from jax import lax
 
 from kernels import reference_grouped
 from kernels.triton import grouped_common as common
@@ -61,12 +59,12 @@ def _up24_backward(values, metadata, dy, y2, y2_metadata, offsets, *, plan, conf
         neuron_tile, token_tile = tile_order(
             pl.program_id(0), neuron_tiles, token_tiles, config.group_m
         )
+        columns = plan.columns(neuron_tile)
         part = common.part(offsets_ref, token_tile, tile.block_n, rows)
-        columns = plan.neurons(part.expert, neuron_tile)
         shared_memory.reserve(values_ref, out_ref, tile, emulate=interpret)
 
         def rows_of(ref, cols: int) -> common.Block:
-            col = lax.div(columns.first, jnp.int32(tile.block_m // cols))
+            col = columns.column(cols)
             return common.Block(ref, part.first, col, tile.block_n, cols, part.end)
 
         @pl.when(part.expert < combinations)
