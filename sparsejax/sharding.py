@@ -54,6 +54,8 @@ from sparsejax.routing import (
     fit_bias,
     interleave,
     plan_tokens,
+    routed_neurons,
+    sum_shared,
     token_scores,
 )
 from sparsejax.spec import GROUP, Precision, Sparsity
@@ -287,7 +289,7 @@ def _layout(sparsity: Sparsity, axes: MeshAxes | None, width: int, hidden: int) 
             f"sparsity.{shards=} must be 1 or a multiple of the {tensor} devices of axis "
             f"{layout.axes.tensor!r}"
         )
-    block = (sparsity.m if sparsity.routing else GROUP) * layout.groups
+    block = sparsity.block * layout.groups
     if hidden % block:
         raise ValueError(
             f"{hidden=} must be a multiple of {block}: {layout.groups} groups of neurons in blocks "
@@ -624,8 +626,13 @@ def _routed_ffn_bwd(kernels, layout, residuals, cotangents):
             dx = dx + own
             parts.append(dw)
         dw = jax.tree.map(lambda *rows: jnp.concatenate(rows), *map(list, parts))
+
+        def whole(d):
+            groups = d.reshape(layout.local_groups, -1, d.shape[-1])
+            return jax.vmap(partial(sum_shared, sparsity=sparsity))(groups).reshape(-1, d.shape[-1])
+
         dw = [
-            None if d is None else layout.scatter_gradient(d, dy.dtype).astype(like.dtype)
+            None if d is None else layout.scatter_gradient(whole(d), dy.dtype).astype(like.dtype)
             for d, like in zip(dw, dtypes, strict=True)
         ]
         return layout.psum(dx, layout.axes.tensor).reshape(shape), dw
@@ -664,26 +671,30 @@ def cluster(
       sparsity: with routing. axes: the mesh's axes.
 
     Returns:
-      permutation (H,) int32 (new row j is old row permutation[j], within its shard), centers
-      (S E, D) float32, and the share of neurons that changed place, scalar float32.
+      permutation (H,) int32 (new row j is old row permutation[j], within its shard; shared neurons
+      stay), centers (S E, D) float32, and the share of neurons that changed place, scalar float32.
     """
     layout = _layout(sparsity, axes, w1.shape[1], w1.shape[0])
     axes, experts, shards = layout.axes, sparsity.num_experts, sparsity.num_shards
     hidden = w1.shape[0] // shards
-    own = layout.own_clusters
+    own, routed = layout.own_clusters, routed_neurons(hidden, sparsity)
 
     def one(w1: Array, centers: Array | None) -> tuple[Array, Array, Array]:
         clusters = cluster_neurons(
-            w1,
+            w1[routed] if sparsity.shares else w1,
             experts,
             metric=sparsity.metric,
             iterations=sparsity.kmeans_iterations,
             init_centers=centers,
         )
-        place = jnp.arange(hidden, dtype=jnp.int32)
+        place = jnp.arange(routed.size, dtype=jnp.int32)
         moved = clusters.assignment != place % sparsity.m // GROUP
         churn = jnp.sum(moved, dtype=jnp.float32)
-        return interleave(clusters.assignment, sparsity.m), clusters.centers, churn
+        permutation = interleave(clusters.assignment, sparsity.m)
+        if sparsity.shares:
+            everyone = jnp.arange(hidden, dtype=jnp.int32)
+            permutation = everyone.at[routed].set(jnp.asarray(routed)[permutation])
+        return permutation, clusters.centers, churn
 
     def local(w1: Array, centers: Array | None) -> tuple[Array, Array, Array]:
         w1 = layout.all_gather(w1, axes.shard, 1)

@@ -59,6 +59,10 @@ class Sparsity:
     """Parts of the neurons that are clustered and routed each on its own (S), a token choosing one
     expert in each. None is 1; the trainer takes one for each device of the tensor axis."""
 
+    shared_every: int = 0
+    """Of so many blocks of M neurons in a row every token meets all of the last one: neurons that
+    are 2:4 and not routed, the shared experts of arXiv 2401.06066; 0 for none."""
+
     metric: Metric = "cosine"
     """How near a neuron (its column of W1), or a token, is to a cluster centre."""
 
@@ -108,24 +112,46 @@ class Sparsity:
         """S; 1 without routing."""
         return self.shards or 1 if self.routing else 1
 
+    @property
+    def block(self) -> int:
+        """Neurons in a row that a network can be cut between."""
+        return (self.m if self.routing else GROUP) * (self.shared_every if self.shares else 1)
+
+    @property
+    def shares(self) -> bool:
+        """Whether some neurons meet every token although others are routed."""
+        return self.shared_every > 0 and self.num_experts > 1
+
+    def shared_neurons(self, hidden: int) -> int:
+        """Neurons that every token meets, of those of a routed network; 0 without routing."""
+        return hidden // self.shared_every if self.shares else 0
+
     def live_neurons(self, hidden: int) -> int:
-        """Neurons that one token meets, h = 4 H / M (H without routing)."""
-        return hidden // self.num_experts
+        """Neurons that one token meets, h = 4 H / M (H without routing), and the shared ones."""
+        shared = self.shared_neurons(hidden)
+        return (hidden - shared) // self.num_experts + shared
+
+    def rows_of_experts(self, hidden: int) -> int:
+        """Rows of the packed weights, E h: shared neurons are there once for each expert."""
+        return self.num_experts * self.live_neurons(hidden)
 
     @property
     def spread_tokens(self) -> bool:
         """Whether an expert's tokens are laid out so that neighbours of a text lie apart."""
         return self.weight_gradient == "tokens24"
 
-    def densest(self, hidden: int) -> int:
-        """Neurons of an expert that tokens24 leaves dense; never fewer than the share."""
+    def densest(self, live: int) -> int:
+        """Of the neurons that a token meets, those that tokens24 leaves dense; never fewer than the
+        share."""
         # Less what a product of a float may exceed the integer by.
-        return math.ceil(self.dense_neurons * self.live_neurons(hidden) - 1e-6)
+        return math.ceil(self.dense_neurons * live - 1e-6)
 
     @property
     def density(self) -> float:
         """Share of a token's H activations that may be non-zero."""
-        return (self.n / GROUP if self.activations else 1.0) / self.num_experts
+        shared = 1 / self.shared_every if self.shares else 0.0
+        live = (1 - shared) / self.num_experts + shared
+        return (self.n / GROUP if self.activations else 1.0) * live
 
     def validate(self, *, width: int, hidden: int, tokens: int | None = None) -> None:
         """Refuses what cannot work, before anything is built.
@@ -166,11 +192,17 @@ class Sparsity:
             raise ValueError(f"{width=} must be a positive multiple of {GROUP}")
         if self.shards is not None and self.shards < 1:
             raise ValueError(f"shards={self.shards} must be at least 1")
-        block = self.m if self.routing else GROUP
+        if self.shared_every < 0 or self.shared_every == 1:
+            raise ValueError(
+                f"shared_every={self.shared_every} must be 0 (none shared) or at least 2: with 1 "
+                "nothing is left to route (routing=False)"
+            )
+        block = self.block
         if hidden < 1 or hidden % (block * self.num_shards):
-            name = "m" if self.routing else "group"
-            shards = f" times shards={self.num_shards}" if self.num_shards > 1 else ""
-            raise ValueError(f"{hidden=} must be a positive multiple of {name}={block}{shards}")
+            name = f"m={self.m}" if self.routing else f"group={GROUP}"
+            name += f" times shared_every={self.shared_every}" if self.shares else ""
+            name += f" times shards={self.num_shards}" if self.num_shards > 1 else ""
+            raise ValueError(f"{hidden=} must be a positive multiple of {name}")
         if tokens is not None and self.routing and (tokens < 1 or tokens % self.v):
             raise ValueError(f"{tokens=} must be a positive multiple of v={self.v}")
 
@@ -185,10 +217,11 @@ class Sparsity:
           ValueError: one line that names the value.
         """
         whole = GROUP * num_experts
-        if not self.routing or self.m % whole or self.num_shards != 1:
+        if not self.routing or self.m % whole or self.num_shards != 1 or self.shares:
             raise ValueError(
-                f"m={self.m}, routing={self.routing}, shards={self.num_shards} must be {whole} "
-                f"(times 2, 4, .. to route neurons further), True and 1 for {num_experts} experts"
+                f"m={self.m}, routing={self.routing}, shards={self.num_shards}, shared_every="
+                f"{self.shared_every} must be {whole} (times 2, 4, .. to route neurons further), "
+                f"True, 1 and 0 for {num_experts} experts"
             )
         clusters, neurons = self.m // whole, self.live_neurons(hidden)
         if clusters > 1 and neurons < SMALLEST_CLUSTER:

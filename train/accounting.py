@@ -191,7 +191,8 @@ def dense_flops(config: Config) -> Flops:
 def sparse_flops(config: Config) -> Flops:
     """Returns the FLOPs that one sparse step executes.
 
-    Routing leaves 4 / M of each of the FFN's products, a 2:4 operand halves its product. SwiGLU has
+    Routing leaves 4 / M of each of the FFN's products, and all of what belongs to shared neurons; a
+    2:4 operand halves its product. SwiGLU has
     no sparse step: its numbers are the dense ones. Padding of the experts' tokens to multiples of V
     is not counted; see `padded_tokens`. Every group of neurons (a shard of the clusters, or a
     device of the tensor axis) chooses among E experts of its own.
@@ -233,7 +234,8 @@ def ffn_products(config: Config) -> tuple[Product, ...]:
     weights, activations = (0.5 if on else 1.0 for on in (s.weights, s.activations))
     tokens = 1.0
     if s.weight_gradient == "tokens24":
-        whole = s.densest(m.ffn_hidden) / s.live_neurons(m.ffn_hidden)
+        live = s.live_neurons(m.ffn_hidden)
+        whole = s.densest(live) / live
         tokens = whole + (1 - whole) / 2
     rows = [("Y1 = X W1", False, "W1", weights)]
     if m.gated:
@@ -251,6 +253,8 @@ def ffn_products(config: Config) -> tuple[Product, ...]:
     products = []
     for name, backward, operand, share in rows:
         executed = dense if no_zeros else round(share * dense) // routed
+        if s.shares and not no_zeros:
+            executed = round(share * dense) * s.live_neurons(m.ffn_hidden) // m.ffn_hidden
         sparse = share < 1 and not no_zeros
         products.append(Product(name, backward, operand, sparse, dense, executed))
     return tuple(products)
@@ -425,7 +429,9 @@ def memory(config: Config, *, devices: int | None = None, sparse: bool = False) 
         # are 2:4.
         packed = size / 2 + METADATA_BYTES
         of_ffn = 1.5 + METADATA_BYTES if _sparse_in_8_bits(config) else size + s.weights * packed
-        copies += count.ffn * of_ffn / sharded
+        # Shared neurons are there once for each expert.
+        repeated = s.rows_of_experts(m.ffn_hidden) / m.ffn_hidden
+        copies += repeated * count.ffn * of_ffn / sharded
         if packed_projections:
             copies += count.projections * (size + packed) / sharded
     if by_layer:

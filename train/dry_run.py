@@ -174,6 +174,7 @@ def _run(config: Config, vocabulary: str) -> Table:
                 (s.weights, "2:4 weights"),
                 (s.attention_projections, "2:4 attention projections"),
                 (s.routing, f"routing to {_routed_to(config)} (M {s.m}, V {s.v})"),
+                (s.shares, f"1 in {s.shared_every} blocks of neurons for every token"),
                 (s.activations, "2:4 activations"),
                 (
                     s.weight_gradient == "tokens24",

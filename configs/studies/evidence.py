@@ -7,6 +7,9 @@ runs first, what may become a default has three; `--tuned` gives learning rates 
 `--speedup-from` the speed of a sparse step.
 """
 
+from functools import partial
+from typing import Any
+
 from configs.studies._base import Variants, base, changed, runs, sparse, tuned
 from train.config import Config
 from train.study.definition import Options, Run, Study
@@ -14,6 +17,9 @@ from train.study.equal_time import SUFFIX, equal_time
 
 GATED = "gated M16"
 """The gated recipe, whose sparse step has a speed of its own."""
+
+SHORT = ", warm-up 2%, decay over 60%"
+"""How `_short` runs; a rate that falls so is best for dense runs of `_ends`."""
 
 FASTEST = "M32+projections 65%, warm-up 2%"
 """The fastest sparse step in 16 bits, for a whole run 1.3 times as fast as a dense one."""
@@ -23,6 +29,7 @@ ROUNDS: tuple[tuple[str, int], ...] = (
     *(("fastest", seed) for seed in range(5)),
     *(("held", seed) for seed in range(5)),
     *(("shards", seed) for seed in range(5)),
+    *(("shared", seed) for seed in range(5)),
     *(("leading", seed) for seed in range(3)),
     *(("ends", seed) for seed in range(3)),
     *(("gated", seed) for seed in range(3)),
@@ -114,10 +121,7 @@ def _shards(dense: Config, swiglu: Config, options: Options) -> Variants:
     """A token chooses an expert in each of several parts of the neurons: as many neurons meet it,
     and it has a wider choice of them. Most rates fall during the last 60% of the steps, which is
     best for dense runs of `_ends`; recipes at equal wall-clock where their speed is known."""
-    short = lambda share=0.5, fall=0.6, **sparsity: _falling(
-        sparse(dense, share=share, warmup=0.02, **sparsity), fall
-    )
-    how = ", warm-up 2%, decay over 60%"
+    short, how = partial(_short, dense), SHORT
     variants: Variants = {
         "M8 in 4 60%" + how: short(0.6, m=8, shards=4),
         "M8 in 4 65%" + how: short(0.65, m=8, shards=4),
@@ -132,11 +136,38 @@ def _shards(dense: Config, swiglu: Config, options: Options) -> Variants:
         "relu2, decay over 80%": _falling(dense, 0.8),
         "relu2, decay over 45%": _falling(dense, 0.45),
     }
-    for label in list(variants)[:3]:
-        speedup, recipe = options.speedups.of(label), variants[label]
+    return variants | _at_equal_time(variants, 3, dense, options)
+
+
+def _shared(dense: Config, options: Options) -> Variants:
+    """Every token meets some of the neurons, one block in four or in eight, and is routed among the
+    others; M16 with a quarter of them is a little faster than M8, and so is M32 than M16."""
+    short, how = partial(_short, dense), SHORT
+    variants: Variants = {
+        "M16 shared 1/4 65%" + how: short(0.65, shared_every=4),
+        "M16 shared 1/4 50%" + how: short(shared_every=4),
+        "M16 shared 1/4 in 2 65%" + how: short(0.65, shared_every=4, shards=2),
+        "M32 shared 1/4 65%" + how: short(0.65, m=32, shared_every=4),
+        "M32 shared 1/4 50%" + how: short(m=32, shared_every=4),
+        "M16 shared 1/8 65%" + how: short(0.65, shared_every=8),
+        "M8 shared 1/4 65%" + how: short(0.65, m=8, shared_every=4),
+    }
+    return variants | _at_equal_time(variants, 4, dense, options)
+
+
+def _short(dense: Config, share: float = 0.5, fall: float = 0.6, **sparsity: Any) -> Config:
+    """A short dense start, and a rate that falls during the last `fall` of the steps."""
+    return _falling(sparse(dense, share=share, warmup=0.02, **sparsity), fall)
+
+
+def _at_equal_time(variants: Variants, first: int, dense: Config, options: Options) -> Variants:
+    """The first so many of them at equal wall-clock, where their speed is known."""
+    longer: Variants = {}
+    for label, recipe in list(variants.items())[:first]:
+        speedup = options.speedups.of(label)
         if speedup is not None and isinstance(recipe, Config):
-            variants[label + SUFFIX] = equal_time(recipe, dense, speedup)
-    return variants
+            longer[label + SUFFIX] = equal_time(recipe, dense, speedup)
+    return longer
 
 
 def _ends(dense: Config) -> Variants:
@@ -222,7 +253,7 @@ def _others(dense: Config, options: Options) -> Variants:
 
 
 def study(options: Options) -> Study:
-    """Dense relu^2 beside some 70 others; five seeds of the verdicts, three to one of the rest."""
+    """Dense relu^2 beside some 80 others; five seeds of the verdicts, three to one of the rest."""
     config = base(options, tokens=66e6)
     dense, swiglu = (tuned(config, ffn, options) for ffn in ("relu2", "swiglu"))
     # A sweep that ended early may lack the gated form.
@@ -234,6 +265,7 @@ def study(options: Options) -> Study:
         "fastest": _fastest(dense, options),
         "held": _held(dense, options),
         "shards": _shards(dense, swiglu, options),
+        "shared": _shared(dense, options),
         "ends": _ends(dense),
         "gated": _gated(gated, options),
         "rates": _rates(dense, swiglu),

@@ -10,9 +10,8 @@ from kernels.hopper.grouped_pack import check_pack_weight24, pack_weight24
 from kernels.hopper.grouped_up import check_up24, up24, up24_linear
 from kernels.hopper.grouped_up_backward import check_up24_backward, up24_backward
 
-# Several shards at once lower, and index as the definition does, but have not run on a GPU yet:
-# until they have, `sparsejax.sharding` calls the products shard by shard.
-SHARDS = False
+# Whether the products take several shards at once (`kernels.reference_grouped`).
+SHARDS = True
 
 __all__ = [
     "NEURONS",

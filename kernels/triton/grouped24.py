@@ -12,9 +12,8 @@ from kernels.triton.grouped_pack import check_pack_weight24, pack_weight24
 from kernels.triton.grouped_up import check_up24, up24, up24_linear
 from kernels.triton.grouped_up_backward import check_up24_backward, up24_backward
 
-# Several shards at once agree with the definition in the interpreter, but have not run on a GPU
-# yet: until they have, `sparsejax.sharding` calls the products shard by shard.
-SHARDS = False
+# Whether the products take several shards at once (`kernels.reference_grouped`).
+SHARDS = True
 
 __all__ = [
     "NEURONS",

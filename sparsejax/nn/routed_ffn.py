@@ -21,6 +21,7 @@ from sparsejax.routing import (
     assign_tokens,
     permute_ffn,
     plan_tokens,
+    repeat_shared,
     to_expert_major,
 )
 from sparsejax.sharding import MeshAxes
@@ -326,7 +327,8 @@ class RoutedFFN(nnx.Module):
         y2 = jnp.moveaxis(y2.reshape(x.shape[0], sparsity.num_shards, -1), 1, 0)
         expert = self.route(x).reshape(sparsity.num_shards, -1)
         own = jnp.arange(sparsity.num_experts)[:, None, None, None] == expert[..., None]
-        routed = jnp.where(own, to_expert_major(y2, 2, sparsity.num_experts), 0.0)
+        live = to_expert_major(repeat_shared(y2, 2, sparsity), 2, sparsity.num_experts)
+        routed = jnp.where(own, live, 0.0)
         kept = jnp.where(select24(routed), routed, 0.0) if sparsity.activations else routed
         total = jnp.sum(y2)
         total = jnp.where(total > 0, total, 1.0)

@@ -118,7 +118,7 @@ def backward(
     dense = None
     if sparsity.weight_gradient == "tokens24":
         experts, live, _ = weights.w1.shape
-        dense = _densest(saved_rows, plan, experts, sparsity.densest(experts * live))
+        dense = _densest(saved_rows, plan, experts, sparsity.densest(live))
     if plan is None:
         own = None if dense is None else dense[0]
         dx, *dw = _backward_rows(x, dy, saved_rows, weights.expert(0), own, spread=True)

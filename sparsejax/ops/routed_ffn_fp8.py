@@ -51,6 +51,7 @@ from kernels import reference_grouped_fp8 as reference
 from sparsejax.fp8 import FORWARD, GRADIENT, scale_for
 from sparsejax.ops import routed_ffn_grouped as grouped
 from sparsejax.ops.packed_ffn import PackedFFN, PackedMatrix8
+from sparsejax.routing.neurons import repeat_shared
 from sparsejax.routing.tokens import TokenPlan
 from sparsejax.spec import Sparsity
 
@@ -95,7 +96,7 @@ def check(
     if sizes.tokens is not None:
         rows = grouped.padded_rows(tokens, sparsity)
     experts, live = sparsity.num_experts, sparsity.live_neurons(sizes.hidden)
-    width, hidden = sizes.width, sizes.hidden
+    width, hidden = sizes.width, experts * live
 
     def array(*shape: int, dtype: DTypeLike) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(shape, dtype)
@@ -196,6 +197,7 @@ def pack_network(
       axis: as of `pack_weight`.
     """
     weight = partial(pack_weight, sparsity=sparsity, kernels=kernels, axis=axis)
+    w1, w2 = (repeat_shared(w, 0, sparsity) for w in (w1, w2))
     return PackedFFN(weight(w1, betas[0]), weight(w2, betas[1]), None, kernels, "fp8")
 
 

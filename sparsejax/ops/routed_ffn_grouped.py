@@ -25,6 +25,7 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import math
 import warnings
 from collections.abc import Callable, Iterable, Mapping
 from functools import partial
@@ -144,7 +145,8 @@ def check(kernels: registry.Backend, sparsity: Sparsity, sizes: Sizes, *, gated:
         )
     functions = module(kernels)
     if live % functions.NEURONS:
-        step = functions.NEURONS * experts
+        step = sparsity.block
+        step *= functions.NEURONS // math.gcd(functions.NEURONS, sparsity.live_neurons(step))
         below, above = sizes.hidden // step * step, (sizes.hidden // step + 1) * step
         others = " or ".join(str(h) for h in (below, above) if h)
         raise NotImplementedError(
@@ -171,12 +173,12 @@ def check(kernels: registry.Backend, sparsity: Sparsity, sizes: Sizes, *, gated:
         array(experts**shards + 1, dtype=jnp.int32),
         array(rows // sparsity.v, dtype=jnp.int32),
     )
-    hidden = shards * sizes.hidden
+    hidden = shards * experts * live
     weight = array(hidden, width // 2), metadata(hidden, width)
     x, y2 = array(rows, width), array(rows, shards * live)
     half, kept = array(rows, shards * live // 2), metadata(rows, shards * live)
     dense = array(shards * experts, live, width)
-    master = array(sizes.hidden, sizes.packed_columns, dtype=jnp.float32)
+    master = array(experts * live, sizes.packed_columns, dtype=jnp.float32)
     functions.check_pack_weight24(
         master, num_experts=experts, m=_m(sparsity), scale=1.0, dtype=dtype
     )
@@ -198,7 +200,7 @@ def check(kernels: registry.Backend, sparsity: Sparsity, sizes: Sizes, *, gated:
         raise NotImplementedError(
             f"backend={kernels!r} does not serve weight_gradient={sparsity.weight_gradient!r}"
         )
-    densest = array(experts, sparsity.densest(sizes.hidden), dtype=jnp.int32)
+    densest = array(experts, sparsity.densest(live), dtype=jnp.int32)
     check_24(y2, x, layout[0], densest, num_experts=experts)
 
 
@@ -339,7 +341,7 @@ def order(tokens: int, plan: TokenPlan | None, sparsity: Sparsity) -> Array | No
 
 def densest(y2: Array, offsets: Array, sparsity: Sparsity) -> Array:
     """(E, k) int32: the neurons of each expert that stay dense along tokens; y2 (T_pad, h)."""
-    number = sparsity.densest(y2.shape[1] * sparsity.num_experts)
+    number = sparsity.densest(y2.shape[1])
     counts = reference_grouped.nonzeros(y2, offsets, sparsity.v)
     return reference_grouped.densest_neurons(counts, number)
 

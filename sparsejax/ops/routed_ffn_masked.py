@@ -93,7 +93,7 @@ def backward(
     if sparsity.weight_gradient == "tokens24":
         own = expert[:, None] == jnp.arange(experts)
         counts = jnp.einsum("te,th->eh", own.astype(jnp.int32), nonzeros(rows).astype(jnp.int32))
-        dense = densest(counts, sparsity.densest(experts * counts.shape[1]))
+        dense = densest(counts, sparsity.densest(counts.shape[1]))
         y2, dy1, dgate = _thinned(exact, plan, dense)
 
     def gradient(a: Array | None, b: Array) -> Array | None:

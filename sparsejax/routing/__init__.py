@@ -1,7 +1,15 @@
 """The neuron-level router: clusters of neurons, experts of tokens, and the plan that joins them."""
 
 from sparsejax.routing.clustering import Clusters, balanced_assignment, cluster_neurons
-from sparsejax.routing.neurons import from_expert_major, interleave, permute_ffn, to_expert_major
+from sparsejax.routing.neurons import (
+    from_expert_major,
+    interleave,
+    permute_ffn,
+    repeat_shared,
+    routed_neurons,
+    sum_shared,
+    to_expert_major,
+)
 from sparsejax.routing.tokens import (
     TokenPlan,
     assign_tokens,
@@ -37,6 +45,9 @@ __all__ = [
     "interleave",
     "permute_ffn",
     "plan_tokens",
+    "repeat_shared",
+    "routed_neurons",
+    "sum_shared",
     "to_expert_major",
     "token_scores",
     "update_bias",

@@ -6,9 +6,10 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 
-from sparsejax.spec import GROUP
+from sparsejax.spec import GROUP, Sparsity
 
 
 @partial(jax.jit, static_argnames="m")
@@ -66,6 +67,55 @@ def permute_ffn(
         gate = None if wg is None else wg.shape
         raise ValueError(f"{w1.shape=}, {w2.shape=} and wg {gate} must have {hidden=} neurons")
     return w1[perm], w2[perm], None if wg is None else wg[perm]
+
+
+def repeat_shared(w: Array, axis: int, sparsity: Sparsity) -> Array:
+    """Neurons as the grouped products see them, shared ones once for each expert.
+
+    Of each `Sparsity.shared_every` blocks of M the last is shared. Routed blocks come first, in
+    order; then, of each four shared neurons, a block of M that holds them M / 4 times, so that by
+    `to_expert_major` every expert has all of them.
+
+    Args:
+      w: (.., H, ..), neurons along `axis`.
+
+    Returns:
+      (.., H', ..), H' = `Sparsity.rows_of_experts` of H; w itself where no neurons are shared.
+    """
+    if not sparsity.shares:
+        return w
+    axis %= w.ndim
+    before, after = w.shape[:axis], w.shape[axis + 1 :]
+    every, experts = sparsity.shared_every, sparsity.num_experts
+    blocks = w.reshape(*before, -1, every, sparsity.m, *after)
+    index = (slice(None),) * (axis + 1)
+    routed = blocks[(*index, slice(-1))].reshape(*before, -1, *after)
+    shared = blocks[(*index, -1)].reshape(*before, -1, 1, GROUP, *after)
+    repeated = (*shared.shape[: axis + 1], experts, *shared.shape[axis + 2 :])
+    shared = jnp.broadcast_to(shared, repeated).reshape(*before, -1, *after)
+    return jnp.concatenate([routed, shared], axis)
+
+
+def sum_shared(dw: Array, sparsity: Sparsity) -> Array:
+    """The gradient by w of `repeat_shared`: (H', D), neurons in front, to (H, D)."""
+    if not sparsity.shares:
+        return dw
+    every, experts, width = sparsity.shared_every, sparsity.num_experts, dw.shape[1]
+    hidden = dw.shape[0] * every // (every - 1 + experts)
+    first = hidden - sparsity.shared_neurons(hidden)
+    routed = dw[:first].reshape(-1, every - 1, sparsity.m, width)
+    shared = jnp.sum(dw[first:].reshape(-1, experts, GROUP, width), axis=1)
+    shared = shared.reshape(-1, 1, sparsity.m, width)
+    return jnp.concatenate([routed, shared], axis=1).reshape(hidden, width)
+
+
+def routed_neurons(hidden: int, sparsity: Sparsity) -> np.ndarray:
+    """(H - shared,) int32: the neurons that clusters divide among them, in order."""
+    neuron = np.arange(hidden, dtype=np.int32)
+    if not sparsity.shares:
+        return neuron
+    every = sparsity.shared_every
+    return neuron[neuron // sparsity.m % every != every - 1]
 
 
 def to_expert_major(w: Array, axis: int, num_experts: int) -> Array:

@@ -75,7 +75,9 @@ def test_products(problem):
     assert same(reference.unpack24(found[5], found[2]), found[4])
     used = problem.used
     for i, (a, b) in enumerate(zip(found, expected, strict=True)):
-        if i != 2:  # metadata: what it selects was compared above
+        # Where a group holds fewer than two positive numbers, backends keep different zeros: the
+        # first values and metadata were compared above, as what they select.
+        if i not in (1, 2):
             assert distance(a[: len(a) if i == 6 else used], b[: len(b) if i == 6 else used]) < (
                 1e-4 if i == 6 else FROBENIUS
             )

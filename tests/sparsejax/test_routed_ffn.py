@@ -455,6 +455,6 @@ def test_sparsity_counts():
     assert Sparsity(routing=False).num_experts == 1
     assert Sparsity(routing=False).density == 0.5
     assert Sparsity(activations=False, m=8).density == 0.5
-    assert Sparsity(m=16).densest(8192) == 103
-    assert Sparsity(m=16, dense_neurons=0.1).densest(1200) == 30
+    assert Sparsity(m=16).densest(2048) == 103
+    assert Sparsity(m=16, dense_neurons=0.1).densest(300) == 30
     assert Sparsity(m=4, dense_neurons=0).densest(1024) == 0

@@ -109,6 +109,7 @@ def test_products_of_a_sparse_step():
         ({"weights": False, "activations": False}, 1 / 4),
         ({"weights": False, "activations": False, "routing": False}, 1),
         ({"m": 32}, (4 * 0.5 + 2) / 6 / 8),
+        ({"shared_every": 4}, (4 * 0.5 + 2) / 6 * 7 / 16),
         ({"weight_gradient": "tokens24", "dense_neurons": 0.25}, (4 * 0.5 + 2 * 0.625) / 6 / 4),
         (
             {
@@ -277,6 +278,12 @@ def test_memory_of_a_sparse_step():
     # Beside the bf16 copy: half of the values, and one byte of metadata for each eight elements.
     packed = accounting.parameters(config).ffn * (1 + 1 / 8)
     assert sparse.weight_copies - dense.weight_copies == packed
+    # A quarter of the neurons, once for each of four experts: in bf16 and packed.
+    shared = llama1b(sparsity=Sparsity(m=16, v=128, shared_every=4))
+    more = accounting.memory(shared, sparse=True)
+    of_ffn = accounting.parameters(config).ffn * (3 + 1 / 8)
+    assert more.weight_copies - sparse.weight_copies == 3 / 4 * of_ffn
+    assert more.activations > sparse.activations
 
 
 def test_memory_of_a_gated_sparse_step():

@@ -48,6 +48,9 @@ def test_tables_hold_the_numbers_of_the_accounting():
     assert "A count of FLOPs, not a speed" in text
     assert text.count("1/8") == 4  # the four products with a 2:4 operand, M/4 = 4
     assert text.count("1/4") == 2
+    shared = printed(small(sparsity=Sparsity(m=16, v=32, shared_every=2)), width=200)
+    assert "(M 16, V 32), 1 in 2 blocks of neurons for every token" in shared
+    assert shared.count("1/1.6") == 2  # half of them, and a quarter of the others
 
 
 def test_lines_fit_100_columns():

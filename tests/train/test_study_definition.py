@@ -1,6 +1,7 @@
 """The studies that come with the repository, and what a study refuses."""
 
 import dataclasses
+from itertools import pairwise
 
 import pytest
 
@@ -190,11 +191,20 @@ def test_parts_of_the_neurons_are_what_the_label_says():
         recipe = run.label.partition(",")[0].split()
         m = recipe[0].partition("+")[0].removeprefix("M")
         if m.isdigit():
-            shards = int(recipe[2]) if recipe[1] == "in" else None
-            assert (run.config.sparsity.m, run.config.sparsity.shards) == (int(m), shards)
-            parts.setdefault(shards, set()).add(run.label)
-    assert len(parts[2]) == 2
-    assert len(parts[4]) == 9  # three of them at equal wall-clock too
+            after = dict(pairwise(recipe))
+            shards = int(after["in"]) if "in" in after else None
+            every = int(after["shared"].removeprefix("1/")) if "shared" in after else 0
+            sparsity = run.config.sparsity
+            assert (sparsity.m, sparsity.shards, sparsity.shared_every) == (int(m), shards, every)
+            parts.setdefault((shards, every), set()).add(run.label)
+    # Some of them at equal wall-clock too.
+    assert {sizes: len(labels) for sizes, labels in parts.items() if sizes != (None, 0)} == {
+        (2, 0): 2,
+        (4, 0): 9,
+        (None, 4): 8,
+        (2, 4): 2,
+        (None, 8): 1,
+    }
 
 
 def test_what_was_tuned_is_where_comparisons_start(monkeypatch):
