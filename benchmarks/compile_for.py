@@ -138,6 +138,15 @@ def problems(
     yield "down24", f"M {M}", grouped24.down24, (half, kept, dense, *blocks)
     yield "up24_backward", f"M {M}", grouped24.up24_backward, (*weight, x, y, kept, *blocks)
     yield "weight_gradient", f"M {M}", gradient, (y, x, blocks[0])
+    if grouped24.DENSE_WEIGHTS:
+        as_they_are, given = f"M {M}, weights not 2:4", Shape((hidden, width), bf16)
+        for name, rest in (
+            ("up24", (x, *blocks)),
+            ("up24_linear", (x, *blocks)),
+            ("up24_backward", (x, y, kept, *blocks)),
+        ):
+            product = lambda w, *a, name=name: getattr(grouped24, name)(w, None, *a)
+            yield name, as_they_are, product, (given, *rest)
 
 
 class Compiler:

@@ -104,12 +104,13 @@ def _pack(problem: Problem, w: jax.Array) -> tuple[jax.Array, jax.Array, jax.Arr
     values, metadata, dense = routed_ffn_grouped.pack_weight(
         w, jnp.float32(1), problem.sparsity, dtype=problem.dtype, kernels=problem.kernels
     )
+    assert metadata is not None  # weights are 2:4 here
     return values, metadata, dense.reshape(w.shape)
 
 
-def _pack_rows(problem: Problem, rows: jax.Array) -> tuple[jax.Array, jax.Array]:
+def _pack_rows(problem: Problem, rows: jax.Array) -> tuple[jax.Array, jax.Array | None]:
     dense = rows.reshape(problem.sparsity.num_experts, -1, problem.width)
-    return routed_ffn_grouped.pack_rows(dense, kernels=problem.kernels)
+    return routed_ffn_grouped.pack_rows(dense, problem.sparsity, kernels=problem.kernels)
 
 
 def _whole(part: jax.Array) -> jax.Array:

@@ -14,8 +14,10 @@ E^S, and the matrices by expert have S E of them, expert e of shard s being numb
 
 Packed matrices (values, metadata) are those of `kernels.reference`. Every backend has
 `pack_weight24`, `up24`, `up24_linear`, `down24`, `up24_backward` and `weight_gradient` with the
-same arguments, and may have `weight_gradient24`, and shards where it says so (`SHARDS`); only the
-order of the rows of packed weights, within an expert, is a backend's own.
+same arguments, and may have `weight_gradient24`, and shards and weights that are not 2:4 where it
+says so (`SHARDS`, `DENSE_WEIGHTS`); only the order of the rows of packed weights, within an expert,
+is a backend's own. Weights that are not 2:4 are packed as whole rows in that order, "values" (H, D)
+without metadata.
 """
 
 from __future__ import annotations
@@ -35,6 +37,8 @@ NEURONS = TILE
 """An expert's neurons come in multiples of this; every backend says so."""
 SHARDS = True
 """Whether the products take more than one shard; every backend says so."""
+DENSE_WEIGHTS = True
+"""Whether `up24` and its likes take weights that are not 2:4; every backend says so."""
 
 
 def experts_of(combinations: int, shards: int) -> int:
@@ -85,15 +89,19 @@ def block_rows(rows: int, offsets: Array, block_expert: Array) -> tuple[int, int
     return offsets.shape[0] - 1, rows // blocks
 
 
-def packed_dims(values: Array, metadata: Array) -> tuple[int, int]:
-    """(m, k) of a packed matrix. ValueError unless values and metadata fit."""
+def packed_dims(values: Array, metadata: Array | None) -> tuple[int, int]:
+    """(m, k) of a packed matrix, or of one as it is. ValueError unless values and metadata fit."""
+    if metadata is None:
+        if values.ndim != 2:
+            raise ValueError(f"{values.shape=} must be (rows, width)")
+        return values.shape[0], values.shape[1]
     reference.require_packed(values, metadata)
     return values.shape[0], 2 * values.shape[1]
 
 
 def up_dims(
     values: Array,
-    metadata: Array,
+    metadata: Array | None,
     x: Array,
     offsets: Array,
     block_expert: Array,
@@ -125,7 +133,7 @@ def require_saved(y2: Array, y2_metadata: Array, shape: tuple[int, int], dtype: 
 
 def backward_dims(
     values: Array,
-    metadata: Array,
+    metadata: Array | None,
     dy: Array,
     y2: Array,
     y2_metadata: Array,
@@ -220,20 +228,20 @@ def pack_weight24(
     scale: ArrayLike | None,
     threshold: bool = True,
     dtype: DTypeLike = jnp.bfloat16,
-) -> tuple[Array | None, Array | None, Array]:
+) -> tuple[Array, Array | None, Array]:
     """Soft-thresholds a weight 2:4 along D, scales and rounds it, packed and dense, by expert.
 
     Args:
       w: (H, D) floating point, neurons interleaved.
       num_experts: E. m: 4 E, neurons in a block.
       scale: None or a float32 scalar, multiplied in before rounding.
-      threshold: False leaves the weight as it is, scaled and rounded; then nothing is packed.
+      threshold: False leaves the weight as it is, scaled and rounded.
       dtype: of the results, bfloat16 or float16 (float32 only here, for exact tests).
 
     Returns:
       values (H, D / 2) and metadata (H / 64, D / 64, 128) int32 of the matrix with expert e's
-      neurons in rows e h..(e + 1) h, here in their order; None where nothing is packed.
-      dense (E, h, D), the same numbers.
+      neurons in rows e h..(e + 1) h, here in their order; without a threshold values are the
+      whole rows (H, D) in that order, and metadata None. dense (E, h, D), the same numbers.
 
     Raises:
       ValueError: an argument is not allowed.
@@ -242,7 +250,8 @@ def pack_weight24(
     live, width = weight_dims(w, num_experts, m, scale)
     w = expert_major(w.astype(jnp.float32), num_experts)
     if not threshold:
-        return None, None, _scaled(w, scale).astype(dtype)
+        dense = _scaled(w, scale).astype(dtype)
+        return dense.reshape(-1, width), None, dense
     dense = _scaled(reference.soft_threshold(w), scale).astype(dtype)
     if live % TILE or width % TILE:
         raise ValueError(f"{live=} and {width=} must be multiples of {TILE} to be packed")
@@ -284,9 +293,9 @@ def _by_block(function: Callable, rows: tuple[Array, ...], offsets: Array, block
     return jax.tree.map(lambda o: o.reshape(blocks * v, o.shape[2]), out)
 
 
-def _of_expert(values: Array, metadata: Array, experts: int, shards: int) -> Callable:
+def _of_expert(values: Array, metadata: Array | None, experts: int, shards: int) -> Callable:
     """From a combination to its rows (h, D) of packed weights."""
-    dense = reference.unpack24(values, metadata)
+    dense = values if metadata is None else reference.unpack24(values, metadata)
     return _rows_of(dense.reshape(shards * experts, -1, dense.shape[1]), shards)
 
 
@@ -306,7 +315,7 @@ def _gather(dense: Array, metadata: Array) -> Array:
 
 def up24(
     values: Array,
-    metadata: Array,
+    metadata: Array | None,
     x_p: Array,
     offsets: Array,
     block_expert: Array,
@@ -346,7 +355,7 @@ def up24(
 
 def up24_linear(
     values: Array,
-    metadata: Array,
+    metadata: Array | None,
     x_p: Array,
     offsets: Array,
     block_expert: Array,
@@ -425,7 +434,7 @@ def down24(
 
 def up24_backward(
     values: Array,
-    metadata: Array,
+    metadata: Array | None,
     dy_p: Array,
     y2: Array,
     y2_metadata: Array,

@@ -227,7 +227,9 @@ class _Layout:
     ) -> PackedFFN:
         tensor, shard = self.axes.tensor, self.axes.shard
         matrix: Any = PackedMatrix(P(tensor, None, shard))  # type: ignore[arg-type]
-        packed: Any = {"values": P(tensor, shard), "metadata": P(tensor, shard, None)}
+        packed: Any = {"values": P(tensor, shard)}
+        if self.sparsity.weights:
+            packed["metadata"] = P(tensor, shard, None)
         if precision == "fp8":
             of_groups: Any = {"scale": P(tensor), "norm": P(tensor)}
             matrix = PackedMatrix8(P(tensor, shard, None), **packed, **of_groups)  # type: ignore[arg-type]
@@ -405,7 +407,8 @@ def _gather(packed: PackedFFN, layout: _Layout) -> PackedFFN:
 
     What moves is what was packed once for the optimiser step, thresholded and rounded: 2:4 values
     and metadata for the products that read them, and bf16 rows (8-bit columns) for the others; or
-    such rows alone, packed here (`Sparsity.gather`). XLA drops what a pass does not read.
+    such rows alone, packed here (`Sparsity.gather`). Weights that are not 2:4 are rows in both, in
+    another order. XLA drops what a pass does not read.
     """
     kernels = packed.kernels
 
@@ -418,14 +421,13 @@ def _gather(packed: PackedFFN, layout: _Layout) -> PackedFFN:
             return matrix._replace(**parts)
         dense = layout.all_gather(matrix.dense, layout.axes.shard, 2)
         if kernels is not None and layout.packs_gathered:
-            return PackedMatrix(dense, *routed_ffn_grouped.pack_rows(dense, kernels=kernels))
-        if matrix.values is None or matrix.metadata is None:
-            return PackedMatrix(dense)
-        return PackedMatrix(
-            dense,
-            layout.all_gather(matrix.values, layout.axes.shard, 1),
-            layout.all_gather(matrix.metadata, layout.axes.shard, 1),
+            packed = routed_ffn_grouped.pack_rows(dense, layout.sparsity, kernels=kernels)
+            return PackedMatrix(dense, *packed)
+        rest = (
+            None if a is None else layout.all_gather(a, layout.axes.shard, 1)
+            for a in (matrix.values, matrix.metadata)
         )
+        return PackedMatrix(dense, *rest)
 
     gate = None if packed.wg is None else whole(packed.wg)
     return dataclasses.replace(packed, w1=whole(packed.w1), w2=whole(packed.w2), wg=gate)

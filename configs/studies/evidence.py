@@ -151,6 +151,12 @@ def _shared(dense: Config, options: Options) -> Variants:
         "M32 shared 1/4 50%" + how: short(m=32, shared_every=4),
         "M16 shared 1/8 65%" + how: short(0.65, shared_every=8),
         "M8 shared 1/4 65%" + how: short(0.65, m=8, shared_every=4),
+        "M16 shared 1/4 weights dense 65%" + how: short(0.65, shared_every=4, weights=False),
+        "M16 shared 1/4 weights dense 60%" + how: short(0.6, shared_every=4, weights=False),
+        "M16 shared 1/4 in 2 weights dense 60%" + how: short(
+            0.6, shared_every=4, shards=2, weights=False
+        ),
+        "M32 shared 1/4 weights dense 55%" + how: short(0.55, m=32, shared_every=4, weights=False),
     }
     return variants | _at_equal_time(variants, 4, dense, options)
 

@@ -12,8 +12,11 @@ from kernels.hopper.grouped_up_backward import check_up24_backward, up24_backwar
 
 # Whether the products take several shards at once (`kernels.reference_grouped`).
 SHARDS = True
+# Whether they take weights that are not 2:4. They lower, and have not run on a GPU yet.
+DENSE_WEIGHTS = False
 
 __all__ = [
+    "DENSE_WEIGHTS",
     "NEURONS",
     "SHARDS",
     "GroupedConfig",

@@ -55,6 +55,9 @@ class GroupedConfig:
 class SparseTile:
     """A block's tile: A (block_m, k), packed 2:4, times B, and its ring of stages.
 
+    dense: A is not packed, but of 16 bits as B is; metadata is then neither loaded nor looked at,
+    and stages are half as deep, so that as many fit.
+
     b_layout: "nk" or "kn", the order of B in memory. wg_m: rows of 64 in a warpgroup's part.
     tile_n: columns, the same for every warpgroup. spare: barriers of one arrival behind the ring's.
     b_dtype: B's type where it may be another one than A's; of 8 bits both, and B is "nk".
@@ -68,6 +71,7 @@ class SparseTile:
     dtype: str
     spare: int = 0
     b_dtype: str | None = None
+    dense: bool = False
 
     @property
     def itemsize(self) -> int:
@@ -75,14 +79,19 @@ class SparseTile:
         return jnp.dtype(self.dtype).itemsize
 
     @property
+    def b_row(self) -> int:
+        """Bytes of a row of B in a stage, "nk", or of 64 columns, and of their swizzle."""
+        return 64 if self.dense else 128
+
+    @property
     def tile_k(self) -> int:
-        """Contracted elements in a stage: 128 bytes of B, 64 of A."""
-        return 2 * TILE_K // self.itemsize
+        """Contracted elements in a stage: a row of B, 64 bytes of A."""
+        return self.b_row // self.itemsize
 
     @property
     def mma_k(self) -> int:
-        """Contracted elements of one instruction: 64 bytes of B, 32 of A."""
-        return 64 // self.itemsize
+        """Contracted elements of one instruction: 64 bytes of B, or 32 if A is dense, 32 of A."""
+        return (32 if self.dense else 64) // self.itemsize
 
     @property
     def in_flight(self) -> int:
@@ -92,12 +101,12 @@ class SparseTile:
     @property
     def k_tiles(self) -> int:
         """Words of metadata that a stage has for a thread and 64 rows."""
-        return self.tile_k // 64
+        return 0 if self.dense else self.tile_k // 64
 
     @property
     def words(self) -> int:
-        """Words of metadata that a stage has for a thread."""
-        return self.wg_m * self.k_tiles
+        """Words that stand for a stage's metadata in a thread; one, of nothing, if A is dense."""
+        return max(self.wg_m * self.k_tiles, 1)
 
     @property
     def block_m(self) -> int:
@@ -105,7 +114,7 @@ class SparseTile:
 
     @property
     def b_panels(self) -> tuple[int, int, int]:
-        """Shape of B in a stage: panels of 128 bytes of columns in memory, swizzled."""
+        """Shape of B in a stage: panels of rows of `b_row` bytes in memory, swizzled."""
         if self.b_layout == "nk":
             return (1, self.tile_n, self.tile_k)
         return (self.tile_n // 64, TILE_K, 64)
@@ -113,18 +122,19 @@ class SparseTile:
     @property
     def stage_bytes(self) -> int:
         metadata = self.block_m // 64 * self.k_tiles * 512
-        return self.block_m * TILE_K + self.tile_n * TILE_K * 2 + metadata
+        return self.block_m * TILE_K + self.tile_n * self.b_row + metadata
 
     def scratch(self) -> dict[str, Any]:
         """Allocations of the ring, for `pl.run_scoped`."""
         dtype, b_dtype = jnp.dtype(self.dtype), jnp.dtype(self.b_dtype or self.dtype)
-        metadata = (self.stages, self.block_m // 64, self.k_tiles, 128)
-        return {
-            "a_s": plgpu.SMEM((self.stages, self.block_m, self.tile_k // 2), dtype),
+        ring = {
+            "a_s": plgpu.SMEM((self.stages, self.block_m, TILE_K // self.itemsize), dtype),
             "b_s": plgpu.SMEM((self.stages, *self.b_panels), b_dtype),
-            "meta_s": plgpu.SMEM(metadata, jnp.int32),
-            "bars": plgpu.SMEM((2 * self.stages + self.spare, 2), jnp.int32),
         }
+        if not self.dense:
+            metadata = (self.stages, self.block_m // 64, self.k_tiles, 128)
+            ring["meta_s"] = plgpu.SMEM(metadata, jnp.int32)
+        return ring | {"bars": plgpu.SMEM((2 * self.stages + self.spare, 2), jnp.int32)}
 
 
 def fitting_stages(stage_bytes: int, other_bytes: int, config: GroupedConfig) -> int:
@@ -319,30 +329,31 @@ def _fill(t: SparseTile):
         with utils.when(is_leader()):
             full = begin_fill(t.stages, t.stage_bytes, bars, slot, parity)
             copy = functools.partial(ctx.async_copy, barrier=full, arrive=False, predicate=None)
-            half = arith.shrui(k0, ptx.const32(1))
+            a_k0 = k0 if t.dense else arith.shrui(k0, ptx.const32(1))
             copy(
                 src_ref=a_g,
                 dst_ref=a_s,
-                gmem_slice=(window(m0, t.block_m), window(half, t.tile_k // 2)),
+                gmem_slice=(window(m0, t.block_m), window(a_k0, TILE_K // t.itemsize)),
                 swizzle=TILE_K,
             )
-            m_tile, k_tile = (arith.shrui(v, ptx.const32(6)) for v in (m0, k0))
-            copy(
-                src_ref=meta_g,
-                dst_ref=meta_s,
-                gmem_slice=(
-                    window(m_tile, t.block_m // 64),
-                    window(k_tile, t.k_tiles),
-                    slice(None),
-                ),
-            )
+            if not t.dense:
+                m_tile, k_tile = (arith.shrui(v, ptx.const32(6)) for v in (m0, k0))
+                copy(
+                    src_ref=meta_g,
+                    dst_ref=meta_s,
+                    gmem_slice=(
+                        window(m_tile, t.block_m // 64),
+                        window(k_tile, t.k_tiles),
+                        slice(None),
+                    ),
+                )
             for i in range(t.b_panels[0]):
                 panel = utils.memref_slice(b_s, i)
                 if t.b_layout == "nk":
                     place = (window(n0, t.tile_n), window(k0, t.tile_k))
                 else:
                     place = (window(add(k0, b_k0), TILE_K), window(add(n0, 64 * i), 64))
-                copy(src_ref=b_g, dst_ref=panel, gmem_slice=place, swizzle=128)
+                copy(src_ref=b_g, dst_ref=panel, gmem_slice=place, swizzle=t.b_row)
 
     return fill
 
@@ -360,6 +371,21 @@ def _step(t: SparseTile, *, first: bool):
     # half of the threads hold the first one's words: the selector says which.
     sharers = 64 // t.mma_k
 
+    def multiply(acc, a, b, metas, i, step):
+        if t.dense:
+            return ptx.wgmma(acc, a, b, n=t.tile_n, dtype=ptx_name(t.dtype), transposed=False)
+        return ptx.wgmma_sparse(
+            acc,
+            a,
+            b,
+            metas[i * t.k_tiles + step // sharers],
+            n=t.tile_n,
+            selector=step % sharers,
+            dtype=ptx_name(t.dtype),
+            b_dtype=None if t.b_dtype is None else ptx_name(t.b_dtype),
+            b_transposed=t.b_layout == "kn",
+        )
+
     def body(regs, old_metas, a_s, meta_s, b_s, bars, slot, parity, previous):
         slot, parity, previous = map(scalar, (slot, parity, previous))
         warpgroup = uniform(arith.divui(utils.thread_idx(), ptx.const32(ptx.WARPGROUP)))
@@ -370,8 +396,8 @@ def _step(t: SparseTile, *, first: bool):
         b_desc = ptx.smem_descriptor(
             ptx.shared_address(b_s),
             leading_bytes=0 if t.b_layout == "nk" else TILE_K * 128,
-            stride_bytes=1024,
-            swizzle=128,
+            stride_bytes=8 * t.b_row,
+            swizzle=t.b_row,
         )
         meta_row = mul(warpgroup, t.wg_m)
         lane = index(ptx.thread_in_warpgroup())
@@ -381,22 +407,16 @@ def _step(t: SparseTile, *, first: bool):
             for i in range(t.wg_m)
             for j in range(t.k_tiles)
         ]
+        if t.dense:
+            metas = [ptx.const32(0)]
         ptx.wgmma_fence()
         new: list[list[ir.Value]] = []
         for i in range(t.wg_m):
             acc = None if regs is None else list(regs[i])
             for step in range(t.tile_k // t.mma_k):
-                acc = ptx.wgmma_sparse(
-                    acc,
-                    ptx.advance(a_desc, i * 64 * TILE_K + step * 32),
-                    ptx.advance(b_desc, step * (64 if t.b_layout == "nk" else 32 * 128)),
-                    metas[i * t.k_tiles + step // sharers],
-                    n=t.tile_n,
-                    selector=step % sharers,
-                    dtype=ptx_name(t.dtype),
-                    b_dtype=None if t.b_dtype is None else ptx_name(t.b_dtype),
-                    b_transposed=t.b_layout == "kn",
-                )
+                b_step = t.mma_k * t.itemsize if t.b_layout == "nk" else 32 * 128
+                a = ptx.advance(a_desc, i * 64 * TILE_K + step * 32)
+                acc = multiply(acc, a, ptx.advance(b_desc, step * b_step), metas, i, step)
             assert acc is not None
             new.append(acc)
         ptx.wgmma_commit()
@@ -457,7 +477,8 @@ class Loop:
     ring: dict[str, Any]
 
     def _stage(self, slot) -> tuple:
-        return tuple(self.ring[name].at[slot] for name in ("a_s", "meta_s", "b_s"))
+        metadata = "a_s" if self.tile.dense else "meta_s"  # which nothing reads
+        return tuple(self.ring[name].at[slot] for name in ("a_s", metadata, "b_s"))
 
     def produce(self, tiles, origin: Callable) -> None:
         """Runs the producer; `origin(i)` is (m0, n0, B's offset in k) of the block's i-th tile.

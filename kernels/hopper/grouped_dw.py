@@ -10,7 +10,6 @@ those neurons, interleaved with other experts'.
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -19,8 +18,7 @@ import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental.mosaic.gpu import utils
-from jaxlib.mlir import ir
-from jaxlib.mlir.dialects import arith, llvm, vector
+from jaxlib.mlir.dialects import arith, vector
 
 from kernels import reference_grouped
 from kernels.combinations import power, with_expert
@@ -35,21 +33,6 @@ _STAGE_BYTES = (NEURONS + COLUMNS) // 64 * PANEL_BYTES
 SLOTS = 2  # staging buffers, of 64 x 32 float32, of a warpgroup
 _SLOT_BYTES = 64 * 128
 SHAPE = (64, COLUMNS)
-
-
-def _wgmma(acc: Sequence[ir.Value], a: ir.Value, b: ir.Value, dtype: str) -> list[ir.Value]:
-    """One m64 n256 k16 ``wgmma.mma_async`` that adds to acc, both operands transposed."""
-    vec = ir.VectorType.get((1,), ir.F32Type.get())
-    num = len(acc)
-    outputs = "{" + ", ".join(f"${i}" for i in range(num)) + "}"
-    text = (
-        f"wgmma.mma_async.sync.aligned.m64n{COLUMNS}k16.f32.{dtype}.{dtype} {outputs}, "
-        f"${2 * num}, ${2 * num + 1}, 1, 1, 1, 1, 1;"
-    )
-    constraints = ",".join(["=f"] * num + [str(i) for i in range(num)] + ["l", "l"])
-    struct = llvm.StructType.get_literal([vec] * num)
-    out = ptx.asm(struct, [*acc, a, b], text, constraints)
-    return [llvm.extractvalue(vec, out, [i]) for i in range(num)]
 
 
 def make_fill(stages: int):
@@ -102,7 +85,7 @@ def make_step(stages: int, dtype: str):
         ptx.wgmma_fence()
         for k16 in range(STEP // 16):
             a, b = (ptx.advance(d, k16 * 16 * 128) for d in (a_desc, b_desc))
-            regs = _wgmma(regs, a, b, dtype)
+            regs = ptx.wgmma(regs, a, b, n=COLUMNS, dtype=dtype, transposed=True)
         ptx.wgmma_commit()
         ptx.wgmma_wait(1)
         with utils.when(arith.cmpi(arith.CmpIPredicate.sge, previous, ptx.const32(0))):

@@ -15,6 +15,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
+import jax
 import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 import numpy as np
@@ -43,6 +44,13 @@ def row_order(h: int) -> np.ndarray:
     p = np.arange(h)
     a, w, b, q = p // 64 % 2, p // 16 % 4, p // 8 % 2, p % 8
     return p // PART * PART + 4 * (8 * w + q) + 2 * a + b
+
+
+def ordered_rows(w: jax.Array) -> jax.Array:
+    """Rows (E, h, D) of experts, in the order of `row_order`: (E h, D)."""
+    experts, live, width = w.shape
+    split = w.reshape(experts * live // PART, 4, 8, 2, 2, width)
+    return split.transpose(0, 3, 1, 4, 2, 5).reshape(experts * live, width)
 
 
 class Place:
@@ -272,12 +280,13 @@ def neuron_tile(
     *,
     barriers: bool = False,
     b_dtype: Any = None,
+    dense: bool = False,
 ) -> common.SparseTile:
     """The tile for h live neurons of a shard, with `other_bytes` of shared memory for each
     warpgroup.
 
     barriers: whether each warpgroup also has a barrier of its own. b_dtype: of the tokens, where it
-    may be another one than `dtype`.
+    may be another one than `dtype`. dense: whether the weights are not packed.
     """
     warpgroups = 2 if live % (2 * PART) == 0 else 1
     t = common.SparseTile(
@@ -289,5 +298,6 @@ def neuron_tile(
         dtype=jnp.dtype(dtype).name,
         spare=warpgroups if barriers else 0,
         b_dtype=None if b_dtype is None else jnp.dtype(b_dtype).name,
+        dense=dense,
     )
     return common.with_stages(t, warpgroups * other_bytes, config)

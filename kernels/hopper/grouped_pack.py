@@ -168,7 +168,7 @@ def pack_weight24(
     scale: ArrayLike | None,
     threshold: bool = True,
     dtype: Any = jnp.bfloat16,
-) -> tuple[jax.Array | None, jax.Array | None, jax.Array]:
+) -> tuple[jax.Array, jax.Array | None, jax.Array]:
     """`kernels.reference_grouped.pack_weight24`; rows of an expert in the order of `row_order`.
 
     Raises ValueError for shapes that do not fit and NotImplementedError where
@@ -177,7 +177,8 @@ def pack_weight24(
     options = {"num_experts": num_experts, "m": m, "scale": scale, "dtype": dtype}
     check_pack_weight24(w, threshold=threshold, **options)
     if not threshold:
-        return reference_grouped.pack_weight24(w, threshold=False, **options)
+        dense = reference_grouped.pack_weight24(w, threshold=False, **options)[2]
+        return neurons.ordered_rows(dense), None, dense
     live, width = reference_grouped.weight_dims(w, num_experts, m, scale)
     hidden = w.shape[0]
     p = _Problem(num_experts, live, width, common.ptx_name(dtype))

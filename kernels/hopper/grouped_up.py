@@ -216,7 +216,7 @@ def _rounding(rows: int, live: int, dtype: Any, t: common.SparseTile) -> _Epilog
 
 def up24(
     values: jax.Array,
-    metadata: jax.Array,
+    metadata: jax.Array | None,
     x_p: jax.Array,
     offsets: jax.Array,
     block_expert: jax.Array,
@@ -237,7 +237,7 @@ def up24(
 
 def up24_linear(
     values: jax.Array,
-    metadata: jax.Array,
+    metadata: jax.Array | None,
     x_p: jax.Array,
     offsets: jax.Array,
     block_expert: jax.Array,
@@ -257,27 +257,29 @@ def up24_linear(
 
 
 def _run(
-    arguments: tuple[jax.Array, ...],
+    arguments: tuple[Any, ...],
     tile: Callable[..., common.SparseTile],
     epilogue: Callable[..., _Epilogue],
     shards: int,
     config: common.GroupedConfig,
 ) -> Sequence[jax.Array]:
     experts, v, live = reference_grouped.up_dims(*arguments, shards=shards)
-    values, _, x_p, *_ = arguments
+    values, metadata, x_p, *_ = arguments
     rows, width = x_p.shape
-    t = tile(live // shards, values.dtype, config)
+    t = tile(live // shards, values.dtype, config, metadata is None)
     blocks = neurons.blocks_of(t, rows, live)
     e = epilogue(rows, live, x_p.dtype, t)
 
-    def body(values_g, metadata_g, x_g, offsets_g, expert_g, *outs_g):
+    def body(values_g, *refs_g):
+        metadata_g, x_g, offsets_g, expert_g, *outs_g = (values_g, *refs_g) if t.dense else refs_g
+
         @functools.partial(pl.run_scoped, **t.scratch(), **e.scratch, collective_axes="wg")
         def _scope(**refs):
             wg = lax.axis_index("wg")
             ring = {name: refs[name] for name in t.scratch()}
             layout = offsets_g, expert_g, experts, shards
             plan = neurons.plan_of(t, live, blocks, config, v, *layout)
-            loop = common.Loop(t, width // common.TILE_K, (values_g, metadata_g, x_g), ring)
+            loop = common.Loop(t, width // t.tile_k, (values_g, metadata_g, x_g), ring)
             common.init_barriers(t.stages, t.warpgroups)(ring["bars"])
 
             def place(i):
@@ -295,21 +297,27 @@ def _run(
 
             loop.run(wg, plan.own_tiles, plan.origin, place, write, fill=fill)
 
-    return common.kernel(body, tuple(e.outs), blocks, t.warpgroups, e.name)(*arguments)
+    given = [a for a in arguments if a is not None]
+    return common.kernel(body, tuple(e.outs), blocks, t.warpgroups, e.name)(*given)
 
 
-def _tile(live: int, dtype: Any, config: common.GroupedConfig) -> common.SparseTile:
+def _tile(
+    live: int, dtype: Any, config: common.GroupedConfig, dense: bool = False
+) -> common.SparseTile:
     staging = _SLOTS * 3 * neurons.PANEL + neurons.META_BYTES
-    return neurons.neuron_tile(live, dtype, staging, config)
+    return neurons.neuron_tile(live, dtype, staging, config, dense=dense)
 
 
-def _linear_tile(live: int, dtype: Any, config: common.GroupedConfig) -> common.SparseTile:
-    return neurons.neuron_tile(live, dtype, _SLOTS * _LINEAR_PANELS * neurons.PANEL, config)
+def _linear_tile(
+    live: int, dtype: Any, config: common.GroupedConfig, dense: bool
+) -> common.SparseTile:
+    staging = _SLOTS * _LINEAR_PANELS * neurons.PANEL
+    return neurons.neuron_tile(live, dtype, staging, config, dense=dense)
 
 
 def check_up24(
     values: jax.Array,
-    metadata: jax.Array,
+    metadata: jax.Array | None,
     x_p: jax.Array,
     offsets: jax.Array,
     block_expert: jax.Array,
@@ -326,4 +334,4 @@ def check_up24(
     experts, v, live = reference_grouped.up_dims(*arguments, shards=shards)
     common.check_shapes(v, live // shards, x_p.shape[1], values.dtype)
     common.check_shards(experts, shards)
-    _tile(live // shards, values.dtype, config or common.GroupedConfig())
+    _tile(live // shards, values.dtype, config or common.GroupedConfig(), metadata is None)

@@ -142,7 +142,7 @@ def send_part(chunk: int, store_chunk: Callable = neurons.store_chunk):
 
 def up24_backward(
     values: jax.Array,
-    metadata: jax.Array,
+    metadata: jax.Array | None,
     dy_p: jax.Array,
     y2: jax.Array,
     y2_metadata: jax.Array,
@@ -162,10 +162,14 @@ def up24_backward(
     config = config or common.GroupedConfig()
     experts, v, live = reference_grouped.backward_dims(*arguments, shards=shards)
     rows, width = dy_p.shape
-    t = _tile(live // shards, values.dtype, config)
+    t = _tile(live // shards, values.dtype, config, metadata is None)
     blocks = neurons.blocks_of(t, rows, live)
 
-    def body(values_g, metadata_g, dy_g, y2_g, y2_meta_g, offsets_g, expert_g, out_g, out_values_g):
+    def body(values_g, *refs_g):
+        metadata_g, dy_g, y2_g, y2_meta_g, offsets_g, expert_g, out_g, out_values_g = (
+            (values_g, *refs_g) if t.dense else refs_g
+        )
+
         @functools.partial(
             pl.run_scoped,
             **t.scratch(),
@@ -178,7 +182,7 @@ def up24_backward(
             wg = lax.axis_index("wg")
             layout = offsets_g, expert_g, experts, shards
             plan = neurons.plan_of(t, live, blocks, config, v, *layout)
-            loop = common.Loop(t, width // common.TILE_K, (values_g, metadata_g, dy_g), ring)
+            loop = common.Loop(t, width // t.tile_k, (values_g, metadata_g, dy_g), ring)
             bars = ring["bars"]
             common.init_barriers(t.stages, t.warpgroups, t.spare)(bars)
             staged = lambda: (dense_s.at[wg], packed_s.at[wg])
@@ -217,17 +221,18 @@ def up24_backward(
         t.warpgroups,
         "up24_backward_hopper",
     )
-    dy1, dy1_values = call(*arguments)
+    dy1, dy1_values = call(*(a for a in arguments if a is not None))
     return dy1, dy1_values
 
 
-def _tile(live: int, dtype: Any, config: common.GroupedConfig) -> common.SparseTile:
-    return neurons.neuron_tile(live, dtype, _BYTES + _SLOTS * neurons.PANEL, config, barriers=True)
+def _tile(live: int, dtype: Any, config: common.GroupedConfig, dense: bool) -> common.SparseTile:
+    staging = _BYTES + _SLOTS * neurons.PANEL
+    return neurons.neuron_tile(live, dtype, staging, config, barriers=True, dense=dense)
 
 
 def check_up24_backward(
     values: jax.Array,
-    metadata: jax.Array,
+    metadata: jax.Array | None,
     dy_p: jax.Array,
     y2: jax.Array,
     y2_metadata: jax.Array,
@@ -245,4 +250,4 @@ def check_up24_backward(
     experts, v, live = reference_grouped.backward_dims(*arguments, shards=shards)
     common.check_shapes(v, live // shards, dy_p.shape[1], values.dtype)
     common.check_shards(experts, shards)
-    _tile(live // shards, values.dtype, config or common.GroupedConfig())
+    _tile(live // shards, values.dtype, config or common.GroupedConfig(), metadata is None)

@@ -215,6 +215,42 @@ def wgmma_sparse(
     return [llvm.extractvalue(vec, out, [i]) for i in range(num)]
 
 
+def wgmma(
+    acc: Sequence[ir.Value] | None,
+    a: ir.Value,
+    b: ir.Value,
+    *,
+    n: int,
+    dtype: str,
+    transposed: bool,
+) -> list[ir.Value]:
+    """One dense ``wgmma.mma_async`` of shape m64 n`n` k16 into float32, operands by descriptor.
+
+    `acc` as of `wgmma_sparse`. `transposed`: whether both operands have the contracted dimension as
+    the slower one in memory.
+    """
+    vec = ir.VectorType.get((1,), ir.F32Type.get())
+    num = n // 2
+    outputs = "{" + ", ".join(f"${i}" for i in range(num)) + "}"
+    given = [] if acc is None else list(acc)
+    assert len(given) in (0, num), (len(given), num)
+    first = num + len(given)
+    order = int(transposed)
+    instruction = (
+        f"wgmma.mma_async.sync.aligned.m64n{n}k16.f32.{dtype}.{dtype} {outputs}, "
+        f"${first}, ${first + 1}, {{keep}}, 1, 1, {order}, {order};"
+    )
+    if acc is None:
+        text = "{ .reg .pred keep;\nsetp.ne.b32 keep, 0, 0;\n"
+        text += instruction.replace("{keep}", "keep") + " }"
+    else:
+        text = instruction.replace("{keep}", "1")
+    constraints = ",".join(["=f"] * num + [str(i) for i in range(len(given))] + ["l", "l"])
+    struct = llvm.StructType.get_literal([vec] * num)
+    out = asm(struct, [*given, a, b], text, constraints)
+    return [llvm.extractvalue(vec, out, [i]) for i in range(num)]
+
+
 def pin(values: Sequence[ir.Value]) -> list[ir.Value]:
     """Keeps LLVM from moving arithmetic on `values` above this point (an empty assembly)."""
     vec = values[0].type

@@ -14,8 +14,10 @@ from kernels.triton.grouped_up_backward import check_up24_backward, up24_backwar
 
 # Whether the products take several shards at once (`kernels.reference_grouped`).
 SHARDS = True
+DENSE_WEIGHTS = False
 
 __all__ = [
+    "DENSE_WEIGHTS",
     "NEURONS",
     "SHARDS",
     "GradientConfig",

@@ -32,7 +32,7 @@ def pack_weight24(
     threshold: bool = True,
     dtype: Any = jnp.bfloat16,
     interpret: bool = False,
-) -> tuple[jax.Array | None, jax.Array | None, jax.Array]:
+) -> tuple[jax.Array, jax.Array | None, jax.Array]:
     """`kernels.reference_grouped.pack_weight24`; rows of an expert in the order of `row_order`.
 
     interpret: run in Pallas's interpreter, with jax.numpy in place of the inline PTX.

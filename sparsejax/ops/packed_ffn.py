@@ -19,9 +19,10 @@ class PackedMatrix(NamedTuple):
     dense: Array
     """(E, h, D): thresholded, scaled and rounded, split by expert; h = H / E live neurons."""
     values: Array | None = None
-    """(H, D / 2): the same, packed 2:4 along D; rows by expert, within one as the kernels want."""
+    """(H, D / 2): the same, packed 2:4 along D; rows by expert, within one as the kernels want.
+    (H, D), all of it, where weights are not 2:4. None where no kernels are called."""
     metadata: Array | None = None
-    """(H / 64, D / 64, 128) int32."""
+    """(H / 64, D / 64, 128) int32; None where there is nothing packed."""
 
 
 class PackedMatrix8(NamedTuple):

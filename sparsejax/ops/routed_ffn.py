@@ -105,7 +105,11 @@ def _pack(w1, w2, wg, betas, sparsity, *, dtype, kernels) -> PackedFFN:
         w = repeat_shared(w, 0, sparsity)
         if kernels is not None:
             values, metadata, dense = routed_ffn_grouped.pack_weight(
-                w, betas[i], sparsity, dtype=dtype, kernels=kernels
+                w,
+                betas[i] if sparsity.weights else None,
+                sparsity,
+                dtype=dtype,
+                kernels=kernels,
             )
             return PackedMatrix(dense, values, metadata)
         if sparsity.weights:

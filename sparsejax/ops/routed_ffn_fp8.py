@@ -85,6 +85,8 @@ def check(
 ) -> None:
     """Raises NotImplementedError unless the backend serves every function of this network."""
     functions = module(kernels)
+    if not sparsity.weights:
+        raise NotImplementedError(f"backend={kernels!r} does not serve weights=False in 8 bits")
     if gated:
         raise NotImplementedError(f"backend={kernels!r} does not serve the gated form in 8 bits")
     # The weight gradients, and what both have in common.

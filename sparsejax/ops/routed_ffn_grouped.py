@@ -126,9 +126,8 @@ def padded_rows(tokens: int, sparsity: Sparsity, shards: int = 1) -> int:
 
 def check(kernels: registry.Backend, sparsity: Sparsity, sizes: Sizes, *, gated: bool) -> None:
     """Raises NotImplementedError unless the backend serves every function of this network."""
-    for name, ok in (("weights", sparsity.weights), ("activations", sparsity.activations)):
-        if not ok:
-            raise NotImplementedError(f"backend={kernels!r} does not serve {name}=False")
+    if not sparsity.activations:
+        raise NotImplementedError(f"backend={kernels!r} does not serve activations=False")
     refused = registry.refusal(kernels, registry.target_capability())
     if refused is not None:
         raise NotImplementedError(refused)
@@ -144,6 +143,8 @@ def check(kernels: registry.Backend, sparsity: Sparsity, sizes: Sizes, *, gated:
             f"{sizes.columns} of a device"
         )
     functions = module(kernels)
+    if not sparsity.weights and not functions.DENSE_WEIGHTS:
+        raise NotImplementedError(f"backend={kernels!r} does not serve weights=False")
     if live % functions.NEURONS:
         step = sparsity.block
         step *= functions.NEURONS // math.gcd(functions.NEURONS, sparsity.live_neurons(step))
@@ -174,13 +175,20 @@ def check(kernels: registry.Backend, sparsity: Sparsity, sizes: Sizes, *, gated:
         array(rows // sparsity.v, dtype=jnp.int32),
     )
     hidden = shards * experts * live
-    weight = array(hidden, width // 2), metadata(hidden, width)
+    weight: tuple[Any, Any] = array(hidden, width), None
+    if sparsity.weights:
+        weight = array(hidden, width // 2), metadata(hidden, width)
     x, y2 = array(rows, width), array(rows, shards * live)
     half, kept = array(rows, shards * live // 2), metadata(rows, shards * live)
     dense = array(shards * experts, live, width)
     master = array(experts * live, sizes.packed_columns, dtype=jnp.float32)
     functions.check_pack_weight24(
-        master, num_experts=experts, m=_m(sparsity), scale=1.0, dtype=dtype
+        master,
+        num_experts=experts,
+        m=_m(sparsity),
+        scale=1.0 if sparsity.weights else None,
+        threshold=sparsity.weights,
+        dtype=dtype,
     )
     functions.check_down24(half, kept, dense, *layout, **options)
     functions.check_up24(*weight, x, *layout, **options)  # of `up24_linear` too
@@ -281,13 +289,28 @@ def recheck(
 
 def pack_weight(
     w: Array,
-    beta: Array,
+    beta: Array | None,
     sparsity: Sparsity,
     *,
     dtype: DTypeLike,
     kernels: registry.Backend,
-) -> tuple[Array, Array, Array]:
-    """values (H, D / 2), metadata (H / 64, D / 64, 128) and dense (E, h, D) of a matrix (H, D)."""
+) -> tuple[Array, Array | None, Array]:
+    """values (H, D / 2), metadata (H / 64, D / 64, 128) and dense (E, h, D) of a matrix (H, D).
+
+    Weights that are not 2:4: all of them (H, D), in the order in which kernels read them, None, and
+    dense.
+    """
+    if not sparsity.weights:
+        # Rounded and put in order, which takes no kernel.
+        return module(kernels).pack_weight24(
+            w,
+            num_experts=sparsity.num_experts,
+            m=_m(sparsity),
+            scale=None,
+            threshold=False,
+            dtype=dtype,
+        )
+    assert beta is not None
 
     def pack(w: Array, scale: Array) -> tuple[Array, Array, Array]:
         return Functions(module(kernels)).pack_weight24(
@@ -297,7 +320,9 @@ def pack_weight(
     return batchable(pack, kernels)(w.astype(jnp.float32), beta)
 
 
-def pack_rows(rows: Array, *, kernels: registry.Backend) -> tuple[Array, Array]:
+def pack_rows(
+    rows: Array, sparsity: Sparsity, *, kernels: registry.Backend
+) -> tuple[Array, Array | None]:
     """values and metadata that `pack_weight` made along with `rows` (E, h, D).
 
     Rows of which two of four are zero already stay what they are: the third largest of a group, by
@@ -309,7 +334,11 @@ def pack_rows(rows: Array, *, kernels: registry.Backend) -> tuple[Array, Array]:
             w, num_experts=1, m=4, scale=None, dtype=rows.dtype
         )
 
-    flat = rows.reshape(-1, rows.shape[-1]).astype(jnp.float32)
+    flat = rows.reshape(-1, rows.shape[-1])
+    if not sparsity.weights:
+        one = {"num_experts": 1, "m": 4, "scale": None, "dtype": rows.dtype}
+        return module(kernels).pack_weight24(flat, threshold=False, **one)[:2]
+    flat = flat.astype(jnp.float32)
     return batchable(pack, kernels)(flat)[:2]
 
 

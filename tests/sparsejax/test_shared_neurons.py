@@ -103,11 +103,11 @@ def test_a_mixture_shares_no_neurons():
         Sparsity(m=16, shared_every=4).validate_experts(hidden=1024, num_experts=4)
 
 
-def problem(sparsity, hidden, tokens=256, dtype=jnp.float32):
+def problem(sparsity, hidden, tokens=256, dtype=jnp.float32, width=D):
     keys = jax.random.split(jax.random.key(hidden + sparsity.m), 5)
-    shape = (sparsity.num_shards * sparsity.num_experts, D)
-    x, dy = (jax.random.normal(k, (4, tokens // 4, D), dtype) for k in keys[:2])
-    w1, w2 = (jax.random.normal(k, (hidden, D)) * D**-0.5 for k in keys[2:4])
+    shape = (sparsity.num_shards * sparsity.num_experts, width)
+    x, dy = (jax.random.normal(k, (4, tokens // 4, width), dtype) for k in keys[:2])
+    w1, w2 = (jax.random.normal(k, (hidden, width)) * width**-0.5 for k in keys[2:4])
     centers = jax.random.normal(keys[4], shape)
     return x, dy, w1, w2, centers, jnp.zeros(shape[0])
 
@@ -120,7 +120,7 @@ def live(x, centers, sparsity, hidden):
     masks = []
     for s in range(shards):
         own = centers[s * experts : (s + 1) * experts]
-        chosen = assign_tokens(x.reshape(-1, D), own, jnp.zeros(experts), sparsity.metric)
+        chosen = assign_tokens(x.reshape(-1, x.shape[-1]), own, jnp.zeros(experts), sparsity.metric)
         expert = np.full(rows, -1)
         expert[routed] = np.arange(routed.size) % sparsity.m // 4
         masks.append((expert == -1) | (expert == np.asarray(chosen)[:, None]))
@@ -132,7 +132,7 @@ def expected(x, dy, w1, w2, mask, sparsity):
     betas = jnp.array([1.4, 1.3, 1.0])
     thin = lambda w, b: b * soft_threshold(w, 1) if sparsity.weights else w
     s1, s2 = thin(w1, betas[0]), thin(w2, betas[1])
-    rows, g = x.reshape(-1, D), dy.reshape(-1, D)
+    rows, g = (a.reshape(-1, a.shape[-1]) for a in (x, dy))
     r = jnp.where(mask, jnp.maximum(rows @ s1.T, 0), 0)
     # Four neighbours are all live or all not: two of four of the masked ones.
     r = jnp.where(select24(r * r), r, 0) if sparsity.activations else r
@@ -149,7 +149,7 @@ def run(sparsity, x, dy, w1, w2, centers, bias, axes=None):
 
     (y, counts), vjp = jax.vjp(network, x, w1, w2)
     dx, dw1, dw2 = vjp((dy, np.zeros(counts.shape, jax.dtypes.float0)))
-    return y.reshape(-1, D), dx.reshape(-1, D), dw1, dw2
+    return *(a.reshape(-1, a.shape[-1]) for a in (y, dx)), dw1, dw2
 
 
 @pytest.mark.parametrize("backend", [None, "reference"])

@@ -196,13 +196,14 @@ def test_parts_of_the_neurons_are_what_the_label_says():
             every = int(after["shared"].removeprefix("1/")) if "shared" in after else 0
             sparsity = run.config.sparsity
             assert (sparsity.m, sparsity.shards, sparsity.shared_every) == (int(m), shards, every)
+            assert sparsity.weights == ("weights dense" not in run.label)
             parts.setdefault((shards, every), set()).add(run.label)
     # Some of them at equal wall-clock too.
     assert {sizes: len(labels) for sizes, labels in parts.items() if sizes != (None, 0)} == {
         (2, 0): 2,
         (4, 0): 9,
-        (None, 4): 8,
-        (2, 4): 2,
+        (None, 4): 11,
+        (2, 4): 3,
         (None, 8): 1,
     }
 
