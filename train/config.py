@@ -150,6 +150,9 @@ class ScheduleConfig:
     """At the flip back to dense, estimate beta again and multiply each 2:4 matrix by the frozen
     beta over the new one, so that the dense network continues at the sparse one's scale; the new
     one stays, so that the sparse view of the weights does not change."""
+    threshold_dense: bool = False
+    """At the flip back to dense, replace each 2:4 matrix by what the sparse phase multiplied with,
+    beta S(w): weights that it left out start from zero, and not from where they drifted."""
 
 
 @dataclass(frozen=True)
@@ -436,9 +439,16 @@ def validate(config: Config, *, tokenizer_vocab_size: int | None = None) -> None
         if where not in get_args(Flips):
             raise ValueError(f"{name}={where!r} must be one of {get_args(Flips)}")
     two_of_four = config.sparsity.weights or config.sparsity.attention_projections
-    if schedule.rescale_dense and config.sparse_steps and not two_of_four:
+    for name, why in (
+        ("rescale_dense", "beta scales 2:4 weights"),
+        ("threshold_dense", "others are not thresholded"),
+    ):
+        if getattr(schedule, name) and config.sparse_steps and not two_of_four:
+            raise ValueError(f"schedule.{name}=True needs sparsity.weights=True: {why}")
+    if schedule.rescale_dense and schedule.threshold_dense:
         raise ValueError(
-            "schedule.rescale_dense=True needs sparsity.weights=True: beta scales 2:4 weights"
+            "schedule.rescale_dense=True and threshold_dense=True: thresholded weights have the "
+            "sparse network's scale already"
         )
     parse_steps(config.profile.steps, steps=config.steps)
     for name, number in (

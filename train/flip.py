@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from sparsejax.prune import soft_threshold_beta
+from sparsejax.prune import soft_threshold, soft_threshold_beta
 from sparsejax.schedule import Event, Phase
 from sparsejax.spec import Sparsity
 from train.compiler import compile_program
@@ -120,12 +120,15 @@ def make_flip_step(config: Config, phase: Phase) -> FlipFunction | None:
     """
     reset = phase in flips(config.optimizer.reset_moments)
     rescale = phase == "dense" and config.schedule.rescale_dense
-    if not (reset or rescale):
+    threshold = phase == "dense" and config.schedule.threshold_dense
+    if not (reset or rescale or threshold):
         return None
 
     def flip(state: TrainState) -> TrainState:
         if rescale:
             state = _rescaled(state, config.sparsity)
+        if threshold:
+            state = _thresholded(state, config.sparsity)
         if reset:
             state = dataclasses.replace(state, opt_state=reset_moments(state.opt_state))
         return state
@@ -153,6 +156,25 @@ def _rescaled(state: TrainState, sparsity: Sparsity) -> TrainState:
         params = map_block_leaves(params, part, scale, beta / fitting)
         routing = map_block_leaves(routing, part, {"beta": lambda _, new: new}, fitting)
     return dataclasses.replace(state, params=params, routing=routing)
+
+
+def _thresholded(state: TrainState, sparsity: Sparsity) -> TrainState:
+    """The state whose 2:4 matrices are what the sparse phase multiplied with, b S(w).
+
+    The third largest of four is zero then, so that with b = 1 the sparse view stays what it was.
+    """
+    params, routing = state.params, state.routing
+    for part, axes in sparse_weights(sparsity).items():
+        beta = block_leaf(routing, part, "beta")
+        threshold = {name: _threshold(i, axis) for i, (name, axis) in enumerate(axes.items())}
+        params = map_block_leaves(params, part, threshold, beta, in_place=True)
+        ones = {"beta": lambda b, _: jnp.ones_like(b)}
+        routing = map_block_leaves(routing, part, ones, beta)
+    return dataclasses.replace(state, params=params, routing=routing)
+
+
+def _threshold(i: int, axis: int) -> LeafFunction:
+    return lambda w, beta: beta[i] * soft_threshold(w, axis)
 
 
 def _estimate(axis: int) -> LeafFunction:

@@ -79,7 +79,7 @@ def step_compiled_from(config: Config) -> Config:
     config = compiled_from(config)
     return dataclasses.replace(
         config,
-        schedule=dataclasses.replace(config.schedule, rescale_dense=False),
+        schedule=dataclasses.replace(config.schedule, rescale_dense=False, threshold_dense=False),
         optimizer=dataclasses.replace(config.optimizer, reset_moments="none"),
         sparsity=dataclasses.replace(
             config.sparsity, fit_bias=True, reestimate_beta=False, kmeans_iterations=1

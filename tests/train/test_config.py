@@ -77,6 +77,17 @@ def test_unknown_configuration_lists_the_known():
             },
             "schedule.rescale_dense=True needs sparsity.weights=True",
         ),
+        (
+            {
+                "schedule": ScheduleConfig(sparse_fraction=0.5, threshold_dense=True),
+                "sparsity__weights": False,
+            },
+            "schedule.threshold_dense=True needs sparsity.weights=True",
+        ),
+        (
+            {"schedule": ScheduleConfig(rescale_dense=True, threshold_dense=True)},
+            "schedule.rescale_dense=True and threshold_dense=True",
+        ),
         ({"data": DataConfig(seed=-1)}, "data.seed=-1 must be between 0 and 2"),
         ({"seed": 2**32}, "seed=4294967296 must be between 0 and 2"),
         ({"sequence_length": 0}, "sequence_length=0 must be at least 1"),

@@ -9,7 +9,7 @@ import numpy as np
 import optax
 import pytest
 
-from sparsejax.prune import soft_threshold_beta
+from sparsejax.prune import soft_threshold, soft_threshold_beta
 from tests.train.test_step import CONFIG, Rig, batch
 from train.config import Config, OptimizerConfig, ScheduleConfig, flips
 from train.data.config import DataConfig
@@ -162,6 +162,27 @@ def test_rescaling_goes_on_at_the_sparse_scale(trained, begun):
         loss = jax.jit(make_eval_step(trained.config, trained.graph, view))
         (now, _), (before, _) = loss(after, masked), loss(state, masked)
         assert (abs(float(now / before) - 1) < 1e-6) == same
+
+
+def test_the_dense_end_begins_with_thresholded_weights(trained, begun):
+    state, _ = begun
+    schedule = dataclasses.replace(CONFIG.schedule, threshold_dense=True)
+    config = dataclasses.replace(trained.config, schedule=schedule)
+    flip = jax.jit(make_flip_step(config, "dense"))
+    after = flip(state)
+    beta = np.asarray(ffn(state.routing)["beta"][...])
+    for i, name in enumerate(("w1", "w2")):
+        for layer in range(2):
+            w, got = (ffn(s.params)[name][...][layer] for s in (state, after))
+            np.testing.assert_allclose(got, beta[layer, i] * soft_threshold(w, 1), rtol=1e-6)
+    np.testing.assert_array_equal(ffn(after.routing)["beta"][...], np.ones_like(beta))
+    chex.assert_trees_all_equal(after.params["head"], state.params["head"])
+    chex.assert_trees_all_equal(after.opt_state, state.opt_state)
+    # The sparse view is the function that it was; a second time changes nothing.
+    masked = batch(7) | {"mask": jnp.ones((4, 16))}
+    loss = jax.jit(make_eval_step(trained.config, trained.graph, "sparse"))
+    assert abs(float(loss(after, masked)[0] / loss(state, masked)[0]) - 1) < 1e-5
+    chex.assert_trees_all_close(flip(after).params, after.params)
 
 
 def test_scales_are_refreshed_without_clusters_too():

@@ -51,6 +51,7 @@ def test_the_key_keeps_what_is_compiled():
         {"optimizer": {"weight_decay": 0.2}},
         {"optimizer": {"reset_moments": "dense"}},
         {"schedule": {"rescale_dense": True}},
+        {"schedule": {"threshold_dense": True}},
         {"model": {"ffn": "relu2_gated"}},
         {"sparsity": {"m": 16}},
         {"sparsity": {"metric": "l2"}},
@@ -66,3 +67,5 @@ def test_the_key_keeps_what_is_compiled():
         assert compiled_from(changed(config, **changes)) == compiled_from(config), changes
     resets = changed(config, optimizer={"reset_moments": "dense"}, schedule={"rescale_dense": True})
     assert step_compiled_from(resets) == step_compiled_from(config)
+    thresholds = changed(config, schedule={"threshold_dense": True})
+    assert step_compiled_from(thresholds) == step_compiled_from(config)
