@@ -17,6 +17,7 @@ from jax.typing import ArrayLike
 
 from kernels import reference_grouped
 from kernels.triton import grouped_common as common
+from kernels.triton import grouped_neurons as neurons
 from kernels.triton import ptx
 from kernels.triton.pack24 import load_16, select
 
@@ -45,7 +46,8 @@ def pack_weight24(
     if not interpret:
         check_pack_weight24(w, threshold=threshold, **options)
     if not threshold:
-        return reference_grouped.pack_weight24(w, threshold=False, **options)
+        dense = reference_grouped.pack_weight24(w, threshold=False, **options)[2]
+        return neurons.ordered_rows(dense), None, dense
     scales = [] if scale is None else [jnp.asarray(scale, jnp.float32).reshape(1)]
     values, metadata, dense = _pack_weight24(
         w, *scales, live=live, dtype=jnp.dtype(dtype), interpret=interpret

@@ -7,6 +7,7 @@ accumulators; `up24_linear` rounds and stores, for gated networks.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.experimental.pallas as pl
@@ -24,7 +25,7 @@ _EMPTY = 0x44444444  # metadata of zeros: elements 0 and 1 of every group
 
 def up24(
     values: jax.Array,
-    metadata: jax.Array,
+    metadata: jax.Array | None,
     x_p: jax.Array,
     offsets: jax.Array,
     block_expert: jax.Array,
@@ -51,7 +52,7 @@ def up24(
 
 def up24_linear(
     values: jax.Array,
-    metadata: jax.Array,
+    metadata: jax.Array | None,
     x_p: jax.Array,
     offsets: jax.Array,
     block_expert: jax.Array,
@@ -73,15 +74,16 @@ def up24_linear(
     return y
 
 
-def _up24(name: str, arguments: tuple[jax.Array, ...], shards: int, config, interpret: bool):
+def _up24(name: str, arguments: tuple[Any, ...], shards: int, config, interpret: bool):
     """Results of `up24`, the metadata as (T_pad / 64, 2 h), or the one of `up24_linear`."""
     experts, _, live = reference_grouped.up_dims(*arguments, shards=shards)
     values, metadata, x, offsets, _ = arguments
+    operands = [a for a in (values, metadata, x, offsets) if a is not None]
     rows, width = x.shape
     shape = experts * live, rows // experts
     config = common.sparse_config("up24", config, shape, rows, experts, live, width)
     neurons.check_tile(config)
-    tile = config.tile
+    tile = config.tile.of_dense() if metadata is None else config.tile
     plan = common.Shards(experts, shards, live, tile.block_m)
     combinations, neuron_tiles = experts**shards, plan.tiles
     token_tiles = common.num_parts(rows, combinations, tile.block_n)
@@ -93,7 +95,8 @@ def _up24(name: str, arguments: tuple[jax.Array, ...], shards: int, config, inte
         (jax.ShapeDtypeStruct((rows // 64, 2 * live), jnp.int32), _EMPTY, 64),
     ][: 3 if name == "up24" else 1]
 
-    def kernel(values_ref, metadata_ref, x_ref, offsets_ref, *out_refs):
+    def kernel(values_ref, *refs):
+        metadata_ref, x_ref, offsets_ref, *out_refs = (None, *refs) if tile.dense else refs
         neuron_tile, token_tile = tile_order(
             pl.program_id(0), neuron_tiles, token_tiles, config.group_m
         )
@@ -118,7 +121,7 @@ def _up24(name: str, arguments: tuple[jax.Array, ...], shards: int, config, inte
 
     return common.call(
         kernel,
-        (values, metadata, x, offsets),
+        operands,
         tuple(out for out, *_ in outs),
         neuron_tiles * token_tiles,
         tile,
@@ -168,7 +171,7 @@ def _choose(at: neurons.Neurons, acc, f: int, sixteen: int, y_ref, y_values_ref)
 
 def check_up24(
     values: jax.Array,
-    metadata: jax.Array,
+    metadata: jax.Array | None,
     x_p: jax.Array,
     offsets: jax.Array,
     block_expert: jax.Array,

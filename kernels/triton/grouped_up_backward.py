@@ -19,7 +19,7 @@ _AHEAD = 2
 
 def up24_backward(
     values: jax.Array,
-    metadata: jax.Array,
+    metadata: jax.Array | None,
     dy_p: jax.Array,
     y2: jax.Array,
     y2_metadata: jax.Array,
@@ -50,11 +50,16 @@ def up24_backward(
 
 
 def _up24_backward(values, metadata, dy, y2, y2_metadata, offsets, *, plan, config, interpret):
-    rows, tile, combinations = dy.shape[0], config.tile, offsets.shape[0] - 1
+    rows, combinations = dy.shape[0], offsets.shape[0] - 1
+    tile = config.tile.of_dense() if metadata is None else config.tile
     neuron_tiles, live = plan.tiles, plan.live
     token_tiles = common.num_parts(rows, combinations, tile.block_n)
 
-    def kernel(values_ref, metadata_ref, dy_ref, y2_ref, y2_metadata_ref, offsets_ref, *out_refs):
+    weight = (values,) if metadata is None else (values, metadata)
+
+    def kernel(values_ref, *refs):
+        refs = (None, *refs) if tile.dense else refs
+        metadata_ref, dy_ref, y2_ref, y2_metadata_ref, offsets_ref, *out_refs = refs
         out_ref, out_values_ref = out_refs
         neuron_tile, token_tile = tile_order(
             pl.program_id(0), neuron_tiles, token_tiles, config.group_m
@@ -94,7 +99,7 @@ def _up24_backward(values, metadata, dy, y2, y2_metadata, offsets, *, plan, conf
 
     dy1, dy1_values = common.call(
         kernel,
-        (values, metadata, dy, y2, y2_metadata.reshape(rows // 64, 2 * live), offsets),
+        (*weight, dy, y2, y2_metadata.reshape(rows // 64, 2 * live), offsets),
         (
             jax.ShapeDtypeStruct((rows, live), dy.dtype),
             jax.ShapeDtypeStruct((rows, live // 2), dy.dtype),
@@ -134,7 +139,7 @@ def _scale(at: neurons.Neurons, acc, f: int, sixteen: int, loaded: tuple, dtype:
 
 def check_up24_backward(
     values: jax.Array,
-    metadata: jax.Array,
+    metadata: jax.Array | None,
     dy_p: jax.Array,
     y2: jax.Array,
     y2_metadata: jax.Array,

@@ -19,6 +19,11 @@ What shaped it, on an H100 at m 8192, n 16384, k 2048 (effective TFLOP/s):
   are spread between products: 590 to 618 in three runs. All copies at once cost 2%, and waiting
   with try_wait, which suspends the warp, instead of test_wait 3%.
 Products alone, from registers, with this epilogue, run at 730 (k 2048) to 840 (k 8192).
+
+An A that is not packed goes through the same ring, in stages of k 32 and as two products of k 16
+(`mma.m16n8k16`), whose fragments `ldmatrix` delivers from the same addresses. The two halves of a
+step's A take the registers of the kept values of a step and the next one, so that the next A is
+loaded behind the products and not beside them.
 """
 
 from __future__ import annotations
@@ -50,6 +55,7 @@ class Tile:
       block_k: K step of one shared-memory stage, 32 or 64.
       stages: shared-memory stages, at least 3: one being read, one that slower warps may still
         read, and at least one in flight.
+      dense: whether A is not packed; block_k is 32 then.
     """
 
     warps_m: int
@@ -58,6 +64,11 @@ class Tile:
     frags_n: int
     block_k: int
     stages: int
+    dense: bool = False
+
+    def of_dense(self) -> Tile:
+        """The same outputs of an A that is not packed; no stage is larger than one of k 64."""
+        return dataclasses.replace(self, block_k=32, dense=True)
 
     @property
     def block_m(self) -> int:
@@ -72,9 +83,14 @@ class Tile:
         return 32 * self.warps_m * self.warps_n
 
     @property
+    def a_row(self) -> int:
+        """Bytes of a row of one stage of kept values, or of A as it is."""
+        return self.block_k * (2 if self.dense else 1)
+
+    @property
     def a_bytes(self) -> int:
-        """Bytes of one stage of kept values."""
-        return self.block_m * self.block_k
+        """Bytes of one stage of A."""
+        return self.block_m * self.a_row
 
     @property
     def b_bytes(self) -> int:
@@ -107,8 +123,8 @@ def accumulate(
     """One output tile: float32 accumulators of every thread, in fragment order.
 
     Args:
-      values_ref: (m, k // 2) bf16 or fp16, row-major.
-      metadata_ref: (m // 64, k // 64, 128) int32.
+      values_ref: (m, k // 2) bf16 or fp16, row-major; (m, k) if `tile.dense`.
+      metadata_ref: (m // 64, k // 64, 128) int32; None if `tile.dense`.
       b_ref: (n, k) for "nk", (k, n) for "kn".
       m0, n0: scalars, the tile's first row and column, m0 a multiple of 64 and n0 of 8. Rows and
         columns past the edge are clamped: what they accumulate is meaningless and must not be
@@ -123,15 +139,17 @@ def accumulate(
     """
     if emulate:
         return _emulate(values_ref, metadata_ref, b_ref, m0, n0, tile, b_layout, b_rows)
-    m, k_half = values_ref.shape
+    m, k = values_ref.shape[0], values_ref.shape[1] * (1 if tile.dense else 2)
     n = b_ref.shape[0] if b_layout == "nk" else b_ref.shape[1]
     kind = {"bfloat16": "bf16", "float16": "f16"}[jnp.dtype(values_ref.dtype).name]
-    writer = _Writer(tile, m, n, 2 * k_half, b_layout, kind, aligned=aligned, parts=len(b_rows))
+    writer = _Writer(tile, m, n, k, b_layout, kind, aligned=aligned, parts=len(b_rows))
     asm = writer.write()
     origin = [m0, n0, *b_rows]
     starts = [jnp.full((tile.threads,), x, jnp.int32) for x in origin]
     count = 4 * tile.frags_m * tile.frags_n
-    return ptx.inline_ptx(asm, [values_ref, metadata_ref, b_ref], starts, out=["float32"] * count)
+    # Where there is no metadata its argument stands for nothing.
+    refs = [values_ref, values_ref if metadata_ref is None else metadata_ref, b_ref]
+    return ptx.inline_ptx(asm, refs, starts, out=["float32"] * count)
 
 
 class _Writer:
@@ -159,13 +177,15 @@ class _Writer:
         self.b_row_args = args[5:]
         self.stage_bytes = tile.a_bytes + tile.b_bytes
         # Shared tiles are rows of 16-byte chunks.
-        self.a_chunks = tile.block_k // 16
+        self.a_chunks = tile.a_row // 16
         b_rows = tile.block_n if b_layout == "nk" else tile.block_k
         self.b_chunks = tile.b_bytes // 16 // b_rows
         self.a_copies = tile.a_bytes // 16 // tile.threads
         self.b_copies = tile.b_bytes // 16 // tile.threads
         # A warp's metadata lies in one or several 64-row tiles.
         self.metadata_tiles = max(1, tile.frags_m // 4)
+        if tile.dense and tile.block_k != 32:
+            raise ValueError(f"{tile=}: stages of an A that is not packed must have block_k=32")
         self.steps = k // tile.block_k
         # Where k is in parts of B that lie apart, B's addresses jump after each part.
         self.parts = max(parts, 1)
@@ -275,7 +295,8 @@ class _Writer:
             self.emit(f"mad.wide.s32 {out}, row, {2 * n}, {self.b_arg};")
             self.emit(f"mad.wide.s32 {out}, y, 2, {out};")
 
-        rows_of_a = along_k(self.a_arg, self.m0_arg, self.m, self.ragged_m, k)
+        a_pitch = 2 * k if tile.dense else k
+        rows_of_a = along_k(self.a_arg, self.m0_arg, self.m, self.ragged_m, a_pitch)
         rows_of_b = along_k(self.b_arg, self.n0_arg, n, self.ragged_n, 2 * k)
         chunks("a", self.a_copies, self.a_chunks, 0, rows_of_a)
         source = rows_of_b if self.b_layout == "nk" else along_n
@@ -289,6 +310,8 @@ class _Writer:
 
     def _metadata_addresses(self) -> None:
         """Metadata goes straight to registers: a thread's word feeds 16 rows of two k32 steps."""
+        if self.tile.dense:
+            return
         self.emit(f"mad.lo.u32 x, wm, {16 * self.tile.frags_m}, {self.m0_arg};")
         for g in range(self.metadata_tiles):
             self.emit(f"add.u32 y, x, {64 * g};", "shr.u32 z, y, 6;")
@@ -341,7 +364,7 @@ class _Writer:
                 f"add.s64 {name}_ptr{i}, {name}_ptr{i}, {step};",
             ]
             for name, number, step in (
-                ("a", self.a_copies, self.tile.block_k),
+                ("a", self.a_copies, self.tile.a_row),
                 ("b", self.b_copies, b_step),
             )
             for i in range(number)
@@ -376,6 +399,8 @@ class _Writer:
         )
 
     def _load_metadata(self, into: str, guard: str) -> None:
+        if self.tile.dense:
+            return
         for i in range(self.tile.frags_m):
             address = f"[meta_ptr{i // 4} + {i % 4 * 128}]"
             self.emit(f"{guard}ld.global.nc.b32 {into}{i}, {address};")
@@ -436,12 +461,15 @@ class _Writer:
         self._load_metadata("meta", "")
         self._wait("read", 0)
         self._load_a(0, 0)
+        if tile.dense:
+            self._load_a(1, 1)
         for j in range(_AHEAD):
             self._load_b(j, 0)
 
     def _loop(self) -> None:
         """Two k32 steps, which share a word of metadata, in each round."""
-        frags_m, block_k = self.tile.frags_m, self.tile.block_k
+        words = 0 if self.tile.dense else self.tile.frags_m
+        block_k = self.tile.block_k
         self.emit("ROUND:", "setp.gt.s32 more, to_do, 1;")
         self._load_metadata("next_meta", "@more ")
         if block_k == 64:
@@ -451,7 +479,7 @@ class _Writer:
             self._step(0, half=0, following=0, opens=True, closes=True)
             self._step(1, half=0, following=0, opens=True, closes=True)
         self.emit(
-            *(f"mov.b32 meta{i}, next_meta{i};" for i in range(frags_m)),
+            *(f"mov.b32 meta{i}, next_meta{i};" for i in range(words)),
             "sub.u32 to_do, to_do, 1;",
             "setp.ne.u32 p, to_do, 0;",
             "@p bra ROUND;",
@@ -465,7 +493,7 @@ class _Writer:
           half, following: this step's and the next step's half of their stages.
           opens, closes: whether the step is the first, the last of its stage.
         """
-        frags_m, frags_n = self.tile.frags_m, self.tile.frags_n
+        frags_n = self.tile.frags_n
         if opens:
             self.emit("setp.gt.s32 copying, to_copy, 0;", "sub.s32 to_copy, to_copy, 1;")
             self._wait("write", 8)
@@ -481,16 +509,31 @@ class _Writer:
             if j == frags_n - _AHEAD:
                 if closes:
                     self._next_stage()
-                self._load_a(1 - step, following)
+                if not self.tile.dense:
+                    self._load_a(1 - step, following)
             if j + _AHEAD >= frags_n:
                 self._load_b(j + _AHEAD - frags_n, following)
-            for i in range(frags_m):
-                acc = _registers("acc", 4 * (i * frags_n + j))
-                a, b = _registers("a", 4 * (step * frags_m + i)), _registers("b", 4 * j)
-                self.emit(
-                    "mma.sp::ordered_metadata.sync.aligned.m16n8k32.row.col."
-                    f"f32.{self.kind}.{self.kind}.f32 {acc}, {a}, {b}, {acc}, meta{i}, 0x{step};"
-                )
+            for i in range(self.tile.frags_m):
+                self._multiply(step, i, j)
+        if self.tile.dense:
+            for half in range(2):
+                self._load_a(half, half)
+
+    def _multiply(self, step: int, i: int, j: int) -> None:
+        """Products of a k32 step of 16 rows i and 8 columns j."""
+        frags_m, types = self.tile.frags_m, f"f32.{self.kind}.{self.kind}.f32"
+        acc = _registers("acc", 4 * (i * self.tile.frags_n + j))
+        if self.tile.dense:
+            for half in range(2):
+                a = _registers("a", 4 * (half * frags_m + i))
+                b = _registers("b", 4 * j + 2 * half, 2)
+                self.emit(f"mma.sync.aligned.m16n8k16.row.col.{types} {acc}, {a}, {b}, {acc};")
+            return
+        a, b = _registers("a", 4 * (step * frags_m + i)), _registers("b", 4 * j)
+        self.emit(
+            "mma.sp::ordered_metadata.sync.aligned.m16n8k32.row.col."
+            f"{types} {acc}, {a}, {b}, {acc}, meta{i}, 0x{step};"
+        )
 
     def _next_stage(self) -> None:
         """All fragments of this stage are in registers: release it, and wait for the next one."""
@@ -508,20 +551,23 @@ class _Writer:
         self.emit(f"{label}:")
 
 
-def _registers(name: str, first: int) -> str:
-    return "{" + ", ".join(f"{name}{first + i}" for i in range(4)) + "}"
+def _registers(name: str, first: int, number: int = 4) -> str:
+    return "{" + ", ".join(f"{name}{first + i}" for i in range(number)) + "}"
 
 
 def _emulate(values_ref, metadata_ref, b_ref, m0, n0, tile: Tile, b_layout: str, b_rows):
-    m, k_half = values_ref.shape
+    m, columns = values_ref.shape
     n = b_ref.shape[0] if b_layout == "nk" else b_ref.shape[1]
     rows = jnp.minimum(m0 + jnp.arange(tile.block_m), m - 1)
     cols = jnp.minimum(n0 + jnp.arange(tile.block_n), n - 1)
-    a = _decompress(values_ref[...], metadata_ref[...])[rows]
+    if tile.dense:
+        a = values_ref[...].astype(jnp.float32)[rows]
+    else:
+        a = _decompress(values_ref[...], metadata_ref[...])[rows]
     b = b_ref[...].astype(jnp.float32)
     b = b[cols].T if b_layout == "nk" else b[:, cols]
     if b_rows:
-        size = 2 * k_half // len(b_rows)
+        size = columns * (1 if tile.dense else 2) // len(b_rows)
         b = jnp.concatenate([lax.dynamic_slice_in_dim(b, row, size) for row in b_rows])
     out = jnp.dot(a, b, precision=lax.Precision.HIGHEST)
     out = out.reshape(tile.warps_m, tile.frags_m, 2, 8, tile.warps_n, tile.frags_n, 4, 2)

@@ -138,7 +138,7 @@ class Machine:
             self.ldmatrix(operands[0], self.address(operands[1]), "trans" in opcode)
         else:
             assert name == "mma", opcode
-            self.mma(operands)
+            (self.mma if opcode[1].startswith("sp") else self.dense_mma)(operands)
 
     def arrive(self, addresses: np.ndarray) -> None:
         for address in addresses:
@@ -165,7 +165,7 @@ class Machine:
         """(warps, q, t, register, 2) float32."""
         words = np.stack([self.registers[r] for r in names.strip("{}").split(", ")], axis=-1)
         halves = words.astype(np.uint32).view(ml_dtypes.bfloat16).astype(np.float32)
-        return halves.reshape(-1, 8, 4, 4, 2)
+        return halves.reshape(-1, 8, 4, words.shape[-1], 2)
 
     def mma(self, operands: list[str]) -> None:
         acc, a, b, _, metadata, step = operands
@@ -179,8 +179,17 @@ class Machine:
         dense = np.zeros((*nibbles.shape, 4), np.float32)
         for i, position in enumerate((nibbles & 3, nibbles >> 2)):
             np.put_along_axis(dense, position[..., None], kept[..., i : i + 1], axis=-1)
-        rows = dense.reshape(-1, 16, 32)
-        columns = self.fragment(b).transpose(0, 3, 2, 4, 1).reshape(-1, 32, 8)
+        self.add_products(acc, dense.reshape(-1, 16, 32), b)
+
+    def dense_mma(self, operands: list[str]) -> None:
+        acc, a, b, _ = operands
+        # (warp, q, t, column half, row half, 2) to (warp, row half, q, column half, t, 2).
+        rows = self.fragment(a).reshape(-1, 8, 4, 2, 2, 2).transpose(0, 4, 1, 3, 2, 5)
+        self.add_products(acc, rows.reshape(-1, 16, 16), b)
+
+    def add_products(self, acc: str, rows: np.ndarray, b: str) -> None:
+        """rows: (warps, 16, k)."""
+        columns = self.fragment(b).transpose(0, 3, 2, 4, 1).reshape(-1, rows.shape[-1], 8)
         products = (rows @ columns).reshape(-1, 2, 8, 4, 2)
         out = products.transpose(0, 2, 3, 1, 4).reshape(self.threads, 4)
         for i, name in enumerate(acc.strip("{}").split(", ")):
@@ -222,6 +231,27 @@ def test_the_program_of_the_last_tile(tile, b_layout, k):
     starts = (tile.block_m, tile.block_n)
     out = run_tile(tile, m, n, k, b_layout, (values, metadata, stored), starts)
     expected = dense[tile.block_m :] @ b[tile.block_n :].astype(np.float32).T
+    np.testing.assert_allclose(out[:64, :24], expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("b_layout", ["nk", "kn"])
+@pytest.mark.parametrize(
+    "tile",
+    [mainloop.Tile(4, 2, 4, 8, 64, 5), mainloop.Tile(2, 2, 4, 4, 32, 3)],
+    ids=str,
+)
+@pytest.mark.parametrize("k", [64, 576])
+def test_the_program_of_an_operand_that_is_not_packed(tile, b_layout, k):
+    tile = tile.of_dense()
+    rng = np.random.default_rng(0)
+    m, n = tile.block_m + 64, tile.block_n + 24
+    a, b = (rng.standard_normal((size, k)).astype(ml_dtypes.bfloat16) for size in (m, n))
+    stored = b if b_layout == "nk" else np.ascontiguousarray(b.T)
+    starts = (tile.block_m, tile.block_n)
+    nothing = np.zeros(0, np.int32)
+    out = run_tile(tile, m, n, k, b_layout, (a, nothing, stored), starts)
+    a, b = (v.astype(np.float32) for v in (a, b))
+    expected = a[tile.block_m :] @ b[tile.block_n :].T
     np.testing.assert_allclose(out[:64, :24], expected, rtol=1e-4, atol=1e-4)
 
 

@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 
 from kernels import reference_grouped, registry
-from kernels.hopper import grouped_neurons
 from sparsejax.ops import routed_ffn_fp8, routed_ffn_grouped
 from sparsejax.spec import Sparsity
 from tests.sparsejax.test_shared_neurons import expected, live, problem, run
@@ -31,14 +30,6 @@ def test_network_is_the_masked_one(changes):
     mask = live(x, centers, sparsity, hidden)
     for a, b in zip(found, expected(x, dy, w1, w2, mask, sparsity), strict=True):
         np.testing.assert_allclose(a, b, atol=3e-5 * float(jnp.abs(b).max()))
-
-
-def test_rows_in_the_order_that_kernels_read():
-    rows = jnp.arange(2 * 256 * 3.0).reshape(2, 256, 3)
-    order = grouped_neurons.row_order(256)
-    np.testing.assert_array_equal(
-        grouped_neurons.ordered_rows(rows).reshape(rows.shape), rows[:, order]
-    )
 
 
 def test_a_backend_without_them_refuses(monkeypatch):
