@@ -257,8 +257,8 @@ def check_tokens(spans: Sequence[Span], vocab_size: int) -> None:
     """
     for span in spans:
         for start, tokens in _samples(span):
-            if tokens.max() >= vocab_size:
-                at = int(tokens.argmax())
+            if np.max(tokens) >= vocab_size:
+                at = int(np.argmax(tokens))
                 raise out_of_vocabulary(span, start + at, int(tokens[at]), vocab_size)
 
 

@@ -47,8 +47,8 @@ class Windows:
             self._spans[number].shard.require_whole()
         for row, span, start in zip(windows, which.tolist(), starts.tolist(), strict=True):
             row[:] = self._spans[span].tokens[start : start + self._length]
-        if windows.size and windows.max() >= self._vocab_size:
-            at, column = divmod(int(windows.argmax()), self._length)
+        if windows.size and np.max(windows) >= self._vocab_size:
+            at, column = divmod(int(np.argmax(windows)), self._length)
             position = int(starts[at]) + column
             raise out_of_vocabulary(
                 self._spans[which[at]], position, int(windows[at, column]), self._vocab_size
