@@ -332,8 +332,9 @@ def pack_ffn(
       axes: the mesh's axes.
 
     Returns:
-      `PackedFFN` of G groups: dense (G E, H / (G E), D), values (H, D / 2), metadata; or in 8 bits
-      columns (G E, D, H / (G E)), values, metadata, scale (G,) and norm (G,).
+      `PackedFFN` of G groups: dense (G E, h, D), values (G E h, D / 2), metadata; or in 8 bits
+      columns (G E, D, h), values, metadata, scale (G,) and norm (G,). h is H / (G E), and more
+      where neurons are shared (`Sparsity.live_neurons` of H / G).
 
     Raises:
       ValueError: sizes that the mesh does not divide, or another precision.

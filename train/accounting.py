@@ -192,10 +192,10 @@ def sparse_flops(config: Config) -> Flops:
     """Returns the FLOPs that one sparse step executes.
 
     Routing leaves 4 / M of each of the FFN's products, and all of what belongs to shared neurons; a
-    2:4 operand halves its product. SwiGLU has
-    no sparse step: its numbers are the dense ones. Padding of the experts' tokens to multiples of V
-    is not counted; see `padded_tokens`. Every group of neurons (a shard of the clusters, or a
-    device of the tensor axis) chooses among E experts of its own.
+    2:4 operand halves its product. SwiGLU has no sparse step: its numbers are the dense ones.
+    Padding of the experts' tokens to multiples of V is not counted; see `padded_tokens`. Every
+    group of neurons (a shard of the clusters, or a device of the tensor axis) chooses among E
+    experts of its own.
 
     Raises:
       ValueError: the vocabulary is not resolved.

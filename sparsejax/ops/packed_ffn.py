@@ -17,7 +17,8 @@ class PackedMatrix(NamedTuple):
     """One matrix of a feed-forward network as the sparse products read it."""
 
     dense: Array
-    """(E, h, D): thresholded, scaled and rounded, split by expert; h = H / E live neurons."""
+    """(E, h, D): thresholded, scaled and rounded, split by expert; h = H / E live neurons, and with
+    shared neurons, which are there once for each expert, more (then read E h for H below)."""
     values: Array | None = None
     """(H, D / 2): the same, packed 2:4 along D; rows by expert, within one as the kernels want.
     (H, D), all of it, where weights are not 2:4. None where no kernels are called."""
