@@ -132,6 +132,11 @@ def _shards(dense: Config, swiglu: Config, options: Options) -> Variants:
         "M16 50%" + how: short(),
         "M8 in 4 65%, warm-up 2%, decay over 45%": short(0.65, 0.45, m=8, shards=4),
         "M8 in 4 65%, warm-up 2%, decay over 30%": short(0.65, 0.3, m=8, shards=4),
+        "M8 in 4 65%, thresholded at dense" + how: changed(
+            short(0.65, m=8, shards=4), schedule={"threshold_dense": True}
+        ),
+        "M8 in 4 weights dense 65%" + how: short(0.65, m=8, shards=4, weights=False),
+        "M8 in 4 weights dense 80%" + how: short(0.8, m=8, shards=4, weights=False),
         "swiglu, decay over 60%": _falling(swiglu, 0.6),
         "relu2, decay over 80%": _falling(dense, 0.8),
         "relu2, decay over 45%": _falling(dense, 0.45),

@@ -197,11 +197,12 @@ def test_parts_of_the_neurons_are_what_the_label_says():
             sparsity = run.config.sparsity
             assert (sparsity.m, sparsity.shards, sparsity.shared_every) == (int(m), shards, every)
             assert sparsity.weights == ("weights dense" not in run.label)
+            assert run.config.schedule.threshold_dense == ("thresholded" in run.label)
             parts.setdefault((shards, every), set()).add(run.label)
     # Some of them at equal wall-clock too.
     assert {sizes: len(labels) for sizes, labels in parts.items() if sizes != (None, 0)} == {
         (2, 0): 2,
-        (4, 0): 9,
+        (4, 0): 12,
         (None, 4): 11,
         (2, 4): 3,
         (None, 8): 1,
