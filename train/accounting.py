@@ -228,7 +228,10 @@ def ffn_products(config: Config) -> tuple[Product, ...]:
     every = 2 * config.tokens_per_step * m.width * m.ffn_hidden * m.num_layers
     # A mixture's dense step computes what routing to experts leaves as well, and not to clusters.
     dense = every * m.active_experts // max(m.experts, 1)
-    routed = max(s.num_experts // max(m.experts, 1), 1)
+    # Of so many neurons a token meets these; with experts, clusters of each are what is routed.
+    met, of = s.live_neurons(m.ffn_hidden), m.ffn_hidden
+    if m.experts:
+        met, of = 1, max(s.num_experts // m.experts, 1)
     no_zeros = m.ffn == "swiglu"
     # What a product executes of its operand: half of a 2:4 one.
     weights, activations = (0.5 if on else 1.0 for on in (s.weights, s.activations))
@@ -252,9 +255,7 @@ def ffn_products(config: Config) -> tuple[Product, ...]:
         rows += [("dWg = X^T dYg", True, "dYg", tokens)]
     products = []
     for name, backward, operand, share in rows:
-        executed = dense if no_zeros else round(share * dense) // routed
-        if s.shares and not no_zeros:
-            executed = round(share * dense) * s.live_neurons(m.ffn_hidden) // m.ffn_hidden
+        executed = dense if no_zeros else round(share * dense) * met // of
         sparse = share < 1 and not no_zeros
         products.append(Product(name, backward, operand, sparse, dense, executed))
     return tuple(products)

@@ -264,7 +264,7 @@ def _others(dense: Config, options: Options) -> Variants:
 
 
 def study(options: Options) -> Study:
-    """Dense relu^2 beside some 80 others; five seeds of the verdicts, three to one of the rest."""
+    """Dense relu^2 beside some 90 others; five seeds of the verdicts, three to one of the rest."""
     config = base(options, tokens=66e6)
     dense, swiglu = (tuned(config, ffn, options) for ffn in ("relu2", "swiglu"))
     # A sweep that ended early may lack the gated form.

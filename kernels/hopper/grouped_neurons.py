@@ -15,7 +15,6 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-import jax
 import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 import numpy as np
@@ -44,13 +43,6 @@ def row_order(h: int) -> np.ndarray:
     p = np.arange(h)
     a, w, b, q = p // 64 % 2, p // 16 % 4, p // 8 % 2, p % 8
     return p // PART * PART + 4 * (8 * w + q) + 2 * a + b
-
-
-def ordered_rows(w: jax.Array) -> jax.Array:
-    """Rows (E, h, D) of experts, in the order of `row_order`: (E h, D)."""
-    experts, live, width = w.shape
-    split = w.reshape(experts * live // PART, 4, 8, 2, 2, width)
-    return split.transpose(0, 3, 1, 4, 2, 5).reshape(experts * live, width)
 
 
 class Place:

@@ -176,10 +176,10 @@ def pack_weight24(
     """
     options = {"num_experts": num_experts, "m": m, "scale": scale, "dtype": dtype}
     check_pack_weight24(w, threshold=threshold, **options)
+    live, width = reference_grouped.weight_dims(w, num_experts, m, scale)
     if not threshold:
         dense = reference_grouped.pack_weight24(w, threshold=False, **options)[2]
-        return neurons.ordered_rows(dense), None, dense
-    live, width = reference_grouped.weight_dims(w, num_experts, m, scale)
+        return dense[:, neurons.row_order(live)].reshape(-1, width), None, dense
     hidden = w.shape[0]
     p = _Problem(num_experts, live, width, common.ptx_name(dtype))
 

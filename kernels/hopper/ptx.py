@@ -236,15 +236,13 @@ def wgmma(
     assert len(given) in (0, num), (len(given), num)
     first = num + len(given)
     order = int(transposed)
-    instruction = (
+    keep = "1" if given else "keep"
+    text = (
         f"wgmma.mma_async.sync.aligned.m64n{n}k16.f32.{dtype}.{dtype} {outputs}, "
-        f"${first}, ${first + 1}, {{keep}}, 1, 1, {order}, {order};"
+        f"${first}, ${first + 1}, {keep}, 1, 1, {order}, {order};"
     )
-    if acc is None:
-        text = "{ .reg .pred keep;\nsetp.ne.b32 keep, 0, 0;\n"
-        text += instruction.replace("{keep}", "keep") + " }"
-    else:
-        text = instruction.replace("{keep}", "1")
+    if not given:
+        text = f"{{ .reg .pred keep;\nsetp.ne.b32 keep, 0, 0;\n{text} }}"
     constraints = ",".join(["=f"] * num + [str(i) for i in range(len(given))] + ["l", "l"])
     struct = llvm.StructType.get_literal([vec] * num)
     out = asm(struct, [*given, a, b], text, constraints)

@@ -49,13 +49,6 @@ def row_order(h: int) -> np.ndarray:
     return p // 32 * 32 + 4 * (p % 8) + 2 * (p // 16 % 2) + p // 8 % 2
 
 
-def ordered_rows(w: jax.Array) -> jax.Array:
-    """Rows (E, h, D) of experts, in the order of `row_order`: (E h, D)."""
-    experts, live, width = w.shape
-    split = w.reshape(experts * live // 32, 8, 2, 2, width)
-    return split.transpose(0, 2, 3, 1, 4).reshape(experts * live, width)
-
-
 def accumulators(acc: Sequence[jax.Array], tile: Tile, f: int, j: int, c: int) -> list[jax.Array]:
     """The four neurons of the thread's group in 32 rows f, of token 2 t + c of 8 columns j."""
     return [

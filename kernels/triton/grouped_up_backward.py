@@ -54,12 +54,12 @@ def _up24_backward(values, metadata, dy, y2, y2_metadata, offsets, *, plan, conf
     tile = config.tile.of_dense() if metadata is None else config.tile
     neuron_tiles, live = plan.tiles, plan.live
     token_tiles = common.num_parts(rows, combinations, tile.block_n)
-
-    weight = (values,) if metadata is None else (values, metadata)
+    operands = values, metadata, dy, y2, y2_metadata.reshape(rows // 64, 2 * live), offsets
 
     def kernel(values_ref, *refs):
-        refs = (None, *refs) if tile.dense else refs
-        metadata_ref, dy_ref, y2_ref, y2_metadata_ref, offsets_ref, *out_refs = refs
+        metadata_ref, dy_ref, y2_ref, y2_metadata_ref, offsets_ref, *out_refs = (
+            (None, *refs) if tile.dense else refs
+        )
         out_ref, out_values_ref = out_refs
         neuron_tile, token_tile = tile_order(
             pl.program_id(0), neuron_tiles, token_tiles, config.group_m
@@ -99,7 +99,7 @@ def _up24_backward(values, metadata, dy, y2, y2_metadata, offsets, *, plan, conf
 
     dy1, dy1_values = common.call(
         kernel,
-        (*weight, dy, y2, y2_metadata.reshape(rows // 64, 2 * live), offsets),
+        [a for a in operands if a is not None],
         (
             jax.ShapeDtypeStruct((rows, live), dy.dtype),
             jax.ShapeDtypeStruct((rows, live // 2), dy.dtype),
