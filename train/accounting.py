@@ -426,10 +426,11 @@ def memory(config: Config, *, devices: int | None = None, sparse: bool = False) 
         rounded += 0 if sparse or by_layer else count.ffn
         copies = size * (rounded + count.head) / sharded
     if sparse:
-        # All layers are packed once a step: a thresholded copy, and its packed form where weights
-        # are 2:4.
+        # All layers are packed once a step: a thresholded copy and its packed form, or where weights
+        # are not 2:4 copies in the two orders that kernels read.
         packed = size / 2 + METADATA_BYTES
-        of_ffn = 1.5 + METADATA_BYTES if _sparse_in_8_bits(config) else size + s.weights * packed
+        in_16_bits = size + (packed if s.weights else size)
+        of_ffn = 1.5 + METADATA_BYTES if _sparse_in_8_bits(config) else in_16_bits
         # Shared neurons are there once for each expert.
         repeated = s.rows_of_experts(m.ffn_hidden) / m.ffn_hidden
         copies += repeated * count.ffn * of_ffn / sharded

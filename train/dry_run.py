@@ -76,7 +76,8 @@ def _routed_to(config: Config) -> str:
     experts, groups = config.model.experts, config.sparsity.num_experts
     if experts and groups > experts:
         return f"{experts} experts, in each to one of {groups // experts} clusters"
-    return f"{groups} experts"
+    shards = config.sparsity.num_shards
+    return f"{groups} experts" + (f" in each of {shards} groups of neurons" if shards > 1 else "")
 
 
 def dry_run(config: Config, *, console: Console, plot: Path | None = None) -> None:

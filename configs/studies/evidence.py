@@ -130,6 +130,7 @@ def _shards(dense: Config, swiglu: Config, options: Options) -> Variants:
         "M16 in 2 50%" + how: short(shards=2),
         "M32 in 2 50%" + how: short(m=32, shards=2),
         "M16 50%" + how: short(),
+        "M32 39%" + how: short(0.39, m=32),
         "M8 in 4 65%, warm-up 2%, decay over 45%": short(0.65, 0.45, m=8, shards=4),
         "M8 in 4 65%, warm-up 2%, decay over 30%": short(0.65, 0.3, m=8, shards=4),
         "M8 in 4 65%, thresholded at dense" + how: changed(
@@ -149,6 +150,9 @@ def _shared(dense: Config, options: Options) -> Variants:
     others; M16 with a quarter of them is a little faster than M8, and so is M32 than M16."""
     short, how = partial(_short, dense), SHORT
     variants: Variants = {
+        "M16 shared 1/4 in 2 weights dense 65%" + how: short(
+            0.65, shared_every=4, shards=2, weights=False
+        ),
         "M16 shared 1/4 65%" + how: short(0.65, shared_every=4),
         "M16 shared 1/4 50%" + how: short(shared_every=4),
         "M16 shared 1/4 in 2 65%" + how: short(0.65, shared_every=4, shards=2),

@@ -12,8 +12,8 @@ from kernels.hopper.grouped_up_backward import check_up24_backward, up24_backwar
 
 # Whether the products take several shards at once (`kernels.reference_grouped`).
 SHARDS = True
-# Whether they take weights that are not 2:4. They lower, and have not run on a GPU yet.
-DENSE_WEIGHTS = False
+# Whether they take weights that are not 2:4.
+DENSE_WEIGHTS = True
 
 __all__ = [
     "DENSE_WEIGHTS",

@@ -14,9 +14,8 @@ from kernels.triton.grouped_up_backward import check_up24_backward, up24_backwar
 
 # Whether the products take several shards at once (`kernels.reference_grouped`).
 SHARDS = True
-# Whether they take weights that are not 2:4. Their PTX agrees with the definition in numpy, and has
-# not run on a GPU yet.
-DENSE_WEIGHTS = False
+# Whether they take weights that are not 2:4.
+DENSE_WEIGHTS = True
 
 __all__ = [
     "DENSE_WEIGHTS",
