@@ -426,8 +426,8 @@ def memory(config: Config, *, devices: int | None = None, sparse: bool = False) 
         rounded += 0 if sparse or by_layer else count.ffn
         copies = size * (rounded + count.head) / sharded
     if sparse:
-        # All layers are packed once a step: a thresholded copy and its packed form, or where weights
-        # are not 2:4 copies in the two orders that kernels read.
+        # All layers are packed once a step: a thresholded copy and its packed form, or of weights
+        # that are not 2:4 copies in the two orders that kernels read.
         packed = size / 2 + METADATA_BYTES
         in_16_bits = size + (packed if s.weights else size)
         of_ffn = 1.5 + METADATA_BYTES if _sparse_in_8_bits(config) else in_16_bits
