@@ -34,11 +34,12 @@ from rich.table import Table
 from benchmarks import device_code
 from benchmarks.environment import versions
 from kernels.registry import Backend, assume_capability, refusal
+from kernels.shared_rows import of_hidden
 from sparsejax.spec import Sparsity
 
 Shape = jax.ShapeDtypeStruct
 
-TOKENS, V, M = 16_384, 128, 16
+TOKENS, V, M, SHARED_EVERY = 16_384, 128, 16, 4
 MODELS = {"llama1b": (2048, 8192), "llama7b": (4096, 16384)}
 """D and H."""
 MMAS = ("HMMA.SP", "HMMA", "HGMMA.SP", "HGMMA", "UTCHMMA")
@@ -138,6 +139,14 @@ def problems(
     yield "down24", f"M {M}", grouped24.down24, (half, kept, dense, *blocks)
     yield "up24_backward", f"M {M}", grouped24.up24_backward, (*weight, x, y, kept, *blocks)
     yield "weight_gradient", f"M {M}", gradient, (y, x, blocks[0])
+    sizes = of_hidden(hidden, experts, SHARED_EVERY)
+    if grouped24.SHARED_ONCE and grouped24.serves_shared(sizes):
+        shared, y = f"M {M}, 1 in {SHARED_EVERY} shared", Shape((rows, sizes.live), bf16)
+        once = {"num_experts": experts, "shared_every": SHARED_EVERY}
+        pack = lambda w: grouped24.pack_weight24(w, m=M, scale=1.0, dtype=bf16, **once)
+        gradient = lambda y, x, offsets: grouped24.weight_gradient(y, x, offsets, **once)
+        yield "pack_weight24", shared, pack, (Shape((hidden, width), f32),)
+        yield "weight_gradient", shared, gradient, (y, x, blocks[0])
     if grouped24.DENSE_WEIGHTS:
         as_they_are, given = f"M {M}, weights not 2:4", Shape((hidden, width), bf16)
         for name, rest in (

@@ -15,9 +15,10 @@ E^S, and the matrices by expert have S E of them, expert e of shard s being numb
 Packed matrices (values, metadata) are those of `kernels.reference`. Every backend has
 `pack_weight24`, `up24`, `up24_linear`, `down24`, `up24_backward` and `weight_gradient` with the
 same arguments, and may have `weight_gradient24`, and shards and weights that are not 2:4 where it
-says so (`SHARDS`, `DENSE_WEIGHTS`); only the order of the rows of packed weights, within an expert,
-is a backend's own. Weights that are not 2:4 are packed as whole rows in that order, "values" (H, D)
-without metadata.
+says so (`SHARDS`, `DENSE_WEIGHTS`); `pack_weight24` and `weight_gradient` may take neurons that all
+experts have once (`SHARED_ONCE`, `serves_shared`), as `kernels.shared_rows` has them; only the
+order of the rows of packed weights, within an expert, is a backend's own. Weights that are not 2:4
+are packed as whole rows in that order, "values" (H, D) without metadata.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.typing import ArrayLike, DTypeLike
 
-from kernels import reference
+from kernels import reference, shared_rows
 
 GROUP = reference.GROUP
 TILE = reference.TILE
@@ -39,6 +40,15 @@ SHARDS = True
 """Whether the products take more than one shard; every backend says so."""
 DENSE_WEIGHTS = True
 """Whether `up24` and its likes take weights that are not 2:4; every backend says so."""
+SHARED_ONCE = True
+"""Whether `pack_weight24` and `weight_gradient` have `shared_every`; every backend says so."""
+
+
+def serves_shared(sizes: shared_rows.SharedRows) -> bool:
+    """Whether `shared_every` may be given for these sizes of a shard; every backend says so that
+    has `SHARED_ONCE`."""
+    del sizes
+    return True
 
 
 def experts_of(combinations: int, shards: int) -> int:
@@ -61,7 +71,9 @@ def weight_rows(combination: Array, experts: int, shards: int) -> list[Array]:
     return [s * experts + expert_in(s, combination, experts) for s in range(shards)]
 
 
-def weight_dims(w: Array, num_experts: int, m: int, scale: ArrayLike | None) -> tuple[int, int]:
+def weight_dims(
+    w: Array, num_experts: int, m: int, scale: ArrayLike | None, shared_every: int = 0
+) -> tuple[int, int]:
     """(h, D) of a weight (H, D). ValueError unless `pack_weight24`'s arguments fit."""
     if w.ndim != 2:
         raise ValueError(f"{w.shape=} must be (neurons, width)")
@@ -72,6 +84,8 @@ def weight_dims(w: Array, num_experts: int, m: int, scale: ArrayLike | None) -> 
         raise ValueError(f"{w.shape=}: neurons must be a multiple of {m=}, width of {GROUP}")
     if scale is not None and jnp.size(scale) != 1:
         raise ValueError(f"{jnp.shape(scale)=} must be a scalar")
+    if shared_every:
+        return shared_rows.of_hidden(hidden, num_experts, shared_every).live, width
     return hidden // num_experts, width
 
 
@@ -228,6 +242,7 @@ def pack_weight24(
     scale: ArrayLike | None,
     threshold: bool = True,
     dtype: DTypeLike = jnp.bfloat16,
+    shared_every: int = 0,
 ) -> tuple[Array, Array | None, Array]:
     """Soft-thresholds a weight 2:4 along D, scales and rounds it, packed and dense, by expert.
 
@@ -237,17 +252,21 @@ def pack_weight24(
       scale: None or a float32 scalar, multiplied in before rounding.
       threshold: False leaves the weight as it is, scaled and rounded.
       dtype: of the results, bfloat16 or float16 (float32 only here, for exact tests).
+      shared_every: blocks of m neurons of which the last is every expert's; 0 for none.
 
     Returns:
-      values (H, D / 2) and metadata (H / 64, D / 64, 128) int32 of the matrix with expert e's
+      values (E h, D / 2) and metadata (E h / 64, D / 64, 128) int32 of the matrix with expert e's
       neurons in rows e h..(e + 1) h, here in their order; without a threshold values are the
-      whole rows (H, D) in that order, and metadata None. dense (E, h, D), the same numbers.
+      whole rows (E h, D) in that order, and metadata None. dense (E, h, D), the same numbers.
+      E h is H unless neurons are shared (`kernels.shared_rows.repeat`).
 
     Raises:
       ValueError: an argument is not allowed.
     """
     w = jnp.asarray(w)
-    live, width = weight_dims(w, num_experts, m, scale)
+    live, width = weight_dims(w, num_experts, m, scale, shared_every)
+    if shared_every:
+        w = shared_rows.repeat(w, 0, num_experts, shared_every)
     w = expert_major(w.astype(jnp.float32), num_experts)
     if not threshold:
         dense = _scaled(w, scale).astype(dtype)
@@ -479,6 +498,7 @@ def weight_gradient(
     *,
     num_experts: int,
     shards: int = 1,
+    shared_every: int = 0,
     config: None = None,
 ) -> Array:
     """Y_e^T G_e for the rows of each expert: dW2_e = Y2^T dY3, dW1_e = dY1^T X, as the weights lie.
@@ -486,10 +506,12 @@ def weight_gradient(
     Args:
       y: (T_pad, h). g: (T_pad, D), of one dtype.
       offsets: (E^S + 1,) int32. num_experts: E. shards: S.
+      shared_every: blocks of neurons of which the last is every expert's; 0 for none.
       config: none for this backend.
 
     Returns:
-      (H, D) float32, neurons interleaved, shard by shard; zeros for an expert without rows.
+      (H, D) float32, neurons interleaved, shard by shard; zeros for an expert without rows. With
+      `shared_every` those of all experts are added up, where the parameters have them.
 
     Raises:
       ValueError: the shapes do not fit.
@@ -503,7 +525,8 @@ def weight_gradient(
             None,
             _gradient(_rows_with(e, s, part.shape[0], offsets, num_experts), part, g),
         )
-        found.append(interleaved(lax.scan(one, None, experts)[1]))
+        dw = interleaved(lax.scan(one, None, experts)[1])
+        found.append(shared_rows.add_up(dw, num_experts, shared_every) if shared_every else dw)
     return jnp.concatenate(found)
 
 

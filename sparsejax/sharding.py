@@ -55,7 +55,6 @@ from sparsejax.routing import (
     interleave,
     plan_tokens,
     routed_neurons,
-    sum_shared,
     token_scores,
 )
 from sparsejax.spec import GROUP, Precision, Sparsity
@@ -630,12 +629,8 @@ def _routed_ffn_bwd(kernels, layout, residuals, cotangents):
             parts.append(dw)
         dw = jax.tree.map(lambda *rows: jnp.concatenate(rows), *map(list, parts))
 
-        def whole(d):
-            groups = d.reshape(layout.local_groups, -1, d.shape[-1])
-            return jax.vmap(partial(sum_shared, sparsity=sparsity))(groups).reshape(-1, d.shape[-1])
-
         dw = [
-            None if d is None else layout.scatter_gradient(whole(d), dy.dtype).astype(like.dtype)
+            None if d is None else layout.scatter_gradient(d, dy.dtype).astype(like.dtype)
             for d, like in zip(dw, dtypes, strict=True)
         ]
         return layout.psum(dx, layout.axes.tensor).reshape(shape), dw

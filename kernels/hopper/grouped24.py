@@ -3,8 +3,12 @@
 from kernels.hopper.grouped_common import PART as NEURONS
 from kernels.hopper.grouped_common import GroupedConfig
 from kernels.hopper.grouped_down import check_down24, down24
-from kernels.hopper.grouped_dw import check_weight_gradient, weight_gradient
 from kernels.hopper.grouped_dw24 import check_weight_gradient24, weight_gradient24
+from kernels.hopper.grouped_dw_shared import (
+    check_weight_gradient,
+    serves_shared,
+    weight_gradient,
+)
 from kernels.hopper.grouped_neurons import row_order
 from kernels.hopper.grouped_pack import check_pack_weight24, pack_weight24
 from kernels.hopper.grouped_up import check_up24, up24, up24_linear
@@ -14,11 +18,15 @@ from kernels.hopper.grouped_up_backward import check_up24_backward, up24_backwar
 SHARDS = True
 # Whether they take weights that are not 2:4.
 DENSE_WEIGHTS = True
+# Whether packing and weight gradients take shared neurons once. They lower, and have not run on a
+# GPU yet.
+SHARED_ONCE = False
 
 __all__ = [
     "DENSE_WEIGHTS",
     "NEURONS",
     "SHARDS",
+    "SHARED_ONCE",
     "GroupedConfig",
     "check_down24",
     "check_pack_weight24",
@@ -29,6 +37,7 @@ __all__ = [
     "down24",
     "pack_weight24",
     "row_order",
+    "serves_shared",
     "up24",
     "up24_backward",
     "up24_linear",

@@ -264,7 +264,7 @@ def weight_gradient(
     shards: int = 1,
     config: common.GroupedConfig | None = None,
 ) -> jax.Array:
-    """`kernels.reference_grouped.weight_gradient`.
+    """`kernels.reference_grouped.weight_gradient`, without `shared_every`.
 
     `offsets` must be multiples of 128, as V is. Raises ValueError for shapes that do not fit and
     NotImplementedError where `check_weight_gradient` does.

@@ -24,6 +24,7 @@ from kernels.hopper import grouped_common as common
 from kernels.hopper import grouped_neurons as neurons
 from kernels.hopper import ptx
 from kernels.hopper.pack24 import pack_group
+from kernels.shared_rows import GROUP, SharedRows, of_hidden
 
 _ROUNDS = 4  # pairs of neurons that a half-warp does
 _GROUPS = 2 * _ROUNDS  # of a thread
@@ -39,6 +40,7 @@ class _Problem:
     live: int
     width: int
     dtype: str
+    shared: SharedRows | None = None
 
     @property
     def blocks(self) -> int:
@@ -69,9 +71,32 @@ class _Place:
 
     def source(self, i: int, b: int) -> ir.Value:
         """First element of the group in the weight, for neuron 2 half + b of its four."""
-        row = common.add(common.mul(self.group(i), 4 * self.p.experts), common.mul(self.expert, 4))
+        own = common.mul(self.expert, GROUP)
+        if self.p.shared is None:
+            row = common.add(common.mul(self.group(i), GROUP * self.p.experts), own)
+        else:
+            row = self._row_of(self.p.shared, self.group(i), own)
         row = common.add(common.add(row, common.mul(self.half, 2)), b)
         return self._element(row, self.p.width, self.column)
+
+    @staticmethod
+    def _row_of(sizes: SharedRows, group: ir.Value, own: ir.Value) -> ir.Value:
+        """First row of an expert's group, as `kernels.shared_rows.repeat` orders them.
+
+        own: the expert's place in a routed block.
+        """
+        split = lambda a, n: (arith.divui(a, ptx.const32(n)), arith.remui(a, ptx.const32(n)))
+        block = lambda superblock, place: common.add(
+            common.mul(superblock, sizes.every * sizes.m), place
+        )
+        place, superblock = split(group, sizes.superblocks)
+        routed = block(superblock, common.add(common.mul(place, sizes.m), own))
+        first = sizes.routed // GROUP
+        superblock, within = split(common.add(group, -first), sizes.experts)
+        place = common.add(common.mul(within, GROUP), (sizes.every - 1) * sizes.m)
+        shared = block(superblock, place)
+        is_routed = arith.cmpi(arith.CmpIPredicate.ult, group, ptx.const32(first))
+        return arith.select(is_routed, routed, shared)
 
     def dense(self, i: int, b: int) -> ir.Value:
         row = common.add(common.mul(self.expert, self.p.live), common.mul(self.group(i), 4))
@@ -168,20 +193,23 @@ def pack_weight24(
     scale: ArrayLike | None,
     threshold: bool = True,
     dtype: Any = jnp.bfloat16,
+    shared_every: int = 0,
 ) -> tuple[jax.Array, jax.Array | None, jax.Array]:
     """`kernels.reference_grouped.pack_weight24`; rows of an expert in the order of `row_order`.
 
     Raises ValueError for shapes that do not fit and NotImplementedError where
     `check_pack_weight24` does.
     """
-    options = {"num_experts": num_experts, "m": m, "scale": scale, "dtype": dtype}
+    options: dict[str, Any] = {"num_experts": num_experts, "m": m, "scale": scale, "dtype": dtype}
+    options["shared_every"] = shared_every
     check_pack_weight24(w, threshold=threshold, **options)
-    live, width = reference_grouped.weight_dims(w, num_experts, m, scale)
+    live, width = reference_grouped.weight_dims(w, num_experts, m, scale, shared_every)
     if not threshold:
         dense = reference_grouped.pack_weight24(w, threshold=False, **options)[2]
         return dense[:, neurons.row_order(live)].reshape(-1, width), None, dense
-    hidden = w.shape[0]
-    p = _Problem(num_experts, live, width, common.ptx_name(dtype))
+    hidden = num_experts * live
+    shared = of_hidden(w.shape[0], num_experts, shared_every) if shared_every else None
+    p = _Problem(num_experts, live, width, common.ptx_name(dtype), shared)
 
     def body(w_g, *rest):
         scale_g, values_g, meta_g, dense_g = rest if scale is not None else (None, *rest)
@@ -219,12 +247,13 @@ def check_pack_weight24(
     scale: ArrayLike | None,
     threshold: bool = True,
     dtype: Any = jnp.bfloat16,
+    shared_every: int = 0,
 ) -> None:
     """Raises NotImplementedError if this device, shape or dtype is not served, else returns None.
 
     Arguments that are never allowed raise ValueError.
     """
-    live, width = reference_grouped.weight_dims(w, num_experts, m, scale)
+    live, width = reference_grouped.weight_dims(w, num_experts, m, scale, shared_every)
     common.check_shapes(common.TOKENS, live, width, dtype)
     if threshold and w.dtype != jnp.float32:
         raise NotImplementedError(f"{w.dtype=} is not float32")

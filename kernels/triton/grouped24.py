@@ -16,11 +16,14 @@ from kernels.triton.grouped_up_backward import check_up24_backward, up24_backwar
 SHARDS = True
 # Whether they take weights that are not 2:4.
 DENSE_WEIGHTS = True
+# Whether packing and weight gradients take shared neurons once.
+SHARED_ONCE = False
 
 __all__ = [
     "DENSE_WEIGHTS",
     "NEURONS",
     "SHARDS",
+    "SHARED_ONCE",
     "GradientConfig",
     "check_down24",
     "check_pack_weight24",

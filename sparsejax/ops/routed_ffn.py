@@ -33,7 +33,7 @@ from sparsejax.ops import (
 from sparsejax.ops.packed_ffn import PackedFFN, PackedMatrix
 from sparsejax.prune import soft_threshold
 from sparsejax.remat import keep
-from sparsejax.routing.neurons import repeat_shared, sum_shared, to_expert_major
+from sparsejax.routing.neurons import repeat_shared, to_expert_major
 from sparsejax.routing.tokens import TokenPlan, padded_tokens
 from sparsejax.spec import Precision, Sparsity
 
@@ -102,7 +102,6 @@ def _pack(w1, w2, wg, betas, sparsity, *, dtype, kernels) -> PackedFFN:
     def pack(w: Array | None, i: int) -> PackedMatrix | None:
         if w is None:
             return None
-        w = repeat_shared(w, 0, sparsity)
         if kernels is not None:
             values, metadata, dense = routed_ffn_grouped.pack_weight(
                 w,
@@ -112,6 +111,7 @@ def _pack(w1, w2, wg, betas, sparsity, *, dtype, kernels) -> PackedFFN:
                 kernels=kernels,
             )
             return PackedMatrix(dense, values, metadata)
+        w = repeat_shared(w, 0, sparsity)
         if sparsity.weights:
             w = betas[i] * soft_threshold(w.astype(jnp.float32), 1)
         return PackedMatrix(to_expert_major(w.astype(dtype), 0, sparsity.num_experts))
@@ -165,8 +165,7 @@ def _routed_ffn_bwd(sparsity, kernels, residuals, dy):
     saved, packed, plan, dtypes = residuals
     dx, dw = _path(kernels, packed).backward(dy, saved, packed, plan, sparsity, kernels)
     dw1, dw2, dwg = (
-        None if d is None else sum_shared(d, sparsity).astype(like.dtype)
-        for d, like in zip(dw, dtypes, strict=True)
+        None if d is None else d.astype(like.dtype) for d, like in zip(dw, dtypes, strict=True)
     )
     # None: no gradient into the packed weights (it goes straight through) nor into the plan.
     return dx, dw1, dw2, dwg, None, None

@@ -20,7 +20,7 @@ from sparsejax.ops.routed_ffn_rows import (
     differentiate,
     nonzeros,
 )
-from sparsejax.routing.neurons import from_expert_major
+from sparsejax.routing.neurons import from_expert_major, sum_shared
 from sparsejax.routing.tokens import TokenPlan
 from sparsejax.spec import Sparsity
 
@@ -134,7 +134,7 @@ def backward(
     zeros = [None if w is None else jnp.zeros(w.shape, jnp.float32) for w in weights]
     blocks = plan.permutation.reshape(plan.block_expert.shape[0], -1)
     dw, dx = jax.lax.scan(block, zeros, (blocks, plan.block_expert, saved_rows))
-    dw = [None if d is None else from_expert_major(d, 0) for d in dw]
+    dw = [None if d is None else sum_shared(from_expert_major(d, 0), sparsity) for d in dw]
     return dx.reshape(-1, x.shape[1])[plan.inverse], dw
 
 

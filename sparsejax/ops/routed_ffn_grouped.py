@@ -37,9 +37,10 @@ import jax.numpy as jnp
 from jax import Array
 from jax.typing import DTypeLike
 
-from kernels import reference_grouped, registry
+from kernels import reference_grouped, registry, shared_rows
 from sparsejax.ops.packed_ffn import PackedFFN
 from sparsejax.ops.routed_ffn_rows import apart
+from sparsejax.routing.neurons import repeat_shared, sum_shared
 from sparsejax.routing.tokens import TokenPlan, padded_tokens
 from sparsejax.spec import Sparsity
 
@@ -96,17 +97,17 @@ def module(kernels: registry.Backend, suffix: str = "") -> Any:
         raise NotImplementedError(missing) from error
 
 
-_OPTIONS = ("num_experts", "m", "dtype", "tokens", "shards")
+_OPTIONS = ("num_experts", "m", "dtype", "tokens", "shards", "shared_every")
 
 
 class Functions:
     """The functions of a `module`, each traced once for its shapes (`registry.traced_once`)."""
 
     def __init__(self, source: Any) -> None:
-        self._module = source
+        self.module = source
 
     def __getattr__(self, name: str) -> Callable[..., Any]:
-        function = getattr(self._module, name)
+        function = getattr(self.module, name)
         names = inspect.signature(function).parameters
         return registry.traced_once(function, tuple(o for o in _OPTIONS if o in names))
 
@@ -181,7 +182,9 @@ def check(kernels: registry.Backend, sparsity: Sparsity, sizes: Sizes, *, gated:
     x, y2 = array(rows, width), array(rows, shards * live)
     half, kept = array(rows, shards * live // 2), metadata(rows, shards * live)
     dense = array(shards * experts, live, width)
-    master = array(experts * live, sizes.packed_columns, dtype=jnp.float32)
+    once = shared_once(functions, sparsity, live)
+    rows_of_master = sizes.hidden if once else experts * live
+    master = array(rows_of_master, sizes.packed_columns, dtype=jnp.float32)
     functions.check_pack_weight24(
         master,
         num_experts=experts,
@@ -189,6 +192,7 @@ def check(kernels: registry.Backend, sparsity: Sparsity, sizes: Sizes, *, gated:
         scale=1.0 if sparsity.weights else None,
         threshold=sparsity.weights,
         dtype=dtype,
+        **once,
     )
     functions.check_down24(half, kept, dense, *layout, **options)
     functions.check_up24(*weight, x, *layout, **options)  # of `up24_linear` too
@@ -198,7 +202,8 @@ def check(kernels: registry.Backend, sparsity: Sparsity, sizes: Sizes, *, gated:
     else:
         functions.check_up24_backward(*weight, x, y2, kept, *layout, **options)
     if sparsity.weight_gradient == "dense":
-        functions.check_weight_gradient(y2, x, layout[0], num_experts=experts, **options)
+        once |= options
+        functions.check_weight_gradient(y2, x, layout[0], num_experts=experts, **once)
         return
     if shards > 1:
         wanted = sparsity.weight_gradient
@@ -295,27 +300,23 @@ def pack_weight(
     dtype: DTypeLike,
     kernels: registry.Backend,
 ) -> tuple[Array, Array | None, Array]:
-    """values (H, D / 2), metadata (H / 64, D / 64, 128) and dense (E, h, D) of a matrix (H, D).
+    """values (E h, D / 2), metadata (E h / 64, D / 64, 128) and dense (E, h, D) of a matrix (H, D).
 
     Weights that are not 2:4: all of them (H, D), in the order in which kernels read them, None, and
     dense.
     """
+    functions = module(kernels)
+    once = shared_once(functions, sparsity, sparsity.live_neurons(w.shape[0]))
+    options = {"num_experts": sparsity.num_experts, "m": _m(sparsity), "dtype": dtype, **once}
+    if not once:
+        w = repeat_shared(w, 0, sparsity)
     if not sparsity.weights:
         # Rounded and put in order, which takes no kernel.
-        return module(kernels).pack_weight24(
-            w,
-            num_experts=sparsity.num_experts,
-            m=_m(sparsity),
-            scale=None,
-            threshold=False,
-            dtype=dtype,
-        )
+        return functions.pack_weight24(w, scale=None, threshold=False, **options)
     assert beta is not None
 
     def pack(w: Array, scale: Array) -> tuple[Array, Array, Array]:
-        return Functions(module(kernels)).pack_weight24(
-            w, num_experts=sparsity.num_experts, m=_m(sparsity), scale=scale, dtype=dtype
-        )
+        return Functions(functions).pack_weight24(w, scale=scale, **options)
 
     return batchable(pack, kernels)(w.astype(jnp.float32), beta)
 
@@ -428,11 +429,27 @@ def weight_gradients(
     if there are several.
     """
     experts = {"num_experts": sparsity.num_experts, **shards}
+    summed = lambda dw: sum_shared(dw, sparsity, **shards)
     if sparsity.weight_gradient == "dense":
-        return lambda y, g: functions.weight_gradient(y, g, layout.offsets, **experts)
+        once = shared_once(functions.module, sparsity, y2.shape[1] // shards.get("shards", 1))
+        gradient = lambda y, g: functions.weight_gradient(y, g, layout.offsets, **experts, **once)
+        return gradient if once else lambda y, g: summed(gradient(y, g))
     # Both products leave the same neurons dense.
     dense = densest(y2, layout.offsets, sparsity)
-    return lambda y, g: functions.weight_gradient24(y, g, layout.offsets, dense, **experts)
+    return lambda y, g: summed(functions.weight_gradient24(y, g, layout.offsets, dense, **experts))
+
+
+def shared_once(functions: Any, sparsity: Sparsity, live: int) -> dict[str, int]:
+    """The option of `pack_weight24` and `weight_gradient` by which they take shared neurons once,
+    as they lie among the parameters, where a backend's module does; none otherwise.
+
+    live: h, of one shard.
+    """
+    experts, every = sparsity.num_experts, sparsity.shared_every
+    if not sparsity.shares or not functions.SHARED_ONCE:
+        return {}
+    sizes = shared_rows.of_live(live, experts, every)
+    return {"shared_every": every} if functions.serves_shared(sizes) else {}
 
 
 def backward(

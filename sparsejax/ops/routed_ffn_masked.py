@@ -22,7 +22,7 @@ from sparsejax.ops.routed_ffn_rows import (
     differentiate,
     nonzeros,
 )
-from sparsejax.routing.neurons import from_expert_major
+from sparsejax.routing.neurons import from_expert_major, sum_shared
 from sparsejax.routing.tokens import TokenPlan
 from sparsejax.spec import Sparsity
 
@@ -100,7 +100,7 @@ def backward(
         if a is None:
             return None
         product = jnp.dot(spread(a).T, b, preferred_element_type=jnp.float32)
-        return from_expert_major(product.reshape(experts, -1, b.shape[1]), 0)
+        return sum_shared(from_expert_major(product.reshape(experts, -1, b.shape[1]), 0), sparsity)
 
     return dx.astype(x.dtype), [gradient(dy1, x), gradient(y2, dy), gradient(dgate, x)]
 

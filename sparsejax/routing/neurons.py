@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
+from kernels import shared_rows
 from sparsejax.spec import GROUP, Sparsity
 
 
@@ -72,9 +73,9 @@ def permute_ffn(
 def repeat_shared(w: Array, axis: int, sparsity: Sparsity) -> Array:
     """Neurons as the grouped products see them, shared ones once for each expert.
 
-    Of each `Sparsity.shared_every` blocks of M the last is shared. Routed blocks come first, in
-    order; then, of each four shared neurons, a block of M that holds them M / 4 times, so that by
-    `to_expert_major` every expert has all of them.
+    Of each `Sparsity.shared_every` blocks of M the last is shared (`kernels.shared_rows`). Then, of
+    each four shared neurons, a block of M holds them M / 4 times, so that by `to_expert_major`
+    every expert has all of them, behind its own.
 
     Args:
       w: (.., H, ..), neurons along `axis`.
@@ -84,29 +85,19 @@ def repeat_shared(w: Array, axis: int, sparsity: Sparsity) -> Array:
     """
     if not sparsity.shares:
         return w
-    axis %= w.ndim
-    before, after = w.shape[:axis], w.shape[axis + 1 :]
-    every, experts = sparsity.shared_every, sparsity.num_experts
-    blocks = w.reshape(*before, -1, every, sparsity.m, *after)
-    index = (slice(None),) * (axis + 1)
-    routed = blocks[(*index, slice(-1))].reshape(*before, -1, *after)
-    shared = blocks[(*index, -1)].reshape(*before, -1, 1, GROUP, *after)
-    repeated = (*shared.shape[: axis + 1], experts, *shared.shape[axis + 2 :])
-    shared = jnp.broadcast_to(shared, repeated).reshape(*before, -1, *after)
-    return jnp.concatenate([routed, shared], axis)
+    return shared_rows.repeat(w, axis, sparsity.num_experts, sparsity.shared_every)
 
 
-def sum_shared(dw: Array, sparsity: Sparsity) -> Array:
-    """The gradient by w of `repeat_shared`: (H', D), neurons in front, to (H, D)."""
+def sum_shared(dw: Array, sparsity: Sparsity, shards: int = 1) -> Array:
+    """The gradient by w of `repeat_shared`: (H', D), neurons in front, to (H, D).
+
+    shards: so many networks' rows, one behind the other.
+    """
     if not sparsity.shares:
         return dw
-    every, experts, width = sparsity.shared_every, sparsity.num_experts, dw.shape[1]
-    hidden = dw.shape[0] * every // (every - 1 + experts)
-    first = hidden - sparsity.shared_neurons(hidden)
-    routed = dw[:first].reshape(-1, every - 1, sparsity.m, width)
-    shared = jnp.sum(dw[first:].reshape(-1, experts, GROUP, width), axis=1)
-    shared = shared.reshape(-1, 1, sparsity.m, width)
-    return jnp.concatenate([routed, shared], axis=1).reshape(hidden, width)
+    experts, every = sparsity.num_experts, sparsity.shared_every
+    parts = [shared_rows.add_up(part, experts, every) for part in jnp.split(dw, shards)]
+    return parts[0] if shards == 1 else jnp.concatenate(parts)
 
 
 def routed_neurons(hidden: int, sparsity: Sparsity) -> np.ndarray:
