@@ -149,9 +149,13 @@ def _shared(dense: Config, options: Options) -> Variants:
     """Every token meets some of the neurons, one block in four or in eight, and is routed among the
     others; M16 with a quarter of them is a little faster than M8, and so is M32 than M16."""
     short, how = partial(_short, dense), SHORT
+    two = {"shared_every": 4, "shards": 2, "weights": False}
     variants: Variants = {
-        "M16 shared 1/4 in 2 weights dense 65%" + how: short(
-            0.65, shared_every=4, shards=2, weights=False
+        "M16 shared 1/4 in 2 weights dense 65%" + how: short(0.65, **two),
+        "M16 shared 1/4 in 2 weights dense 60%" + how: short(0.6, **two),
+        "M32 shared 1/4 52%" + how: short(0.52, m=32, shared_every=4),
+        "M16+projections shared 1/4 in 2 weights dense 60%" + how: short(
+            0.6, attention_projections=True, **two
         ),
         "M16 shared 1/4 65%" + how: short(0.65, shared_every=4),
         "M16 shared 1/4 50%" + how: short(shared_every=4),
@@ -162,9 +166,6 @@ def _shared(dense: Config, options: Options) -> Variants:
         "M8 shared 1/4 65%" + how: short(0.65, m=8, shared_every=4),
         "M16 shared 1/4 weights dense 65%" + how: short(0.65, shared_every=4, weights=False),
         "M16 shared 1/4 weights dense 60%" + how: short(0.6, shared_every=4, weights=False),
-        "M16 shared 1/4 in 2 weights dense 60%" + how: short(
-            0.6, shared_every=4, shards=2, weights=False
-        ),
         "M32 shared 1/4 weights dense 55%" + how: short(0.55, m=32, shared_every=4, weights=False),
     }
     return variants | _at_equal_time(variants, 4, dense, options)

@@ -204,7 +204,7 @@ def test_parts_of_the_neurons_are_what_the_label_says():
         (2, 0): 2,
         (4, 0): 12,
         (None, 4): 10,
-        (2, 4): 5,
+        (2, 4): 7,
         (None, 8): 1,
     }
 
