@@ -154,8 +154,11 @@ def _shared(dense: Config, options: Options) -> Variants:
         "M16 shared 1/4 in 2 weights dense 65%" + how: short(0.65, **two),
         "M16 shared 1/4 in 2 weights dense 60%" + how: short(0.6, **two),
         "M32 shared 1/4 52%" + how: short(0.52, m=32, shared_every=4),
-        "M16+projections shared 1/4 in 2 weights dense 60%" + how: short(
-            0.6, attention_projections=True, **two
+        "M32+projections shared 1/4 44%" + how: short(
+            0.44, m=32, shared_every=4, attention_projections=True
+        ),
+        "M32+projections shared 1/8 40%" + how: short(
+            0.4, m=32, shared_every=8, attention_projections=True
         ),
         "M16 shared 1/4 65%" + how: short(0.65, shared_every=4),
         "M16 shared 1/4 50%" + how: short(shared_every=4),
@@ -168,7 +171,7 @@ def _shared(dense: Config, options: Options) -> Variants:
         "M16 shared 1/4 weights dense 60%" + how: short(0.6, shared_every=4, weights=False),
         "M32 shared 1/4 weights dense 55%" + how: short(0.55, m=32, shared_every=4, weights=False),
     }
-    return variants | _at_equal_time(variants, 4, dense, options)
+    return variants | _at_equal_time(variants, 5, dense, options)
 
 
 def _short(dense: Config, share: float = 0.5, fall: float = 0.6, **sparsity: Any) -> Config:
