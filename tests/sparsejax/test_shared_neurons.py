@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from kernels import registry
 from sparsejax import sharding
 from sparsejax.nn import RoutedFFN
+from sparsejax.ops import routed_ffn_grouped
 from sparsejax.prune import select24, soft_threshold
 from sparsejax.routing import (
     assign_tokens,
@@ -170,6 +171,26 @@ def test_network_is_the_masked_one(monkeypatch, changes, backend):
         pytest.skip("kernels need 2:4 activations")
     hidden = 64 * sparsity.block * sparsity.num_shards // 4
     x, dy, w1, w2, centers, bias = problem(sparsity, hidden)
+    found = run(sparsity, x, dy, w1, w2, centers, bias)
+    mask = live(x, centers, sparsity, hidden)
+    for a, b in zip(found, expected(x, dy, w1, w2, mask, sparsity), strict=True):
+        np.testing.assert_allclose(a, b, atol=3e-5 * float(jnp.abs(b).max()))
+
+
+@pytest.mark.parametrize("once", [True, False])
+@pytest.mark.parametrize("shards", [1, 2])
+@pytest.mark.parametrize("weights", [True, False])
+def test_grouped_products_make_the_masked_network(monkeypatch, weights, shards, once):
+    """As on a GPU, with the definitions in place of kernels: shared neurons once, or repeated."""
+    monkeypatch.setattr(routed_ffn_grouped, "choose", lambda *args, **kwargs: "reference")
+    monkeypatch.setattr(routed_ffn_grouped, "recheck", lambda packed, *args, **kwargs: packed)
+    monkeypatch.setattr("kernels.reference_grouped.SHARED_ONCE", once)
+    sparsity = Sparsity(m=8, v=64, shared_every=3, shards=shards, weights=weights)
+    # Of every shard an expert has 128 neurons of its own and 128 shared ones.
+    hidden = 16 * 24 * shards
+    x, dy, w1, w2, centers, bias = problem(sparsity, hidden, tokens=1024)
+    packed = sharding.pack_ffn(w1, w2, None, jnp.ones(3), sparsity, dtype=x.dtype, axes=None)
+    assert packed.kernels == "reference"
     found = run(sparsity, x, dy, w1, w2, centers, bias)
     mask = live(x, centers, sparsity, hidden)
     for a, b in zip(found, expected(x, dy, w1, w2, mask, sparsity), strict=True):
