@@ -193,7 +193,7 @@ def test_the_backend_without_a_gpu():
 @pytest.mark.parametrize(
     ("changes", "gated", "reason"),
     [
-        ({"weights": False}, False, "weights=False"),
+        ({"activations": False}, False, "activations=False"),
         ({"activations": False}, True, "activations=False"),
         ({"v": 96}, False, "v=96"),
         ({"m": 64}, True, "32: hidden=2048 would do .* not 512"),
