@@ -10,6 +10,7 @@ those neurons, interleaved with other experts'.
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -18,6 +19,7 @@ import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental.mosaic.gpu import utils
+from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, vector
 
 from kernels import reference_grouped
@@ -111,13 +113,9 @@ def make_finish(stages: int):
     return finish
 
 
-@plgpu.inline_mgpu(arg_types=(common.ACC, common.REF, common.REF, *(common.SCALAR,) * 3))
-def _write(ctx, acc, out_s, out_g, block0, within0, col0):
-    """Stores a warpgroup's 64 rows, 32 columns at a time; columns beyond the edge are dropped.
-
-    The rows are 16 groups of four neurons of one expert, each in a block of neurons of its own.
-    """
-    block0, within0, col0 = map(common.scalar, (block0, within0, col0))
+def staged(acc: Any, out_s: ir.Value) -> Iterator[tuple[int, ir.Value]]:
+    """Stages a warpgroup's 64 rows, 32 columns at a time: each chunk's first column and its buffer,
+    (16, 4, 32) float32, swizzled, from which bulk copies are started before the next."""
     (regs,) = common.accumulators(acc)
     warp, lane = common.warp_and_lane()
     row = common.add(common.mul(warp, 16), arith.shrui(lane, ptx.const32(2)))
@@ -137,7 +135,18 @@ def _write(ctx, acc, out_s, out_g, block0, within0, col0):
                 ptx.store_shared_f32(address, pair)
         ptx.fence_async_shared()
         utils.warpgroup_barrier()
-        columns = common.window(common.add(col0, 32 * chunk), 32)
+        yield 32 * chunk, slot
+
+
+@plgpu.inline_mgpu(arg_types=(common.ACC, common.REF, common.REF, *(common.SCALAR,) * 3))
+def _write(ctx, acc, out_s, out_g, block0, within0, col0):
+    """Stores a warpgroup's 64 rows, 32 columns at a time; columns beyond the edge are dropped.
+
+    The rows are 16 groups of four neurons of one expert, each in a block of neurons of its own.
+    """
+    block0, within0, col0 = map(common.scalar, (block0, within0, col0))
+    for column, slot in staged(acc, out_s):
+        columns = common.window(common.add(col0, column), 32)
         ctx.async_copy(
             src_ref=slot,
             dst_ref=out_g,

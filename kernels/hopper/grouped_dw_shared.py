@@ -18,8 +18,7 @@ import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental.mosaic.gpu import utils
-from jaxlib.mlir import ir
-from jaxlib.mlir.dialects import arith, vector
+from jaxlib.mlir.dialects import arith
 
 from kernels.combinations import power, with_expert
 from kernels.hopper import device, ptx
@@ -135,44 +134,21 @@ def _make_write(experts: int):
     @plgpu.inline_mgpu(arg_types=arg_types)
     def write(ctx, acc, out_s, out_g, shared, block0, row0, col0):
         shared, block0, row0, col0 = map(common.scalar, (shared, block0, row0, col0))
-        (regs,) = common.accumulators(acc)
-        warp, lane = common.warp_and_lane()
-        row = common.add(common.mul(warp, 16), arith.shrui(lane, ptx.const32(2)))
-        quad = arith.andi(lane, ptx.const32(3))
-        within = common.mul(arith.andi(quad, ptx.const32(1)), 8)
-
-        def send(slot: ir.Value, chunk: int, kind: int) -> None:
-            box = boxes[kind]
-            mine = arith.cmpi(arith.CmpIPredicate.eq, shared, ptx.const32(kind))
-            ctx.async_copy(
-                src_ref=utils.memref_reshape(slot, (*box, 32)),
-                dst_ref=out_g,
-                gmem_slice=(
-                    common.window(block0, box[0]),
-                    common.window(row0, box[1]),
-                    common.window(common.add(col0, 32 * chunk), 32),
-                ),
-                swizzle=128,
-                predicate=arith.andi(common.is_leader(), mine),
-                arrive=kind == 1,  # one group of both, of which one copies
-            )
-
-        for chunk in range(dw.COLUMNS // 32):
-            slot = utils.memref_slice(out_s, chunk % dw.SLOTS)
-            base = common.add(ptx.shared_address(slot), within)
-            ptx.bulk_wait_read(dw.SLOTS - 1)
-            utils.warpgroup_barrier()
-            for j in range(4):
-                sixteen = common.add(arith.shrui(quad, ptx.const32(1)), 2 * j)
-                for half in range(2):
-                    first = 16 * chunk + 4 * j + 2 * half
-                    pair = [vector.extract(r, [], [0]) for r in regs[first : first + 2]]
-                    address = common.swizzled(base, common.add(row, 8 * half), sixteen)
-                    ptx.store_shared_f32(address, pair)
-            ptx.fence_async_shared()
-            utils.warpgroup_barrier()
-            for kind in range(2):
-                send(slot, chunk, kind)
+        for column, slot in dw.staged(acc, out_s):
+            for kind, box in enumerate(boxes):
+                mine = arith.cmpi(arith.CmpIPredicate.eq, shared, ptx.const32(kind))
+                ctx.async_copy(
+                    src_ref=utils.memref_reshape(slot, (*box, 32)),
+                    dst_ref=out_g,
+                    gmem_slice=(
+                        common.window(block0, box[0]),
+                        common.window(row0, box[1]),
+                        common.window(common.add(col0, column), 32),
+                    ),
+                    swizzle=128,
+                    predicate=arith.andi(common.is_leader(), mine),
+                    arrive=kind == 1,  # one group of both, of which one copies
+                )
 
     return write
 
