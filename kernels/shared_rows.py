@@ -14,7 +14,7 @@ from typing import NamedTuple
 import jax.numpy as jnp
 from jax import Array
 
-GROUP = 4
+from kernels.reference import GROUP
 
 
 class SharedRows(NamedTuple):

@@ -10,7 +10,7 @@ those neurons, interleaved with other experts'.
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -258,6 +258,22 @@ def multiply(ring: Ring, step, finish, steps, acc, state):
     return finish(acc, ring.bars, previous), (slot, parity)
 
 
+def run_tiles(wg, own, produce: Callable, consume: Callable) -> None:
+    """A block's own tiles: their number to `produce` for the loading warpgroup and to `consume` for
+    the others, with the ring's slot and parity, which both return as they are behind the tile."""
+
+    @pl.when(wg == 2)
+    def _producer():
+        plgpu.set_max_registers(40, action="decrease")
+        lax.fori_loop(0, own, produce, (jnp.int32(0), jnp.int32(1)))
+
+    @pl.when(wg < 2)
+    def _consumer():
+        plgpu.set_max_registers(common.REGISTERS, action="increase")
+        lax.fori_loop(0, own, consume, (jnp.int32(0), jnp.int32(0)))
+        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+
+
 def store(acc, out_s, out_g, part: Part, wg) -> None:
     """Stores a warpgroup's part of a tile, by way of its staging buffers."""
     block0 = lax.div(part.neuron0 + wg * 64, jnp.int32(4))
@@ -325,27 +341,16 @@ def weight_gradient(
 
                 return lax.fori_loop(0, runs, run, state)
 
-            @pl.when(wg == 2)
-            def _producer():
-                plgpu.set_max_registers(40, action="decrease")
+            def produced(i, state):
+                return produce_part(part(i), state)
 
-                def tile(i, state):
-                    return produce_part(part(i), state)
+            def consumed(i, state):
+                place = part(i)
+                acc, state = multiply(ring, step, finish, place.steps, zeros(), state)
+                store(acc, out_s.at[wg], out_g, place, wg)
+                return state
 
-                lax.fori_loop(0, own, tile, (jnp.int32(0), jnp.int32(1)))
-
-            @pl.when(wg < 2)
-            def _consumer():
-                plgpu.set_max_registers(common.REGISTERS, action="increase")
-
-                def tile(i, state):
-                    place = part(i)
-                    acc, state = multiply(ring, step, finish, place.steps, zeros(), state)
-                    store(acc, out_s.at[wg], out_g, place, wg)
-                    return state
-
-                lax.fori_loop(0, own, tile, (jnp.int32(0), jnp.int32(0)))
-                plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+            run_tiles(wg, own, produced, consumed)
 
     # (blocks of neurons, a block's neurons, D): one copy stores four neurons of many blocks.
     out_type = jax.ShapeDtypeStruct((live // 4, 4 * num_experts, width), jnp.float32)

@@ -227,36 +227,25 @@ def _weight_gradient(
             tile_of = lambda i: tiles.tile(lax.axis_index("block") + i * blocks)
             runs_of = lambda tile: _Runs(tile, sizes.experts, shards, offsets_g)
 
-            @pl.when(wg == 2)
-            def _producer():
-                plgpu.set_max_registers(40, action="decrease")
+            def produced(i, state):
+                tile = tile_of(i)
+                runs, neuron0 = runs_of(tile), tile.shard * sizes.live + tile.neuron0
 
-                def one(i, state):
-                    tile = tile_of(i)
-                    runs, neuron0 = runs_of(tile), tile.shard * sizes.live + tile.neuron0
+                def run(j, state):
+                    token0, steps = runs.bounds(j)
+                    part = dw.Part(tile.expert, neuron0, tile.column0, token0, steps)
+                    return dw.produce(ring, fill, y_g, g_g, part, state)
 
-                    def run(j, state):
-                        token0, steps = runs.bounds(j)
-                        part = dw.Part(tile.expert, neuron0, tile.column0, token0, steps)
-                        return dw.produce(ring, fill, y_g, g_g, part, state)
+                return lax.fori_loop(0, runs.number, run, state)
 
-                    return lax.fori_loop(0, runs.number, run, state)
+            def consumed(i, state):
+                tile = tile_of(i)
+                steps = runs_of(tile).steps()
+                acc, state = dw.multiply(ring, step, finish, steps, dw.zeros(), state)
+                write(acc, out_s.at[wg], out_g, tile.shared, *tiles.place(tile, wg))
+                return state
 
-                lax.fori_loop(0, own, one, (jnp.int32(0), jnp.int32(1)))
-
-            @pl.when(wg < 2)
-            def _consumer():
-                plgpu.set_max_registers(common.REGISTERS, action="increase")
-
-                def one(i, state):
-                    tile = tile_of(i)
-                    steps = runs_of(tile).steps()
-                    acc, state = dw.multiply(ring, step, finish, steps, dw.zeros(), state)
-                    write(acc, out_s.at[wg], out_g, tile.shared, *tiles.place(tile, wg))
-                    return state
-
-                lax.fori_loop(0, own, one, (jnp.int32(0), jnp.int32(0)))
-                plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+            dw.run_tiles(wg, own, produced, consumed)
 
     # (superblocks of all shards, a superblock's neurons, D)
     shape = (shards * sizes.superblocks, sizes.every * sizes.m, width)

@@ -202,8 +202,8 @@ def check(kernels: registry.Backend, sparsity: Sparsity, sizes: Sizes, *, gated:
     else:
         functions.check_up24_backward(*weight, x, y2, kept, *layout, **options)
     if sparsity.weight_gradient == "dense":
-        once |= options
-        functions.check_weight_gradient(y2, x, layout[0], num_experts=experts, **once)
+        gradient = functions.check_weight_gradient
+        gradient(y2, x, layout[0], num_experts=experts, **once, **options)
         return
     if shards > 1:
         wanted = sparsity.weight_gradient
@@ -302,8 +302,8 @@ def pack_weight(
 ) -> tuple[Array, Array | None, Array]:
     """values (E h, D / 2), metadata (E h / 64, D / 64, 128) and dense (E, h, D) of a matrix (H, D).
 
-    Weights that are not 2:4: all of them (H, D), in the order in which kernels read them, None, and
-    dense.
+    Weights that are not 2:4: all of them (E h, D), in the order in which kernels read them, None,
+    and dense.
     """
     functions = module(kernels)
     once = shared_once(functions, sparsity, sparsity.live_neurons(w.shape[0]))

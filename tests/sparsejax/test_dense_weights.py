@@ -75,8 +75,7 @@ def test_a_mesh_computes_the_same():
 
 
 @pytest.mark.parametrize("shards", [1, 2])
-def test_lowers_for_a_gpu_on_any_machine(monkeypatch, shards):
-    monkeypatch.setattr("kernels.hopper.grouped24.DENSE_WEIGHTS", True)
+def test_lowers_for_a_gpu_on_any_machine(shards):
     sparsity = replace(DENSE, v=128, shared_every=4, shards=shards, backend="hopper")
     assert kernels_called(sparsity, 2048 * shards) == [1, 2, 1, 2]
 
@@ -86,7 +85,6 @@ def test_lowers_for_a_gpu_on_any_machine(monkeypatch, shards):
     ("m", "every", "shards"), [(16, 0, 1), (16, 4, 1), (8, 0, 2), (32, 4, 1)], ids=str
 )
 @pytest.mark.parametrize("backend", ["hopper", "triton"])
-def test_on_a_gpu(monkeypatch, backend, m, every, shards):
-    monkeypatch.setattr(f"kernels.{backend}.grouped24.DENSE_WEIGHTS", True)
+def test_on_a_gpu(backend, m, every, shards):
     sparsity = replace(DENSE, m=m, v=128, shared_every=every, shards=shards, backend=backend)
     agrees_with_the_definition(sparsity, 192)
