@@ -141,12 +141,12 @@ def problems(
     yield "weight_gradient", f"M {M}", gradient, (y, x, blocks[0])
     sizes = of_hidden(hidden, experts, SHARED_EVERY)
     if grouped24.SHARED_ONCE and grouped24.serves_shared(sizes):
-        shared, y = f"M {M}, 1 in {SHARED_EVERY} shared", Shape((rows, sizes.live), bf16)
+        shared, y_shared = f"M {M}, 1 in {SHARED_EVERY} shared", Shape((rows, sizes.live), bf16)
         once = {"num_experts": experts, "shared_every": SHARED_EVERY}
         pack = lambda w: grouped24.pack_weight24(w, m=M, scale=1.0, dtype=bf16, **once)
         gradient = lambda y, x, offsets: grouped24.weight_gradient(y, x, offsets, **once)
         yield "pack_weight24", shared, pack, (Shape((hidden, width), f32),)
-        yield "weight_gradient", shared, gradient, (y, x, blocks[0])
+        yield "weight_gradient", shared, gradient, (y_shared, x, blocks[0])
     if grouped24.DENSE_WEIGHTS:
         as_they_are, given = f"M {M}, weights not 2:4", Shape((hidden, width), bf16)
         for name, rest in (

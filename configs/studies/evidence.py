@@ -18,8 +18,14 @@ from train.study.equal_time import SUFFIX, equal_time
 GATED = "gated M16"
 """The gated recipe, whose sparse step has a speed of its own."""
 
+GATED_SHARED = "gated M16+projections shared 1/4"
+"""That with neurons that every token meets, and 2:4 weights in the attention too. With M = 32
+Hopper's kernels would not serve it at any H that SwiGLU has as well."""
+
 SHORT = ", warm-up 2%, decay over 60%"
 """How `_short` runs; a rate that falls so is best for dense runs of `_ends`."""
+
+PROJECTIONS = {"attention_projections": True}
 
 FASTEST = "M32+projections 65%, warm-up 2%"
 """The fastest sparse step in 16 bits, for a whole run 1.3 times as fast as a dense one."""
@@ -33,6 +39,7 @@ ROUNDS: tuple[tuple[str, int], ...] = (
     *(("leading", seed) for seed in range(3)),
     *(("ends", seed) for seed in range(3)),
     *(("gated", seed) for seed in range(3)),
+    *(("gated shared", seed) for seed in range(5)),
     ("rates", 0),
     *(("others", seed) for seed in range(2)),
 )
@@ -150,16 +157,21 @@ def _shared(dense: Config, options: Options) -> Variants:
     others; M16 with a quarter of them is a little faster than M8, and so is M32 than M16."""
     short, how = partial(_short, dense), SHORT
     two = {"shared_every": 4, "shards": 2, "weights": False}
+    fast = {"m": 32, "shared_every": 4, **PROJECTIONS}
+    alone = {"routing": False, "activations": False, "weights": False}
     variants: Variants = {
+        "M32+projections shared 1/4 47%" + how: short(0.47, **fast),
+        "M32+projections shared 1/4 60%" + how: short(0.6, **fast),
+        "M32+projections shared 1/4 70%" + how: short(0.7, **fast),
         "M16 shared 1/4 in 2 weights dense 65%" + how: short(0.65, **two),
         "M16 shared 1/4 in 2 weights dense 60%" + how: short(0.6, **two),
+        "M32+projections shared 1/4 44%" + how: short(0.44, **fast),
+        "M32+projections shared 1/4 82%" + how: short(0.82, **fast),
+        "M32+projections shared 1/8 40%" + how: short(0.4, **fast | {"shared_every": 8}),
+        "M32+projections shared 1/8 74%" + how: short(0.74, **fast | {"shared_every": 8}),
+        "M16+projections shared 1/4 in 2 weights dense 60%" + how: short(0.6, **two, **PROJECTIONS),
+        "projections alone 47%" + how: short(0.47, **alone, **PROJECTIONS),
         "M32 shared 1/4 52%" + how: short(0.52, m=32, shared_every=4),
-        "M32+projections shared 1/4 44%" + how: short(
-            0.44, m=32, shared_every=4, attention_projections=True
-        ),
-        "M32+projections shared 1/8 40%" + how: short(
-            0.4, m=32, shared_every=8, attention_projections=True
-        ),
         "M16 shared 1/4 65%" + how: short(0.65, shared_every=4),
         "M16 shared 1/4 50%" + how: short(shared_every=4),
         "M16 shared 1/4 in 2 65%" + how: short(0.65, shared_every=4, shards=2),
@@ -229,6 +241,19 @@ def _gated(gated: Config | None, options: Options) -> Variants:
     }
 
 
+def _gated_shared(gated: Config | None, options: Options) -> Variants:
+    """The gated form as in `_shared`, its dense twin, and whether that has the right rate: the
+    dense run takes SwiGLU's time, the longer one of equal wall-clock as well."""
+    if gated is None:
+        return {}
+    twin, label = _falling(gated, 0.6), "relu2_gated, decay over 60%"
+    rate = gated.optimizer.learning_rate
+    slower = changed(twin, optimizer={"learning_rate": 2 / 3 * rate})
+    recipe: Variants = {GATED_SHARED + " 50%" + SHORT: _short(gated, shared_every=4, **PROJECTIONS)}
+    longer = _at_equal_time(recipe, 1, gated, options)
+    return {label: twin, label + ", rate x 2/3": slower} | recipe | longer
+
+
 def _rates(*forms: Config) -> Variants:
     """Whether the rates that a shorter sweep found are right for runs of this length."""
     return {
@@ -272,7 +297,7 @@ def _others(dense: Config, options: Options) -> Variants:
 
 
 def study(options: Options) -> Study:
-    """Dense relu^2 beside some 90 others; five seeds of the verdicts, three to one of the rest."""
+    """Dense relu^2 beside some 100 others; five seeds of the verdicts, three to one of the rest."""
     config = base(options, tokens=66e6)
     dense, swiglu = (tuned(config, ffn, options) for ffn in ("relu2", "swiglu"))
     # A sweep that ended early may lack the gated form.
@@ -287,6 +312,7 @@ def study(options: Options) -> Study:
         "shared": _shared(dense, options),
         "ends": _ends(dense),
         "gated": _gated(gated, options),
+        "gated shared": _gated_shared(gated, options),
         "rates": _rates(dense, swiglu),
         "others": _others(dense, options),
     }

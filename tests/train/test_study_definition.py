@@ -128,6 +128,16 @@ def test_the_verdict_of_the_evidence_comes_first():
     stretched = {run.label: run.tokens for run in definition.get("evidence", own).runs}
     saved = tokens[fastest] / (0.35 + 0.65 / 1.568)
     assert stretched[f"{fastest}, equal time"] == pytest.approx(saved, rel=2e-3)
+    # With neurons that every token meets, too, and its dense twin comes beside it.
+    gated, twin = "gated M16+projections shared 1/4 50%", "relu2_gated, decay over 60%"
+    own = Options(speedups=Speedups(None, {"M16": 1.405, gated.removesuffix(" 50%"): 1.5}))
+    found = {run.label: run for run in definition.get("evidence", own).runs}
+    recipe = f"{gated}, warm-up 2%, decay over 60%"
+    saved = found[twin].tokens / (0.5 + 0.5 / 1.5)
+    assert found[f"{recipe}, equal time"].tokens == pytest.approx(saved, rel=2e-3)
+    assert found[recipe].config.model == found[twin].config.model
+    rates = [found[label].config.optimizer.learning_rate for label in (twin, f"{twin}, rate x 2/3")]
+    assert rates[1] == pytest.approx(2 / 3 * rates[0])
     # No label takes its speed from another recipe.
     unknown = [label for label in study.labels if speedups.of(label) is None]
     assert {"M8 50%", "M32 70%", "weights only 50%", "tokens24 M16 50%"} <= set(unknown)
@@ -198,13 +208,14 @@ def test_parts_of_the_neurons_are_what_the_label_says():
             assert (sparsity.m, sparsity.shards, sparsity.shared_every) == (int(m), shards, every)
             assert sparsity.weights == ("weights dense" not in run.label)
             assert run.config.schedule.threshold_dense == ("thresholded" in run.label)
+            assert sparsity.attention_projections == ("projections" in run.label)
             parts.setdefault((shards, every), set()).add(run.label)
     # Some of them at equal wall-clock too.
     assert {sizes: len(labels) for sizes, labels in parts.items() if sizes != (None, 0)} == {
         (2, 0): 2,
         (4, 0): 12,
-        (None, 4): 12,
-        (2, 4): 5,
+        (None, 4): 17,
+        (2, 4): 6,
         (None, 8): 3,
     }
 
