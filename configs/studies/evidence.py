@@ -163,6 +163,7 @@ def _shared(dense: Config, options: Options) -> Variants:
         "M32+projections shared 1/4 47%" + how: short(0.47, **fast),
         "M32+projections shared 1/4 60%" + how: short(0.6, **fast),
         "M32+projections shared 1/4 70%" + how: short(0.7, **fast),
+        "M32+projections shared 1/8 50%" + how: short(0.5, **fast | {"shared_every": 8}),
         "M16 shared 1/4 in 2 weights dense 65%" + how: short(0.65, **two),
         "M16 shared 1/4 in 2 weights dense 60%" + how: short(0.6, **two),
         "M32+projections shared 1/4 44%" + how: short(0.44, **fast),
@@ -183,7 +184,7 @@ def _shared(dense: Config, options: Options) -> Variants:
         "M16 shared 1/4 weights dense 60%" + how: short(0.6, shared_every=4, weights=False),
         "M32 shared 1/4 weights dense 55%" + how: short(0.55, m=32, shared_every=4, weights=False),
     }
-    return variants | _at_equal_time(variants, 5, dense, options)
+    return variants | _at_equal_time(variants, 6, dense, options)
 
 
 def _short(dense: Config, share: float = 0.5, fall: float = 0.6, **sparsity: Any) -> Config:
