@@ -378,13 +378,16 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--packed", action="store_true", help="lay weights out for kernels")
     parser.add_argument("--fp8", action="store_true", help="the FFN's products in 8 bits")
     parser.add_argument("--out", type=Path)
-    arguments = parser.parse_args(argv)
+    parser.epilog = "Other options are the trainer's (--sparsity.m 16)."
+    arguments, rest = parser.parse_known_args(argv)
     _simulate(arguments.devices)
-    import configs
+    import train.main
+    from train.config import Config
 
     try:
+        parsed = train.main.parse(["--config", arguments.config, *rest])
         config = one_micro_batch(
-            configs.get(arguments.config),
+            Config(**{f.name: getattr(parsed, f.name) for f in dataclasses.fields(Config)}),
             arguments.devices,
             arguments.rows,
             fsdp=arguments.fsdp,
@@ -402,6 +405,7 @@ def main(argv: list[str] | None = None) -> int:
     _print(f"{arguments.config}, {arguments.devices} devices, {mesh}", result)
     if arguments.out:
         record = {key: value for key, value in vars(arguments).items() if key != "out"}
+        record["trainer"] = rest
         assumed = {
             "peak_flops": PEAK_FLOPS,
             "dense_mfu": DENSE_MFU,

@@ -14,7 +14,7 @@ from train.config import Config
 
 
 def config() -> Config:
-    """1 M tokens a step, 60,000 steps; half of them sparse after 1,000 dense ones."""
+    """1 M tokens a step, 60,000 steps; phases and learning rate are those of `llama1b`."""
     base = llama1b.config()
     return dataclasses.replace(
         base,
