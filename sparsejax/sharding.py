@@ -42,6 +42,7 @@ from jax.sharding import PartitionSpec as P
 from jax.typing import DTypeLike
 
 from kernels import registry
+from sparsejax import stored_once
 from sparsejax.ops import routed_ffn_fp8, routed_ffn_grouped
 from sparsejax.ops.packed_ffn import PackedFFN, PackedMatrix, PackedMatrix8
 from sparsejax.ops.routed_ffn import _check_weights, _pack, _path, _serving
@@ -171,12 +172,14 @@ at once. Each is padded to whole blocks of V tokens, half a block on average."""
 class _Layout:
     """Sizes of a network on the mesh; `mesh` None is one device. Hashable: static everywhere.
 
+    hidden: H of one group of neurons.
     together: groups that one call of the kernels serves, of `local_groups`.
     """
 
     mesh: AbstractMesh | None
     axes: MeshAxes
     sparsity: Sparsity
+    hidden: int = 0
     together: int = 1
 
     def size(self, *names: str) -> int:
@@ -200,6 +203,11 @@ class _Layout:
     def packs_gathered(self) -> bool:
         """Whether rows are packed on every device after they were gathered."""
         return self.sparsity.gather == "rows" and self.size(self.axes.shard) > 1
+
+    def stores_once(self, precision: Precision) -> bool:
+        """Whether shared neurons are stored and gathered once, not once for each expert."""
+        spread = self.size(self.axes.shard) > 1 and precision != "fp8"
+        return spread and stored_once.serves(self.sparsity, self.hidden)
 
     @property
     def local_groups(self) -> int:
@@ -225,7 +233,8 @@ class _Layout:
         self, packed_by: registry.Backend | None, gated: bool, precision: Precision
     ) -> PackedFFN:
         tensor, shard = self.axes.tensor, self.axes.shard
-        matrix: Any = PackedMatrix(P(tensor, None, shard))  # type: ignore[arg-type]
+        dense = P(tensor, shard) if self.stores_once(precision) else P(tensor, None, shard)
+        matrix: Any = PackedMatrix(dense)  # type: ignore[arg-type]
         packed: Any = {"values": P(tensor, shard)}
         if self.sparsity.weights:
             packed["metadata"] = P(tensor, shard, None)
@@ -302,7 +311,7 @@ def _layout(sparsity: Sparsity, axes: MeshAxes | None, width: int, hidden: int) 
             f"{width=} must be a multiple of {columns}: groups of {GROUP} on each of "
             f"{columns // GROUP} devices of axis {layout.axes.shard!r}"
         )
-    return layout
+    return dataclasses.replace(layout, hidden=hidden // layout.groups)
 
 
 def pack_ffn(
@@ -333,7 +342,8 @@ def pack_ffn(
     Returns:
       `PackedFFN` of G groups: dense (G E, h, D), values (G E h, D / 2), metadata; or in 8 bits
       columns (G E, D, h), values, metadata, scale (G,) and norm (G,). h is H / (G E), and more
-      where neurons are shared (`Sparsity.live_neurons` of H / G).
+      where neurons are shared (`Sparsity.live_neurons` of H / G), unless the shard axis has several
+      devices: then dense is (H, D), values (H, D / 2), as `stored_once` has them.
 
     Raises:
       ValueError: sizes that the mesh does not divide, or another precision.
@@ -362,7 +372,10 @@ def pack_ffn(
             of_group = lambda w: w._replace(scale=w.scale[None], norm=w.norm[None])
             return dataclasses.replace(part, w1=of_group(part.w1), w2=of_group(part.w2))
         part = _pack(w1, w2, wg, betas, sparsity, dtype=dtype, kernels=kernels)
-        return _rows_alone(part) if layout.packs_gathered else part
+        part = _rows_alone(part) if layout.packs_gathered else part
+        if not layout.stores_once(precision):
+            return part
+        return _of_matrices(part, lambda w: stored_once.once(w, sparsity, rows))
 
     def local(w1: Array, w2: Array, wg: Array | None, betas: Array | None) -> PackedFFN:
         parts = []
@@ -396,10 +409,13 @@ def _kernels_of_8_bits(
     return None
 
 
+def _of_matrices(packed: PackedFFN, change: Callable[[Any], Any]) -> PackedFFN:
+    gate = None if packed.wg is None else change(packed.wg)
+    return dataclasses.replace(packed, w1=change(packed.w1), w2=change(packed.w2), wg=gate)
+
+
 def _rows_alone(packed: PackedFFN) -> PackedFFN:
-    gate = None if packed.wg is None else PackedMatrix(packed.wg.dense)
-    one, two = PackedMatrix(packed.w1.dense), PackedMatrix(packed.w2.dense)
-    return PackedFFN(one, two, gate, packed.kernels)
+    return _of_matrices(packed, lambda w: PackedMatrix(w.dense))
 
 
 def _gather(packed: PackedFFN, layout: _Layout) -> PackedFFN:
@@ -408,9 +424,10 @@ def _gather(packed: PackedFFN, layout: _Layout) -> PackedFFN:
     What moves is what was packed once for the optimiser step, thresholded and rounded: 2:4 values
     and metadata for the products that read them, and bf16 rows (8-bit columns) for the others; or
     such rows alone, packed here (`Sparsity.gather`). Weights that are not 2:4 are rows in both, in
-    another order. XLA drops what a pass does not read.
+    another order. Shared neurons move once. XLA drops what a pass does not read.
     """
-    kernels = packed.kernels
+    kernels, sparsity = packed.kernels, layout.sparsity
+    stores_once = layout.stores_once(packed.precision)
 
     def whole(matrix: Any) -> Any:
         if isinstance(matrix, PackedMatrix8):
@@ -419,18 +436,20 @@ def _gather(packed: PackedFFN, layout: _Layout) -> PackedFFN:
                 for name in ("columns", "values", "metadata")
             }
             return matrix._replace(**parts)
-        dense = layout.all_gather(matrix.dense, layout.axes.shard, 2)
-        if kernels is not None and layout.packs_gathered:
-            packed = routed_ffn_grouped.pack_rows(dense, layout.sparsity, kernels=kernels)
-            return PackedMatrix(dense, *packed)
+        dense = layout.all_gather(matrix.dense, layout.axes.shard, matrix.dense.ndim - 1)
         rest = (
             None if a is None else layout.all_gather(a, layout.axes.shard, 1)
             for a in (matrix.values, matrix.metadata)
         )
-        return PackedMatrix(dense, *rest)
+        matrix = PackedMatrix(dense, *rest)
+        if stores_once:
+            matrix = stored_once.for_each_expert(matrix, sparsity, layout.hidden)
+        if kernels is not None and layout.packs_gathered:
+            packed = routed_ffn_grouped.pack_rows(matrix.dense, sparsity, kernels=kernels)
+            return PackedMatrix(matrix.dense, *packed)
+        return matrix
 
-    gate = None if packed.wg is None else whole(packed.wg)
-    return dataclasses.replace(packed, w1=whole(packed.w1), w2=whole(packed.w2), wg=gate)
+    return _of_matrices(packed, whole)
 
 
 def _group(packed: PackedFFN, g: int, groups: int) -> PackedFFN:

@@ -10,6 +10,7 @@ import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from sparsejax import stored_once
 from sparsejax.routing.tokens import padded_tokens as routed_rows
 from sparsejax.spec import GROUP
 from train.config import Config
@@ -431,8 +432,10 @@ def memory(config: Config, *, devices: int | None = None, sparse: bool = False) 
         packed = size / 2 + METADATA_BYTES
         in_16_bits = size + (packed if s.weights else size)
         of_ffn = 1.5 + METADATA_BYTES if _sparse_in_8_bits(config) else in_16_bits
-        # Shared neurons are there once for each expert.
-        repeated = s.rows_of_experts(m.ffn_hidden) / m.ffn_hidden
+        # Shared neurons are there once for each expert, or once where they are spread over fsdp.
+        of_group = m.ffn_hidden // neuron_groups(config)
+        once = shape.fsdp > 1 and stored_once.serves(s, of_group)
+        repeated = 1 if once else s.rows_of_experts(of_group) / of_group
         copies += repeated * count.ffn * of_ffn / sharded
         if packed_projections:
             copies += count.projections * (size + packed) / sharded

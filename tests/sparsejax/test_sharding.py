@@ -18,7 +18,7 @@ COMPARE = """
     from collections import Counter
     import jax, jax.numpy as jnp, numpy as np
     from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec as P
-    from sparsejax import sharding
+    from sparsejax import sharding, stored_once
     from sparsejax.ops import pack_ffn, routed_ffn, routed_ffn_fp8, routed_ffn_grouped
     from sparsejax.routing import assign_tokens, plan_tokens
     from sparsejax.spec import Sparsity
@@ -95,7 +95,11 @@ COMPARE = """
         alone = sparsity.gather == "rows" and mesh_shape[1] > 1
         assert (w1.values is None) == (kernels is None or alone)
         size = mesh_shape[1] * mesh_shape[2]
-        assert w1.dense.addressable_shards[0].data.size * size == h * d
+        # Shared neurons are stored once, where whole packed rows can be told apart.
+        of_group = h // max(sparsity.num_shards, mesh_shape[2])
+        rows = h * sparsity.rows_of_experts(of_group) // of_group
+        once = mesh_shape[1] > 1 and stored_once.serves(sparsity, of_group)
+        assert w1.dense.addressable_shards[0].data.size * size == (h if once else rows) * d
         close = lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5 * np.abs(b).max())
         close(y, want[0])
         assert (grads[3] is None) == (not gated)
@@ -120,7 +124,7 @@ COMPARE = """
             np.testing.assert_allclose(bias, alone[0], atol=1e-5)
             np.testing.assert_allclose(churn, alone[1], atol=1e-6)
             assert 0 < float(churn) < 1
-        print("ok", mesh_shape, sparsity.num_shards, gated, kernels)
+        print("ok", mesh_shape, sparsity.num_shards, gated, kernels, once)
 
     def bits(a):
         return np.asarray(a).view(np.uint8)
@@ -193,19 +197,28 @@ COMPARE = """
     check((1, 4, 2), Sparsity(m=8, v=4), gated=False, **small)
     check((4, 1, 2), Sparsity(m=8, v=4, shards=4), gated=False, **small)
     check((2, 2, 2), Sparsity(routing=False, activations=False), gated=False, **small)
+    check((2, 2, 1), Sparsity(m=8, v=4, shared_every=4), gated=False, **small)
     check((2, 2, 2), Sparsity(m=8, v=64, shards=2), b=8, s=16, d=128, h=512, gated=False,
           kernels="reference")
     check((2, 2, 2), Sparsity(m=8, v=64, shards=2, gather="rows"), b=8, s=16, d=128, h=512,
           gated=False, kernels="reference")
     check((2, 2, 2), Sparsity(m=8, v=64, shards=2), b=8, s=16, d=128, h=512, gated=True,
           kernels="reference")
+    shared = dict(m=8, v=64, shared_every=4)
+    large = dict(b=8, s=16, d=128, kernels="reference")
+    check((2, 1, 1), Sparsity(**shared), gated=False, h=1024, **large)
+    check((2, 2, 1), Sparsity(**shared), gated=True, h=1024, **large)
+    check((2, 2, 1), Sparsity(weights=False, **shared), gated=False, h=1024, **large)
+    check((1, 2, 2), Sparsity(shards=4, **shared), gated=False, h=4096, **large)
+    check((1, 2, 1), Sparsity(gather="rows", **shared), gated=False, h=1024, **large)
 """
 
 
 @pytest.mark.slow
 def test_on_a_mesh_it_is_the_plain_op():
     out = run_script(COMPARE, devices=8)
-    assert out.count("ok ") == 7 + 2 + 4
+    assert out.count("ok ") == 13 + 2 + 4
+    assert out.count(" True\n") == 4
 
 
 def network(width=16, hidden=64, shards=2):

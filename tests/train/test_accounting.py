@@ -284,6 +284,12 @@ def test_memory_of_a_sparse_step():
     of_ffn = accounting.parameters(config).ffn * (3 + 1 / 8)
     assert more.weight_copies - sparse.weight_copies == 3 / 4 * of_ffn
     assert more.activations > sparse.activations
+    # Spread over fsdp they are stored and gathered once.
+    by_device = [
+        accounting.memory(dataclasses.replace(c, mesh=MeshConfig(fsdp=2)), sparse=True)
+        for c in (config, shared)
+    ]
+    assert by_device[0].weight_copies == by_device[1].weight_copies
 
 
 def test_memory_of_a_gated_sparse_step():

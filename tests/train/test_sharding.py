@@ -257,14 +257,14 @@ GPU = """
     from train.state import abstract_state, model_graph
     from train.step import make_train_step
 
-    def lowered(width, precision):
+    def lowered(width, precision, hidden=2048, **sparsity):
         config = resolve(
             Config(
                 steps=40, batch_size=4, sequence_length=256, mesh=MeshConfig(fsdp=2, tensor=2),
-                model=ModelConfig(width=width, num_layers=2, num_heads=4, hidden=2048, remat="dots",
+                model=ModelConfig(width=width, num_layers=2, num_heads=4, hidden=hidden, remat="dots",
                                   compute_dtype="bfloat16", attention="xla",
                                   ffn_precision=precision),
-                sparsity=Sparsity(m=16, v=128, backend="hopper"),
+                sparsity=Sparsity(m=16, v=128, backend="hopper", **sparsity),
                 schedule=ScheduleConfig(warmup_steps=2, sparse_fraction=0.5),
             ),
             tokenizer_vocab_size=50,
@@ -279,7 +279,9 @@ GPU = """
             print(traced.lower(lowering_platforms=("cuda",)).as_text())
 
     lowered(512, "compute")
-    print("in 8 bits")
+    print("next")
+    lowered(512, "compute", 4096, shared_every=4)
+    print("next")
     # Products want multiples of 256 columns; a device packs 128 of them.
     lowered(256, "fp8")
 """
@@ -287,14 +289,15 @@ GPU = """
 
 def test_a_sharded_sparse_step_lowers_for_gpus_with_the_kernels_inside():
     """Lowered, not run: each layer's kernels and gathers are in the program."""
-    steps = run_script(GPU, devices=4).split("in 8 bits")
+    steps = run_script(GPU, devices=4).split("next")
     for text in steps:
         assert text.count("mosaic_gpu") > 5
         assert "all_gather" in text
         assert "reduce_scatter" in text
-    exact, in_8_bits = (
+    exact, shared, in_8_bits = (
         Counter(re.findall(r"\"stablehlo.all_gather\".*-> tensor<\w+x(\w+)>", s)) for s in steps
     )
+    assert exact == shared
     assert exact["bf16"] == in_8_bits["f8E4M3FN"] > 0
     assert set(in_8_bits) == {"f8E4M3FN", "i32"}  # nothing of 16 bits is gathered
 
@@ -312,7 +315,9 @@ COLLECTIVES = """
         base, sequence_length=128, model=model,
         sparsity=Sparsity(m=8, v=64, attention_projections=True))
     config = one_micro_batch(base, 4, 1, fsdp=4)
-    for phase in ("dense", "sparse"):
+    shared = dataclasses.replace(base.sparsity, shared_every=4)
+    shared = dataclasses.replace(config, sparsity=shared)
+    for phase, config in (("dense", config), ("sparse", config), ("sparse", shared)):
         text, mesh = partitioned(config, phase, 4, packed=phase == "sparse")
         sent = {}
         for c in collectives(text, mesh):
@@ -326,7 +331,8 @@ def test_what_a_step_moves():
     """Byte for byte: weights in bf16, once for each pass; packed ones in the sparse step. Without
     rematerialisation too, where gathered weights must not be kept for the backward pass."""
     out = run_script(COLLECTIVES, devices=4)
-    dense, sparse = (json.loads(line[5:]) for line in out.splitlines() if line[:4] == "sent")
+    sent = [json.loads(line[5:]) for line in out.splitlines() if line[:4] == "sent"]
+    dense, sparse, shared = sent
     d, h, v, layers, tokens = 256, 1024, 384, 3, 128
     attention, ffn = layers * 4 * d * d, layers * 2 * h * d
     # Both passes gather the layers' weights; the head's loss has its gradient in one. Token ids
@@ -335,6 +341,8 @@ def test_what_a_step_moves():
     assert dense["all-gather"] == 3 / 4 * (2 * 2 * (attention + ffn) + rest)
     # A packed weight is 9/8 bytes, and is read in one of two passes.
     assert sparse["all-gather"] == 3 / 4 * (25 / 8 * (attention + ffn) + rest)
+    # Neurons that all experts have are sent once.
+    assert shared["all-gather"] == sparse["all-gather"]
     gradients = 3 / 4 * 2 * (attention + ffn + d * v)
     assert dense["reduce-scatter"] == sparse["reduce-scatter"] == gradients
     # Rows of the embedding, there and back.
