@@ -146,6 +146,7 @@ def _shards(dense: Config, swiglu: Config, options: Options) -> Variants:
         "M8 in 4 weights dense 65%" + how: short(0.65, m=8, shards=4, weights=False),
         "M8 in 4 weights dense 80%" + how: short(0.8, m=8, shards=4, weights=False),
         "swiglu, decay over 60%": _falling(swiglu, 0.6),
+        "relu2, decay over 60%, rate's warm-up 15%": _slower_start(_falling(dense, 0.6)),
         "relu2, decay over 80%": _falling(dense, 0.8),
         "relu2, decay over 45%": _falling(dense, 0.45),
     }
@@ -172,6 +173,9 @@ def _shared(dense: Config, options: Options) -> Variants:
         "M32+projections shared 1/8 74%" + how: short(0.74, **fast | {"shared_every": 8}),
         "M16+projections shared 1/4 in 2 weights dense 60%" + how: short(0.6, **two, **PROJECTIONS),
         "projections alone 47%" + how: short(0.47, **alone, **PROJECTIONS),
+        "M32+projections shared 1/4 47%, rate's warm-up 15%" + how: _slower_start(
+            short(0.47, **fast)
+        ),
         "M32 shared 1/4 52%" + how: short(0.52, m=32, shared_every=4),
         "M16 shared 1/4 65%" + how: short(0.65, shared_every=4),
         "M16 shared 1/4 50%" + how: short(shared_every=4),
@@ -190,6 +194,12 @@ def _shared(dense: Config, options: Options) -> Variants:
 def _short(dense: Config, share: float = 0.5, fall: float = 0.6, **sparsity: Any) -> Config:
     """A short dense start, and a rate that falls during the last `fall` of the steps."""
     return _falling(sparse(dense, share=share, warmup=0.02, **sparsity), fall)
+
+
+def _slower_start(config: Config) -> Config:
+    """The rate reaches its peak after 15% of the steps: runs with 2:4 projections lead while the
+    rate is young, so does what helps a dense run there?"""
+    return changed(config, optimizer={"warmup_steps": round(0.15 * config.steps)})
 
 
 def _at_equal_time(variants: Variants, first: int, dense: Config, options: Options) -> Variants:
