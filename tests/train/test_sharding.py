@@ -261,8 +261,8 @@ GPU = """
         config = resolve(
             Config(
                 steps=40, batch_size=4, sequence_length=256, mesh=MeshConfig(fsdp=2, tensor=2),
-                model=ModelConfig(width=width, num_layers=2, num_heads=4, hidden=hidden, remat="dots",
-                                  compute_dtype="bfloat16", attention="xla",
+                model=ModelConfig(width=width, num_layers=2, num_heads=4, hidden=hidden,
+                                  remat="dots", compute_dtype="bfloat16", attention="xla",
                                   ffn_precision=precision),
                 sparsity=Sparsity(m=16, v=128, backend="hopper", **sparsity),
                 schedule=ScheduleConfig(warmup_steps=2, sparse_fraction=0.5),
