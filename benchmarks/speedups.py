@@ -1,6 +1,6 @@
 """The speeds of sparse steps that studies read, drawn from results of `benchmarks.train_step`.
 
-    python -m benchmarks.speedups benchmarks/results/studies/speedups.json   # --check: write nothing
+    python -m benchmarks.speedups benchmarks/results/studies/speedups.json  # --check: write nothing
 
 Such a file says under "sources" where the speed of each label comes from: a result, relative to the
 file, and the number of a group of rows in it, as "../../step_h200_llama1b.json#2"; or null, for a

@@ -279,9 +279,9 @@ GPU = """
             print(traced.lower(lowering_platforms=("cuda",)).as_text())
 
     lowered(512, "compute")
-    print("next")
+    print("===== then")
     lowered(512, "compute", 4096, shared_every=4)
-    print("next")
+    print("===== then")
     # Products want multiples of 256 columns; a device packs 128 of them.
     lowered(256, "fp8")
 """
@@ -289,7 +289,7 @@ GPU = """
 
 def test_a_sharded_sparse_step_lowers_for_gpus_with_the_kernels_inside():
     """Lowered, not run: each layer's kernels and gathers are in the program."""
-    steps = run_script(GPU, devices=4).split("next")
+    steps = run_script(GPU, devices=4).split("===== then")
     for text in steps:
         assert text.count("mosaic_gpu") > 5
         assert "all_gather" in text
