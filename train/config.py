@@ -537,7 +537,8 @@ def validate(config: Config, *, tokenizer_vocab_size: int | None = None) -> None
         )
     if config.sparse_steps and config.sparsity.attention_projections and config.mesh.tensor > 1:
         raise ValueError(
-            f"sparsity.attention_projections=True needs mesh.tensor=1, not {config.mesh.tensor}"
+            f"sparsity.attention_projections=True needs mesh.tensor=1, not {config.mesh.tensor}; "
+            "--sparsity.no-attention-projections leaves them dense"
         )
     if config.sparse_steps:
         if model.ffn == "swiglu":
