@@ -193,7 +193,7 @@ def config_from_dict(kind: type[T], values: Mapping[str, Any], name: str = "") -
     Fields that the record lacks take their defaults, so that older runs stay readable.
 
     Raises:
-      ValueError: a field that this version does not know, or a value out of range; one line.
+      ValueError: a field that this version does not know, or a value of another type; one line.
     """
     hints = typing.get_type_hints(kind)
     fields = {}
@@ -203,7 +203,20 @@ def config_from_dict(kind: type[T], values: Mapping[str, Any], name: str = "") -
         inner = hints[key]
         if dataclasses.is_dataclass(inner) and isinstance(value, Mapping):
             value = config_from_dict(typing.cast(type, inner), value, f"{name}{key}.")
-        elif isinstance(value, list):
-            value = tuple(value)
+        if not _fits(value, inner):
+            wanted = inner.__name__ if isinstance(inner, type) else str(inner)
+            raise ValueError(f"the run's {name}{key}={value!r} must be {wanted}")
         fields[key] = value
     return kind(**fields)
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    """Whether a value read from JSON is what a field's annotation says."""
+    parts = typing.get_args(hint)
+    if typing.get_origin(hint) is typing.Literal:
+        return value in parts
+    if parts:  # a union
+        return any(_fits(value, part) for part in parts)
+    if isinstance(value, bool) or hint is bool:
+        return isinstance(value, bool) and hint is bool
+    return isinstance(value, int | float if hint is float else hint)
