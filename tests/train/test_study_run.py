@@ -234,6 +234,7 @@ def test_an_interrupted_run_starts_over(acted, end):
     outcome = go()
     assert ran == ["relu2-seed0", "sparse-seed0"]
     assert "interrupted" in outcome.stopped
+    assert outcome.interrupted
     assert len(outcome.left) == 5
     ends.clear()
     assert len(go().done) == 6
@@ -248,6 +249,7 @@ def test_time_is_up_between_runs(acted, monkeypatch):
     outcome = go(budget_seconds=120.0)
     assert ran == ["relu2-seed0", "sparse-seed0"]
     assert "--budget-seconds 120" in outcome.stopped
+    assert not outcome.interrupted
     go(budget_seconds=1e-6)
     assert len(ran) == 3  # the first one always runs, or nothing ever would
 
@@ -330,8 +332,17 @@ def test_a_signal_ends_the_run_in_the_other_process_too(tmp_path, monkeypatch):
     run_study(study, outcome, folders, console=SILENT, isolate=True)
     thread.join()
     assert "interrupted" in outcome.stopped
+    assert outcome.interrupted
     assert outcome.failed == []
     assert len(outcome.left) == 3
+
+
+def test_the_exit_code_says_that_a_study_was_interrupted(tmp_path, monkeypatch):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(runner, "execute", interrupted)
+    assert main(["smoke", "--output", str(tmp_path)]) == 130
 
 
 def test_runs_side_by_side(tmp_path, monkeypatch):

@@ -85,9 +85,13 @@ class Arguments:
     """Training and validation text."""
 
 
+INTERRUPTED = 130
+"""Exit code of a command that a signal stopped, as shells have it for Ctrl-C."""
+
+
 def main(argv: list[str] | None = None) -> int:
     """Runs the command line; returns the process's exit code: 1 if a run failed, 2 for a refused
-    command line."""
+    command line, 130 if a signal stopped it."""
     # A file has no width: tables need not fold there.
     console = Console() if sys.stdout.isatty() else Console(width=140)
     try:
@@ -163,7 +167,9 @@ def run(arguments: Arguments, console: Console) -> int:
     save()
     if outcome.done or outcome.failed:
         make_report(output, console, baseline=arguments.baseline)
-    return 1 if outcome.failed else 0
+    if outcome.failed:
+        return 1
+    return INTERRUPTED if outcome.interrupted else 0
 
 
 def _gather(arguments: Arguments, output: Path) -> None:

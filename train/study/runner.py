@@ -38,12 +38,18 @@ class Outcome:
       failed: results of runs that raised an error.
       left: runs that still have to be run.
       stopped: why not all were run; None if all were.
+      interrupted: whether a signal stopped them.
     """
 
     done: list[Record] = field(default_factory=list)
     failed: list[Record] = field(default_factory=list)
     left: list[Run] = field(default_factory=list)
     stopped: str | None = None
+    interrupted: bool = False
+
+    def interrupt(self, what: str) -> None:
+        """Notes that a signal stopped the study, and what it was at."""
+        self.stopped, self.interrupted = what, True
 
 
 def select(study: Study, only: Sequence[str]) -> list[Run]:
@@ -200,7 +206,7 @@ def _one_by_one(
         except KeyboardInterrupt:
             record = None
         if record is None:
-            outcome.stopped = f"{run.key} was interrupted and will start over"
+            outcome.interrupt(f"{run.key} was interrupted and will start over")
             return
         progress.end(run, record)
         if record["status"] == "failed" and not device_answers():
@@ -224,11 +230,12 @@ def _beside(
             status.update(", ".join(progress.title(run) for run in pool.running))
             for done in pool.wait(0.2):
                 if done.record is None:
-                    outcome.stopped = f"{done.run.key} was interrupted and will start over"
+                    outcome.interrupt(f"{done.run.key} was interrupted and will start over")
                 else:
                     progress.end(done.run, done.record)
             if stop.requested:
-                outcome.stopped = f"{pool.running[0].key if pool.running else 'it'} was interrupted"
+                running = pool.running[0].key if pool.running else "it"
+                outcome.interrupt(f"{running} was interrupted")
                 pool.stop()
 
 
