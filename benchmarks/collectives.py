@@ -382,12 +382,10 @@ def main(argv: list[str] | None = None) -> int:
     arguments, rest = parser.parse_known_args(argv)
     _simulate(arguments.devices)
     import train.main
-    from train.config import Config
 
     try:
-        parsed = train.main.parse(["--config", arguments.config, *rest])
         config = one_micro_batch(
-            Config(**{f.name: getattr(parsed, f.name) for f in dataclasses.fields(Config)}),
+            train.main.config_of(train.main.parse(["--config", arguments.config, *rest])),
             arguments.devices,
             arguments.rows,
             fsdp=arguments.fsdp,

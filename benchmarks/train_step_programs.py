@@ -224,8 +224,7 @@ class Session:
     def _parse(self, arguments: Sequence[str]) -> Config:
         words, rows = split((*self._arguments, *arguments), BATCH)
         parsed = train.main.parse(["--config", self._name, *words])
-        fields = {f.name: getattr(parsed, f.name) for f in dataclasses.fields(Config)}
-        config = _short(Config(**fields), self._warmup)
+        config = _short(train.main.config_of(parsed), self._warmup)
         count = jax.device_count() if self._devices is None else self._devices
         if count < jax.device_count() or count == 1:
             config = dataclasses.replace(config, mesh=mesh_of(config.mesh, count))

@@ -52,14 +52,18 @@ def parse(argv: list[str]) -> Arguments:
     return tyro.cli(Arguments, args=argv, default=default, prog="python -m train.main")
 
 
+def config_of(arguments: Arguments) -> Config:
+    """The run that a command line describes, without what is not the run's."""
+    return Config(**{f.name: getattr(arguments, f.name) for f in dataclasses.fields(Config)})
+
+
 def main(argv: list[str] | None = None) -> int:
     """Runs the command line; returns the process's exit code (2 for a refused configuration)."""
     console = Console()
     try:
         require_jax()
         arguments = parse(sys.argv[1:] if argv is None else argv)
-        fields = {f.name: getattr(arguments, f.name) for f in dataclasses.fields(Config)}
-        return run(Config(**fields), arguments, console)
+        return run(config_of(arguments), arguments, console)
     except (ValueError, NotImplementedError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -20,7 +20,7 @@ GATED = "gated M16"
 
 GATED_SHARED = "gated M16+projections shared 1/4"
 """That with neurons that every token meets, and 2:4 weights in the attention too. With M = 32
-Hopper's kernels would not serve it at any H that SwiGLU has as well."""
+Hopper's kernels would serve it at multiples of 4,096 neurons only."""
 
 SHORT = ", warm-up 2%, decay over 60%"
 """How `_short` runs; a rate that falls so is best for dense runs of `_ends`."""

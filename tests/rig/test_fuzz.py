@@ -101,8 +101,7 @@ def test_command_lines(name, overrides):
     with contextlib.redirect_stderr(io.StringIO()), contextlib.redirect_stdout(io.StringIO()):
         try:
             arguments = main.parse([f"--config={name}", *overrides])
-            fields = {f.name: getattr(arguments, f.name) for f in dataclasses.fields(Config)}
-            config = resolve(Config(**fields), tokenizer_vocab_size=257)
+            config = resolve(main.config_of(arguments), tokenizer_vocab_size=257)
         except ValueError as error:
             return one_line(error)
         except SystemExit as error:
