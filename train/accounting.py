@@ -431,10 +431,11 @@ def memory(config: Config, *, devices: int | None = None, sparse: bool = False) 
         # that are not 2:4 copies in the two orders that kernels read.
         packed = size / 2 + METADATA_BYTES
         in_16_bits = size + (packed if s.weights else size)
-        of_ffn = 1.5 + METADATA_BYTES if _sparse_in_8_bits(config) else in_16_bits
-        # Shared neurons are there once for each expert, or once where they are spread over fsdp.
+        in_8_bits = _sparse_in_8_bits(config)
+        of_ffn = 1.5 + METADATA_BYTES if in_8_bits else in_16_bits
+        # Shared neurons are there once for each expert; once in 16 bits that are spread over fsdp.
         of_group = m.ffn_hidden // neuron_groups(config)
-        once = shape.fsdp > 1 and stored_once.serves(s, of_group)
+        once = shape.fsdp > 1 and not in_8_bits and stored_once.serves(s, of_group)
         repeated = 1 if once else s.rows_of_experts(of_group) / of_group
         copies += repeated * count.ffn * of_ffn / sharded
         if packed_projections:

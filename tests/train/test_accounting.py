@@ -284,12 +284,17 @@ def test_memory_of_a_sparse_step():
     of_ffn = accounting.parameters(config).ffn * (3 + 1 / 8)
     assert more.weight_copies - sparse.weight_copies == 3 / 4 * of_ffn
     assert more.activations > sparse.activations
-    # Spread over fsdp they are stored and gathered once.
-    by_device = [
-        accounting.memory(dataclasses.replace(c, mesh=MeshConfig(fsdp=2)), sparse=True)
-        for c in (config, shared)
-    ]
-    assert by_device[0].weight_copies == by_device[1].weight_copies
+    # Spread over fsdp they are stored and gathered once, but in 8 bits.
+    routed, spread = llama1b(sparsity=Sparsity(m=16, v=128)), MeshConfig(fsdp=2)
+
+    def copies(config, precision):
+        model = dataclasses.replace(config.model, ffn_precision=precision)
+        config = dataclasses.replace(config, mesh=spread, model=model)
+        return accounting.memory(config, sparse=True).weight_copies
+
+    assert copies(shared, "compute") == copies(routed, "compute")
+    of_ffn = accounting.parameters(config).ffn * (3 / 2 + 1 / 8) / 2
+    assert copies(shared, "fp8") - copies(routed, "fp8") == 3 / 4 * of_ffn
 
 
 def test_memory_of_a_gated_sparse_step():
