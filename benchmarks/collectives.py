@@ -369,7 +369,10 @@ def _print(name: str, result: dict[str, Any]) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     """The command line; 2 for arguments that do not fit each other."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser = argparse.ArgumentParser(
+        description=__doc__.splitlines()[0] if __doc__ else None,
+        epilog="Other options are the trainer's (--sparsity.m 16).",
+    )
     parser.add_argument("--config", default="llama7b", help="name in configs/")
     parser.add_argument("--devices", type=int, default=64)
     parser.add_argument("--fsdp", type=int, default=64)
@@ -378,7 +381,6 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--packed", action="store_true", help="lay weights out for kernels")
     parser.add_argument("--fp8", action="store_true", help="the FFN's products in 8 bits")
     parser.add_argument("--out", type=Path)
-    parser.epilog = "Other options are the trainer's (--sparsity.m 16)."
     arguments, rest = parser.parse_known_args(argv)
     _simulate(arguments.devices)
     import train.main

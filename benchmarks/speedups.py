@@ -47,7 +47,7 @@ def drawn(path: Path) -> dict[str, Any]:
       OSError: it, or a source, cannot be read.
       ValueError: it names no sources, or one that does not exist.
     """
-    content = json.loads(path.read_text(encoding="utf-8"))
+    content = _read(path)
     sources = content.get(SOURCES) if isinstance(content, dict) else None
     if not isinstance(sources, dict):
         raise ValueError(f"{path} says nothing under {SOURCES!r}")
@@ -59,12 +59,19 @@ def drawn(path: Path) -> dict[str, Any]:
         name, _, group = str(source).partition("#")
         if not group.isdigit():
             raise ValueError(f"{path}: {label!r}: {source!r} must end in # and a group's number")
-        result = json.loads((path.parent / name).read_text(encoding="utf-8"))
+        result = _read(path.parent / name)
         try:
             speeds[label] = speedup(result, int(group))
         except ValueError as error:
             raise ValueError(f"{path}: {label!r}: {name}: {error}") from None
     return content | {KEY: speeds}
+
+
+def _read(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path} is not JSON: {error}") from None
 
 
 def main(arguments: list[str] | None = None) -> int:

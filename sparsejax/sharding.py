@@ -354,7 +354,7 @@ def pack_ffn(
     if precision not in get_args(Precision):
         raise ValueError(f"{precision=} must be one of {get_args(Precision)}")
     shard, gated = layout.size(layout.axes.shard), wg is not None
-    rows = hidden // layout.groups
+    rows = layout.hidden
     sizes = routed_ffn_grouped.Sizes(
         width=width, hidden=rows, dtype=jnp.dtype(dtype), columns=width // shard
     )
@@ -540,7 +540,7 @@ def apply_routed(
         raise ValueError(f"{router.shape=} must be {x.shape[:-1]}, and {layout.groups=} 1")
     sizes = routed_ffn_grouped.Sizes(
         width=width,
-        hidden=hidden // layout.groups,
+        hidden=layout.hidden,
         dtype=x.dtype,
         tokens=math.prod(x.shape[:-1]) // devices,
     )

@@ -76,6 +76,11 @@ def _falling(config: Config, share: float) -> Config:
     return changed(config, optimizer={"decay": "wsd", "decay_fraction": share})
 
 
+def _at_rate(config: Config, factor: float) -> Config:
+    """Another learning rate: so many times its own."""
+    return changed(config, optimizer={"learning_rate": factor * config.optimizer.learning_rate})
+
+
 def _fastest(dense: Config, options: Options) -> Variants:
     """A whole run 1.3 times as fast: what five seeds say, and whether a dense run gains the same
     from its schedule. At equal wall-clock, if its speed is known, it takes 86 M tokens."""
@@ -103,23 +108,20 @@ def _held(dense: Config, options: Options) -> Variants:
         sparse(dense, share=share, warmup=0.02, **sparsity), 0.3
     )
     recipe, speedup = held(), options.speedups.required("M16 50%")
-    rate = lambda config, factor: changed(
-        config, optimizer={"learning_rate": factor * config.optimizer.learning_rate}
-    )
     label = "M16 50%, warm-up 2%, decay over 30%"
     variants: Variants = {
         label: recipe,
         label + SUFFIX: equal_time(recipe, dense, speedup),
-        label + ", rate x 3/2": rate(recipe, 3 / 2),
+        label + ", rate x 3/2": _at_rate(recipe, 3 / 2),
         "M8 50%, warm-up 2%, decay over 30%": held(m=8),
         "M8 65%, warm-up 2%, decay over 30%": held(0.65, m=8),
         FASTEST + ", decay over 20%": _falling(_fast(dense), 0.2),
     }
     for factor, name in ((2 / 3, ", rate x 2/3"), (1 / 2, ", rate x 1/2")):
         variants |= {
-            "relu2, decay over 30%" + name: rate(_falling(dense, 0.3), factor),
-            label + name: rate(recipe, factor),
-            "M8 65%, warm-up 2%, decay over 30%" + name: rate(held(0.65, m=8), factor),
+            "relu2, decay over 30%" + name: _at_rate(_falling(dense, 0.3), factor),
+            label + name: _at_rate(recipe, factor),
+            "M8 65%, warm-up 2%, decay over 30%" + name: _at_rate(held(0.65, m=8), factor),
         }
     return variants
 
@@ -258,19 +260,15 @@ def _gated_shared(gated: Config | None, options: Options) -> Variants:
     if gated is None:
         return {}
     twin, label = _falling(gated, 0.6), "relu2_gated, decay over 60%"
-    rate = gated.optimizer.learning_rate
-    slower = changed(twin, optimizer={"learning_rate": 2 / 3 * rate})
     recipe: Variants = {GATED_SHARED + " 50%" + SHORT: _short(gated, shared_every=4, **PROJECTIONS)}
     longer = _at_equal_time(recipe, 1, gated, options)
-    return {label: twin, label + ", rate x 2/3": slower} | recipe | longer
+    return {label: twin, label + ", rate x 2/3": _at_rate(twin, 2 / 3)} | recipe | longer
 
 
 def _rates(*forms: Config) -> Variants:
     """Whether the rates that a shorter sweep found are right for runs of this length."""
     return {
-        f"{form.model.ffn}, {name} rate": changed(
-            form, optimizer={"learning_rate": factor * form.optimizer.learning_rate}
-        )
+        f"{form.model.ffn}, {name} rate": _at_rate(form, factor)
         for form in forms
         for name, factor in (("lower", 2 / 3), ("higher", 3 / 2))
     }

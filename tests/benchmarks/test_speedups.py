@@ -20,6 +20,7 @@ def folder(tmp_path):
     groups = [{"rows": [row("dense", 1.0), row("sparse", s)]} for s in (1.5, 1.25)]
     groups.append({"rows": [row("dense", 1.0)]})
     (tmp_path / "step.json").write_text(json.dumps({"groups": groups}))
+    (tmp_path / "notes.txt").write_text("as measured")
     return tmp_path
 
 
@@ -58,6 +59,7 @@ def test_numbers_follow_their_sources(folder, capsys):
         ({"M16": "step.json#3"}, "'M16': step.json: there is no group 3, only 3"),
         ({"M16": "step.json#2"}, "group 2 has 0 sparse steps"),
         ({"M16": "other.json#0"}, "No such file"),
+        ({"M16": "notes.txt#0"}, "notes.txt is not JSON"),
         (None, "says nothing under 'sources'"),
     ],
 )

@@ -30,7 +30,7 @@ def test_every_configuration_comes_back_from_json(name):
         (None, "model", "large", "the run's model='large' must be ModelConfig"),
         (None, "name", None, "the run's name=None must be str"),
         (None, "stages", 3, "the run's stages=3 is no field of this version"),
-        ("model", "hidden", [64], r"the run's model.hidden=\[64\] must be int | None"),
+        ("model", "hidden", [64], r"the run's model.hidden=\[64\] must be int \| None"),
         ("model", "ffn", "gelu", "the run's model.ffn='gelu' must be .*'relu2', 'relu2_gated'"),
         ("optimizer", "learning_rate", "1e-3", "the run's optimizer.learning_rate='1e-3' must be"),
         ("sparsity", "backend", "cuda", "the run's sparsity.backend='cuda' must be .*'triton'"),
