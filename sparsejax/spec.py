@@ -103,6 +103,13 @@ class Sparsity:
     more to move and to do, and less to hold. Weights in 8 bits move packed only."""
 
     @property
+    def ffn(self) -> bool:
+        """Whether anything of the feed-forward network is sparse; of the attention something may be
+        in either case."""
+        tokens24 = self.weight_gradient == "tokens24"
+        return self.weights or self.routing or self.activations or tokens24
+
+    @property
     def num_experts(self) -> int:
         """Experts that a token chooses from: M / 4, or 1 without routing."""
         return self.m // GROUP if self.routing else 1

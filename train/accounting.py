@@ -421,15 +421,18 @@ def memory(config: Config, *, devices: int | None = None, sparse: bool = False) 
     # Weights are rounded once a step for all layers; a mixture's, on a mesh, layer by layer.
     copies = 0.0
     packed_projections = sparse and s.attention_projections
+    packed_ffn = sparse and s.ffn
     by_layer = m.experts > 0 and shape.size > 1
     if size == 2:
         rounded = 0 if packed_projections else count.projections
-        rounded += 0 if sparse or by_layer else count.ffn
+        rounded += 0 if packed_ffn or by_layer else count.ffn
         copies = size * (rounded + count.head) / sharded
-    if sparse:
-        # All layers are packed once a step: a thresholded copy and its packed form, or of weights
-        # that are not 2:4 copies in the two orders that kernels read.
-        packed = size / 2 + METADATA_BYTES
+    # All layers are packed once a step: a thresholded copy and its packed form, or of weights that
+    # are not 2:4 copies in the two orders that kernels read.
+    packed = size / 2 + METADATA_BYTES
+    if packed_projections:
+        copies += count.projections * (size + packed) / sharded
+    if packed_ffn:
         in_16_bits = size + (packed if s.weights else size)
         in_8_bits = _sparse_in_8_bits(config)
         of_ffn = 1.5 + METADATA_BYTES if in_8_bits else in_16_bits
@@ -438,8 +441,6 @@ def memory(config: Config, *, devices: int | None = None, sparse: bool = False) 
         once = shape.fsdp > 1 and not in_8_bits and stored_once.serves(s, of_group)
         repeated = 1 if once else s.rows_of_experts(of_group) / of_group
         copies += repeated * count.ffn * of_ffn / sharded
-        if packed_projections:
-            copies += count.projections * (size + packed) / sharded
     if by_layer:
         # All experts of a layer as a pass reads them, and its gradients before they are scattered:
         # E / k times what one network's would be, too much to leave to the temporaries.
@@ -533,7 +534,7 @@ def _activation_bytes(config: Config, mesh: MeshShape, size: int, sparse: bool) 
     a_norm = 2 * BYTES_FLOAT32 + size
     norms = (a_norm if m.norm == "xla" else size) * 2 * width
     norms += a_norm * (query + key) if m.qk_norm else 0
-    if sparse:
+    if sparse and s.ffn:
         live = s.live_neurons(hidden)
         products = live * (2 if m.gated else 1) * size
         # Kernels keep both products of the gated form, jax.numpy the chosen halves and a byte for

@@ -36,7 +36,7 @@ Stats = Any
 class PackedBlock(NamedTuple):
     """The weights of a block as a sparse step reads them; stacked, those of all layers."""
 
-    ffn: PackedFFN
+    ffn: PackedFFN | None
     attention: PackedAttention | None
 
 

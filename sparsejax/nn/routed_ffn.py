@@ -154,12 +154,15 @@ class RoutedFFN(nnx.Module):
             raise ValueError(f"{x.shape=} must end in width={self.width}")
         return x.reshape(-1, self.width).astype(self.dtype)
 
-    def pack(self) -> PackedFFN:
+    def pack(self) -> PackedFFN | None:
         """The sparse weights of these parameters: once for each optimiser step, not differentiated.
 
-        Scaled by `beta`, which `begin_sparse` gives; neurons in the order that it gives.
+        Scaled by `beta`, which `begin_sparse` gives; neurons in the order that it gives. None if
+        nothing of this network is sparse: its steps are dense ones then, at their speed.
         """
         sparsity = self._sparsity()
+        if not sparsity.ffn:
+            return None
         weights = jax.lax.stop_gradient(self._weights())
         if not self._local():
             return sharding.pack_ffn(

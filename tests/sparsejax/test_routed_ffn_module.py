@@ -1,5 +1,7 @@
 """The module: phases, routing state, and composition with plain JAX transformations."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -140,6 +142,15 @@ def test_without_routing():
     assert stats is not None
     np.testing.assert_array_equal(stats.counts, [10])
     assert np.isfinite(y).all()
+
+
+def test_with_nothing_sparse_it_is_the_dense_network():
+    module = make(sparsity=Sparsity(weights=False, routing=False, activations=False))
+    module.apply_update(module.begin_sparse())
+    assert module.pack() is None
+    # Two of four tokens in the weight gradients are something.
+    tokens24 = dataclasses.replace(module.sparsity, weight_gradient="tokens24")
+    assert make(sparsity=tokens24).pack() is not None
 
 
 @pytest.mark.parametrize("gated", [False, True])

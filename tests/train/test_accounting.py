@@ -270,6 +270,16 @@ def test_memory_of_products_in_8_bits():
     assert accounting.memory(other, sparse=True).weight_copies == exact.weight_copies
 
 
+def test_memory_of_a_step_whose_projections_alone_are_sparse():
+    nothing = Sparsity(weights=False, routing=False, activations=False)
+    projections = dataclasses.replace(nothing, attention_projections=True)
+    dense = accounting.memory(llama1b(sparsity=nothing))
+    assert accounting.memory(llama1b(sparsity=nothing), sparse=True) == dense
+    sparse = accounting.memory(llama1b(sparsity=projections), sparse=True)
+    packed = accounting.parameters(llama1b()).projections * (1 + 1 / 8)
+    assert sparse == dataclasses.replace(dense, weight_copies=dense.weight_copies + packed)
+
+
 def test_memory_of_a_sparse_step():
     config = llama1b()
     dense, sparse = accounting.memory(config), accounting.memory(config, sparse=True)

@@ -128,6 +128,24 @@ def test_sparse_steps_train_and_even_out_the_load(trained):
     )
 
 
+def test_projections_may_be_all_that_is_sparse():
+    nothing = Sparsity(weights=False, routing=False, activations=False)
+    sparsity = dataclasses.replace(nothing, attention_projections=True)
+    steps = {}
+    for rig in (Rig(sparsity=nothing), Rig(sparsity=sparsity)):
+        state = rig.cluster(True)(rig.state)
+        packed = nnx.merge(rig.graph, state.params, state.routing).pack()
+        assert packed.ffn is None
+        for phase in ("dense", "sparse"):
+            steps[rig, phase], metrics = rig.step(phase)(state, batch(3))
+            assert "expert_load" not in metrics
+    plain, dense_again, dense, sparse = (step.params for step in steps.values())
+    chex.assert_trees_all_equal(plain, dense_again, dense)
+    # Adam's first step is of one size: it is the signs that differ.
+    moved = jax.tree.map(lambda a, b: bool(jnp.any(a != b)), dense, sparse)
+    assert all(jax.tree.leaves(moved["blocks"]["attention"]))
+
+
 def test_an_ffn_in_8_bits_trains_like_one_of_exact_products(trained):
     rounded = Rig(model=dataclasses.replace(CONFIG.model, ffn_precision="fp8"))
     losses = []
