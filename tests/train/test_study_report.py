@@ -183,6 +183,20 @@ def test_another_baseline(output):
     assert all(row.paired is None for row in rows)
 
 
+def test_pictures_show_what_is_highlighted(output):
+    # Sparse steps so slow that no sparse label is at the front, which has names in any case.
+    def pictures(**options):
+        make_report(output, Console(quiet=True), Speedups(0.8), **options)
+        return [matplotlib.image.imread(output / f"{name}.png") for name in ("curves", "pareto")]
+
+    chosen, marked = pictures(), pictures(highlight=("sparse 8*",))
+    assert all((a.shape != b.shape) or (a != b).any() for a, b in zip(chosen, marked, strict=True))
+    everything = pictures(highlight=("sparse*",))
+    np.testing.assert_array_equal(everything[0], chosen[0])
+    with pytest.raises(ValueError, match="--highlight 'dnese' matches no label: dense, sparse"):
+        pictures(highlight=("dnese",))
+
+
 def test_runs_that_went_wrong_are_counted_and_named(output):
     records = results()
     records[3] = failure("sparse 50%", 0, "non_finite")

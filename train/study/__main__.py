@@ -43,6 +43,9 @@ class Arguments:
     """Print and draw the report from the results that are there, and run nothing."""
     baseline: str | None = None
     """Label that the report compares with, instead of the study's own."""
+    highlight: tuple[str, ...] = ()
+    """Labels, or patterns of them, that the report's pictures show beside the baseline, instead of
+    what they choose themselves."""
     output: Path | None = None
     """Folder of results and report; None is runs/studies/NAME."""
     scratch: Path | None = None
@@ -122,7 +125,13 @@ def run(arguments: Arguments, console: Console) -> int:
         _gather(arguments, output)
         if arguments.also and arguments.export is not None:
             export(output, arguments.export)
-        make_report(output, console, speedups, baseline=arguments.baseline)
+        make_report(
+            output,
+            console,
+            speedups,
+            baseline=arguments.baseline,
+            highlight=arguments.highlight,
+        )
         return 0
     folders = Folders(output, arguments.scratch or output / "scratch")
     options = definition.Options(
@@ -137,6 +146,7 @@ def run(arguments: Arguments, console: Console) -> int:
     runs = select(study, arguments.only)
     if arguments.baseline is not None and arguments.baseline not in study.labels:
         raise ValueError(f"--baseline {arguments.baseline!r} is no label of {study.name!r}: --list")
+    definition.matching(arguments.highlight, study.labels, "--highlight")
     _gather(arguments, output)
     for file in arguments.reuse:
         reuse(file, study, output)
@@ -166,7 +176,7 @@ def run(arguments: Arguments, console: Console) -> int:
     )
     save()
     if outcome.done or outcome.failed:
-        make_report(output, console, baseline=arguments.baseline)
+        make_report(output, console, baseline=arguments.baseline, highlight=arguments.highlight)
     if outcome.failed:
         return 1
     return INTERRUPTED if outcome.interrupted else 0

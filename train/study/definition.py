@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import fnmatch
 import importlib
 import pkgutil
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from types import ModuleType
 from typing import Any
@@ -160,6 +161,25 @@ class Options:
     seeds: tuple[int, ...] = ()
     speedups: Speedups = field(default_factory=Speedups)
     tuned: Tuned | None = None
+
+
+def matching(patterns: Sequence[str], labels: Sequence[str], option: str) -> set[str]:
+    """The labels that are, or match, one of the patterns (`fnmatch`).
+
+    Args:
+      patterns: labels, or patterns of them. labels: to look in.
+      option: what the patterns were given by, for the error.
+
+    Raises:
+      ValueError: a pattern matches no label.
+    """
+    wanted: set[str] = set()
+    for pattern in patterns:
+        found = {pattern} & {*labels} or set(fnmatch.filter(labels, pattern))
+        if not found:
+            raise ValueError(f"{option} {pattern!r} matches no label: {', '.join(labels)}")
+        wanted |= found
+    return wanted
 
 
 def names() -> list[str]:

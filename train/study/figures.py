@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -55,16 +55,25 @@ def limits(values: Sequence[float]) -> tuple[float, float]:
     return low - room, high + room
 
 
-def curves(png: Path, rows: Sequence[Row], records: Sequence[Record], baseline: str | None) -> bool:
+def curves(
+    png: Path,
+    rows: Sequence[Row],
+    records: Sequence[Record],
+    baseline: str | None,
+    marked: Collection[str] = (),
+) -> bool:
     """Training loss (smoothed; mean and standard deviation over seeds) and held-out loss (dots; of
     the phase's view) against steps, or tokens where batches differ. Of many labels, the baseline
-    and the four with most seeds, the first ones of those with as many.
+    and those that are marked, or else the four with most seeds, the first ones of those with as
+    many.
 
     Returns:
       Whether there was anything to draw.
     """
     first = sorted(rows, key=lambda row: (row.label != baseline, -len(row.losses)))
     kept = [row for row in rows if row in first[:5]]  # more bands hide one another
+    if marked:
+        kept = [row for row in rows if row.label == baseline or row.label in marked]
     done = [r for r in records if r["status"] == "finished" and r["curve"]["step"]]
     groups = {row.label: [r for r in done if r["label"] == row.label] for row in kept}
     sizes = {_tokens_per_step(r) for group in groups.values() for r in group}
@@ -223,13 +232,16 @@ def sweep(png: Path, rows: Sequence[Row], axis: Axis, baseline: str | None) -> b
     return True
 
 
-def pareto(png: Path, rows: Sequence[Row], baseline: str | None) -> bool:
+def pareto(
+    png: Path, rows: Sequence[Row], baseline: str | None, marked: Collection[str] = ()
+) -> bool:
     """Final loss against the speed-up of the whole run: by how much it differs from the baseline's
     of the same seeds, with the standard error. Runs that no other beats in both are joined.
 
     Runs of the baseline's time (`equal_time.SUFFIX`) stand as open diamonds above or below the
-    recipe that they stretch, and are no part of the front. Of labels that vary a recipe without
-    changing its speed (a comma in the label), those not at the front are grey and have no name.
+    recipe that they stretch, and are no part of the front. Labels that are neither at the front nor
+    marked are grey and have no name; with none marked, those that vary a recipe without changing
+    its speed (a comma in the label).
 
     Returns:
       Whether there was anything to draw.
@@ -257,7 +269,8 @@ def pareto(png: Path, rows: Sequence[Row], baseline: str | None) -> bool:
     colour = colours(recipes, baseline)
     names, points = [], []
     for row in known:
-        named = row in front or "," not in row.label or row.label in stretched
+        plain = "," not in row.label or row.label in stretched
+        named = row in front or (row.label in marked if marked else plain)
         own = stretched.get(row.label, row.label)
         style: dict[str, Any] = {"color": colour.get(own, INK) if named else "#c3cad0"}
         style |= {"capsize": 3 if named else 0, "markersize": 7 if named else 4}
@@ -272,7 +285,7 @@ def pareto(png: Path, rows: Sequence[Row], baseline: str | None) -> bool:
             text: dict[str, Any] = {"textcoords": "offset points", "fontsize": 8, "color": INK}
             names.append(axes.annotate(row.label, (x, middle), xytext=(8, -3), **text))
         if row.label in stretched and own in height:
-            dots: dict[str, Any] = {"color": colour.get(own, INK), "linestyle": ":", "linewidth": 1}
+            dots: dict[str, Any] = {"color": style["color"], "linestyle": ":", "linewidth": 1}
             axes.plot([x, x], [height[own][0], middle], zorder=0, **dots)
     line = [(row.run_speedup, height[row.label][0]) for row in front]
     axes.plot(*zip(*line, strict=True), color=MUTED, linewidth=1, zorder=0)

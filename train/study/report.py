@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 from train.study import figures, seeds
-from train.study.definition import Axis, Study
+from train.study.definition import Axis, Study, matching
 from train.study.equal_time import Speedups, whole_run_speedup
 from train.study.export import HEADER
 from train.study.record import FORMAT, Record, read, read_all, write
@@ -121,6 +121,7 @@ def make_report(
     speedups: Speedups | None = None,
     *,
     baseline: str | None = None,
+    highlight: Sequence[str] = (),
 ) -> list[Row]:
     """Prints the table and writes report.md and the pictures into the results' folder.
 
@@ -129,12 +130,15 @@ def make_report(
       console: where the table is printed.
       speedups: replace those in study.json.
       baseline: the label to compare with, instead of the one in study.json.
+      highlight: labels, or patterns of them, that the pictures of curves and of the front show
+        beside the baseline, instead of what those choose themselves.
 
     Returns:
       The table's rows.
 
     Raises:
-      ValueError: no results, or unreadable ones, or a baseline that no label is.
+      ValueError: no results, or unreadable ones, a baseline that no label is, or a pattern that
+        matches none.
     """
     header = read_header(output)
     if speedups is not None and speedups.known:
@@ -142,9 +146,11 @@ def make_report(
     records = read_all(output)
     if not records:
         raise ValueError(f"{output} holds no results yet")
+    # Some of the study's labels may have runs that are still to be done.
+    labels = list(dict.fromkeys((*header.labels, *(record["label"] for record in records))))
+    marked = matching(highlight, labels, "--highlight")
     if baseline is not None:
-        # One of the study's labels whose runs are still to be done is remarked on below.
-        if baseline not in (*header.labels, *(record["label"] for record in records)):
+        if baseline not in labels:
             raise ValueError(f"{baseline=} is no label of study {header.name!r}")
         header = dataclasses.replace(header, baseline=baseline)
     rows = summarise(header, records)
@@ -152,7 +158,7 @@ def make_report(
     notes = remarks(header, records)
     for note in notes:
         console.print(f"[yellow]note[/yellow] {note}", highlight=False)
-    pictures = _draw(output, header, rows, records)
+    pictures = _draw(output, header, rows, records, marked)
     text = markdown(header, rows, records, notes, pictures)
     (output / REPORT).write_text(text, encoding="utf-8")
     console.print(f"report: {output / REPORT}", highlight=False, soft_wrap=True)
@@ -419,7 +425,11 @@ def _explanation(header: Header, records: Sequence[Record]) -> list[str]:
 
 
 def _draw(
-    output: Path, header: Header, rows: Sequence[Row], records: Sequence[Record]
+    output: Path,
+    header: Header,
+    rows: Sequence[Row],
+    records: Sequence[Record],
+    marked: set[str],
 ) -> dict[str, str]:
     pictures: dict[str, str] = {}
     shown = [row for row in rows if row.dense is not None]
@@ -432,7 +442,7 @@ def _draw(
         else:
             (output / name).unlink(missing_ok=True)
 
-    curves = figures.curves(output / "curves.png", shown, records, header.baseline)
+    curves = figures.curves(output / "curves.png", shown, records, header.baseline, marked)
     draw("curves.png", "loss against training", curves)
     final = figures.final_losses(output / "final_loss.png", shown, header.baseline)
     draw("final_loss.png", "final losses and their differences to the baseline", final)
@@ -441,6 +451,6 @@ def _draw(
         swept = figures.sweep(output / name, shown, axis, header.baseline)
         draw(name, f"final loss against {axis.factor}", swept)
     known = any(not math.isnan(row.run_speedup) for row in shown)
-    drawn = known and figures.pareto(output / "pareto.png", shown, header.baseline)
+    drawn = known and figures.pareto(output / "pareto.png", shown, header.baseline, marked)
     draw("pareto.png", "final loss against the speed of the whole run", drawn)
     return pictures

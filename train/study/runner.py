@@ -13,7 +13,6 @@ a checkpoint of every minute would cost more than it saves.
 
 from __future__ import annotations
 
-import fnmatch
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
@@ -23,7 +22,7 @@ from rich.console import Console
 from train.determinism import make_deterministic
 from train.metrics import duration
 from train.signals import StopRequest
-from train.study.definition import Run, Study
+from train.study.definition import Run, Study, matching
 from train.study.execute import device_answers, execute
 from train.study.pool import Pool
 from train.study.record import Folders, Record, changes, read
@@ -58,16 +57,7 @@ def select(study: Study, only: Sequence[str]) -> list[Run]:
     Raises:
       ValueError: one of them matches no label.
     """
-    wanted: set[str] = set()
-    for pattern in only:
-        found = {label for label in study.labels if label == pattern}
-        found = found or set(fnmatch.filter(study.labels, pattern))
-        if not found:
-            raise ValueError(
-                f"--only {pattern!r} matches no label of study {study.name!r}: "
-                f"{', '.join(study.labels)}"
-            )
-        wanted |= found
+    wanted = matching(only, study.labels, "--only")
     return [run for run in study.runs if not only or run.label in wanted]
 
 
