@@ -149,6 +149,8 @@ def _shards(dense: Config, swiglu: Config, options: Options) -> Variants:
         "M8 in 4 weights dense 80%" + how: short(0.8, m=8, shards=4, weights=False),
         "swiglu, decay over 60%": _falling(swiglu, 0.6),
         "relu2, decay over 60%, rate's warm-up 15%": _slower_start(_falling(dense, 0.6)),
+        "relu2, decay over 60%, rate x 2/3": _at_rate(_falling(dense, 0.6), 2 / 3),
+        "relu2, decay over 60%, one order": changed(_falling(dense, 0.6), data={"seed": 0}),
         "relu2, decay over 80%": _falling(dense, 0.8),
         "relu2, decay over 45%": _falling(dense, 0.45),
     }
@@ -175,9 +177,6 @@ def _shared(dense: Config, options: Options) -> Variants:
         "M32+projections shared 1/8 74%" + how: short(0.74, **fast | {"shared_every": 8}),
         "M16+projections shared 1/4 in 2 weights dense 60%" + how: short(0.6, **two, **PROJECTIONS),
         "projections alone 47%" + how: short(0.47, **alone, **PROJECTIONS),
-        "M32+projections shared 1/4 47%, rate's warm-up 15%" + how: _slower_start(
-            short(0.47, **fast)
-        ),
         "M32 shared 1/4 52%" + how: short(0.52, m=32, shared_every=4),
         "M16 shared 1/4 65%" + how: short(0.65, shared_every=4),
         "M16 shared 1/4 50%" + how: short(shared_every=4),
@@ -190,7 +189,10 @@ def _shared(dense: Config, options: Options) -> Variants:
         "M16 shared 1/4 weights dense 60%" + how: short(0.6, shared_every=4, weights=False),
         "M32 shared 1/4 weights dense 55%" + how: short(0.55, m=32, shared_every=4, weights=False),
     }
-    return variants | _at_equal_time(variants, 6, dense, options)
+    lower: Variants = {"M32+projections shared 1/4 47%" + how: _at_rate(short(0.47, **fast), 2 / 3)}
+    lower |= _at_equal_time(lower, 1, dense, options)
+    variants |= _at_equal_time(variants, 6, dense, options)
+    return variants | {label + ", rate x 2/3": recipe for label, recipe in lower.items()}
 
 
 def _short(dense: Config, share: float = 0.5, fall: float = 0.6, **sparsity: Any) -> Config:
@@ -200,7 +202,7 @@ def _short(dense: Config, share: float = 0.5, fall: float = 0.6, **sparsity: Any
 
 def _slower_start(config: Config) -> Config:
     """The rate reaches its peak after 15% of the steps: runs with 2:4 projections lead while the
-    rate is young, so does what helps a dense run there?"""
+    rate is young, so does what might help a dense run there?"""
     return changed(config, optimizer={"warmup_steps": round(0.15 * config.steps)})
 
 
@@ -255,14 +257,20 @@ def _gated(gated: Config | None, options: Options) -> Variants:
 
 
 def _gated_shared(gated: Config | None, options: Options) -> Variants:
-    """The gated form as in `_shared`, its dense twin, and whether that has the right rate: the
-    dense run takes SwiGLU's time, the longer one of equal wall-clock as well."""
+    """The gated form as in `_shared`, its dense twin, and both at lower rates, none having been
+    tuned with these settings: the dense run takes SwiGLU's time, the longer ones of equal
+    wall-clock as well."""
     if gated is None:
         return {}
-    twin, label = _falling(gated, 0.6), "relu2_gated, decay over 60%"
-    recipe: Variants = {GATED_SHARED + " 50%" + SHORT: _short(gated, shared_every=4, **PROJECTIONS)}
-    longer = _at_equal_time(recipe, 1, gated, options)
-    return {label: twin, label + ", rate x 2/3": _at_rate(twin, 2 / 3)} | recipe | longer
+    variants: Variants = {}
+    for factor, name in ((1, ""), (2 / 3, ", rate x 2/3"), (1 / 2, ", rate x 1/2")):
+        form = _at_rate(gated, factor)
+        label = GATED_SHARED + " 50%" + SHORT
+        recipe: Variants = {label: _short(form, shared_every=4, **PROJECTIONS)}
+        recipe |= _at_equal_time(recipe, 1, form, options)
+        variants["relu2_gated, decay over 60%" + name] = _falling(form, 0.6)
+        variants |= {label + name: run for label, run in recipe.items()}
+    return variants
 
 
 def _rates(*forms: Config) -> Variants:
