@@ -230,7 +230,7 @@ class _Layout:
         return weight_spec(self.axes)
 
     def packed_specs(
-        self, packed_by: registry.Backend | None, gated: bool, precision: Precision
+        self, packed_by: registry.Backend | None, gated: bool, precision: Precision, padding: int
     ) -> PackedFFN:
         tensor, shard = self.axes.tensor, self.axes.shard
         dense = P(tensor, shard) if self.stores_once(precision) else P(tensor, None, shard)
@@ -243,7 +243,13 @@ class _Layout:
             matrix = PackedMatrix8(P(tensor, shard, None), **packed, **of_groups)  # type: ignore[arg-type]
         elif packed_by is not None and not self.packs_gathered:
             matrix = matrix._replace(**packed)
-        return PackedFFN(matrix, matrix, matrix if gated else None, packed_by, precision)
+        gate = matrix if gated else None
+        return PackedFFN(matrix, matrix, gate, packed_by, precision, padding)
+
+    def specs_of(self, packed: PackedFFN) -> PackedFFN:
+        """`packed_specs` of these weights."""
+        gated = packed.wg is not None
+        return self.packed_specs(packed.kernels, gated, packed.precision, packed.padding)
 
     def spmd(self, function: Callable, in_specs: Any, out_specs: Any) -> Callable:
         """`function` on every device; itself where there is one."""
@@ -386,7 +392,9 @@ def pack_ffn(
         return parts[0] if len(parts) == 1 else jax.tree.map(lambda *a: jnp.concatenate(a), *parts)
 
     spec = layout.weight_spec
-    out = layout.packed_specs(kernels, gated, precision)
+    of_16_bits = None if precision == "fp8" else kernels
+    padding = routed_ffn_grouped.padding_of(of_16_bits, sparsity.live_neurons(rows))
+    out = layout.packed_specs(kernels, gated, precision, padding)
     return layout.spmd(local, (spec, spec, spec, P()), out)(w1, w2, wg, betas)
 
 
@@ -544,7 +552,7 @@ def apply_routed(
         dtype=x.dtype,
         tokens=math.prod(x.shape[:-1]) // devices,
     )
-    kernels = _serving(packed, sparsity, sizes, gated=wg is not None)
+    kernels, packed = _serving(packed, sparsity, sizes, gated=wg is not None)
     if kernels is not None and packed.precision != "fp8":
         together = _together(layout, kernels, sizes, gated=wg is not None)
         layout = dataclasses.replace(layout, together=together)
@@ -620,7 +628,7 @@ def _routed_ffn_fwd(x, w1, w2, wg, packed, router, kernels, layout):
         local,
         (
             batch,
-            layout.packed_specs(packed.kernels, wg is not None, packed.precision),
+            layout.specs_of(packed),
             layout.router_spec if chooses else batch,
         ),
         (batch, P(layout.axes.batch, *layout.router_spec), P(layout.axes.names)),
@@ -660,7 +668,7 @@ def _routed_ffn_bwd(kernels, layout, residuals, cotangents):
         local,
         (
             batch,
-            layout.packed_specs(packed.kernels, gated, packed.precision),
+            layout.specs_of(packed),
             P(layout.axes.names),
         ),
         (batch, [spec, spec, spec if gated else None]),

@@ -28,7 +28,11 @@ def serves(sparsity: Sparsity, hidden: int) -> bool:
       sparsity: what is shared.
       hidden: H of one group of neurons, a multiple of `sparsity.block`.
     """
-    return sparsity.shares and _sizes(sparsity, hidden).routed % ORDERED == 0
+    if not sparsity.shares:
+        return False
+    # Of all neurons too, or kernels may want more of zeros behind them (`PackedFFN.padding`).
+    sizes = _sizes(sparsity, hidden)
+    return sizes.routed % ORDERED == 0 and sizes.live % ORDERED == 0
 
 
 def once(matrix: PackedMatrix, sparsity: Sparsity, hidden: int) -> PackedMatrix:

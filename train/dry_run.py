@@ -421,8 +421,12 @@ def _traced_kernels(config: Config, capability: tuple[int, int] | None) -> str:
     split = [nnx.split(nnx.eval_shape(make), nnx.Param, ...) for make in layers]
     graphs, params, rest = zip(*split, strict=True)
 
+    padding = 0
+
     def step(params: Any, rest: Any, x: jax.Array) -> Any:
+        nonlocal padding
         packed = [nnx.merge(*parts).pack() for parts in zip(graphs, params, rest, strict=True)]
+        padding = 0 if packed[0] is None else packed[0].padding
 
         def loss(params: Any, x: jax.Array) -> jax.Array:
             total = jnp.float32(0)
@@ -448,6 +452,9 @@ def _traced_kernels(config: Config, capability: tuple[int, int] | None) -> str:
     named = ((name if "hopper" in name else f"{name}_triton", n) for name, n in kernels.items())
     text = ", ".join(f"{name} x {n}" if n > 1 else name for name, n in named)
     text = text or "reference: jax.numpy, compiled by XLA; no sparse tensor cores"
+    if padding:
+        live = config.sparsity.live_neurons(m.ffn_hidden)
+        text += f"; {padding} neurons of zeros behind the {live:,} of an expert"
     reasons = (str(w.message) for w in caught if w.category is registry.FallbackWarning)
     return ". ".join([text, *dict.fromkeys(reasons)])
 

@@ -18,9 +18,8 @@ from train.study.equal_time import SUFFIX, equal_time
 GATED = "gated M16"
 """The gated recipe, whose sparse step has a speed of its own."""
 
-GATED_SHARED = "gated M16+projections shared 1/4"
-"""That with neurons that every token meets, and 2:4 weights in the attention too. With M = 32
-Hopper's kernels would serve it at multiples of 4,096 neurons only."""
+GATED_SHARED = "gated M32+projections shared 1/4"
+"""The gated form of the verdict's recipe."""
 
 SHORT = ", warm-up 2%, decay over 60%"
 """How `_short` runs; a rate that falls so is best for dense runs of `_ends`."""
@@ -265,8 +264,8 @@ def _gated_shared(gated: Config | None, options: Options) -> Variants:
     variants: Variants = {}
     for factor, name in ((1, ""), (2 / 3, ", rate x 2/3"), (1 / 2, ", rate x 1/2")):
         form = _at_rate(gated, factor)
-        label = GATED_SHARED + " 50%" + SHORT
-        recipe: Variants = {label: _short(form, shared_every=4, **PROJECTIONS)}
+        label = GATED_SHARED + " 47%" + SHORT
+        recipe: Variants = {label: _short(form, 0.47, m=32, shared_every=4, **PROJECTIONS)}
         recipe |= _at_equal_time(recipe, 1, form, options)
         variants["relu2_gated, decay over 60%" + name] = _falling(form, 0.6)
         variants |= {label + name: run for label, run in recipe.items()}

@@ -18,7 +18,8 @@ class PackedMatrix(NamedTuple):
 
     dense: Array
     """(E, h, D): thresholded, scaled and rounded, split by expert; h = H / E live neurons, and with
-    shared neurons, which are there once for each expert, more (then read E h for H below)."""
+    shared neurons, which are there once for each expert, more, as with `PackedFFN.padding` (then
+    read E h for H below)."""
     values: Array | None = None
     """(H, D / 2): the same, packed 2:4 along D; rows by expert, within one as the kernels want.
     (H, D), all of it, where weights are not 2:4. None where no kernels are called."""
@@ -58,8 +59,17 @@ class PackedFFN:
     kernels: registry.Backend | None = dataclasses.field(default=None, metadata={"static": True})
     """Backend that packed `values`; None where there are none and no kernel is called."""
     precision: Precision = dataclasses.field(default="compute", metadata={"static": True})
+    padding: int = dataclasses.field(default=0, metadata={"static": True})
+    """Neurons of zeros behind each expert's, for kernels that take multiples of some number."""
 
     @property
     def dtype(self) -> jnp.dtype:
         """Of the activations that these weights multiply."""
         return jnp.dtype(jnp.bfloat16 if self.precision == "fp8" else self.w1.dense.dtype)
+
+    def without_padding(self) -> PackedFFN:
+        """The same weights for the paths in jax.numpy, which take any number of neurons."""
+        alone = lambda w: None if w is None else PackedMatrix(w.dense[:, : -self.padding])
+        if not self.padding:
+            return self
+        return PackedFFN(alone(self.w1), alone(self.w2), alone(self.wg))

@@ -116,7 +116,8 @@ def _pack(w1, w2, wg, betas, sparsity, *, dtype, kernels) -> PackedFFN:
             w = betas[i] * soft_threshold(w.astype(jnp.float32), 1)
         return PackedMatrix(to_expert_major(w.astype(dtype), 0, sparsity.num_experts))
 
-    return PackedFFN(pack(w1, 0), pack(w2, 1), pack(wg, 2), kernels)  # type: ignore[arg-type]
+    padding = routed_ffn_grouped.padding_of(kernels, sparsity.live_neurons(w1.shape[0]))
+    return PackedFFN(pack(w1, 0), pack(w2, 1), pack(wg, 2), kernels, padding=padding)  # type: ignore[arg-type]
 
 
 def _serving(
@@ -125,17 +126,18 @@ def _serving(
     sizes: routed_ffn_grouped.Sizes,
     *,
     gated: bool,
-) -> registry.Backend | None:
-    """The backend for these weights, now that the number of tokens is known.
+) -> tuple[registry.Backend | None, PackedFFN]:
+    """The backend for these weights, now that the number of tokens is known, and what it reads.
 
     Raises:
       NotImplementedError: a backend that was named, or that packed in 8 bits, does not serve them.
     """
     if packed.precision != "fp8":
-        return routed_ffn_grouped.recheck(packed.kernels, sparsity, sizes, gated=gated)
+        kernels = routed_ffn_grouped.recheck(packed.kernels, sparsity, sizes, gated=gated)
+        return kernels, packed if kernels is not None else packed.without_padding()
     assert packed.kernels is not None
     routed_ffn_fp8.check(packed.kernels, sparsity, sizes, gated=gated)
-    return packed.kernels
+    return packed.kernels, packed
 
 
 def _path(kernels: registry.Backend | None, packed: PackedFFN):
@@ -217,7 +219,7 @@ def routed_ffn(
     width, hidden = _check_weights(w1, w2, wg, sparsity)
     if x.ndim != 2 or x.shape[1] != width:
         raise ValueError(f"{x.shape=} must be (tokens, {width})")
-    experts, live = sparsity.num_experts, sparsity.live_neurons(hidden)
+    experts, live = sparsity.num_experts, sparsity.live_neurons(hidden) + packed.padding
     in_8_bits = packed.precision == "fp8"
     arrays = [w.columns if in_8_bits else w.dense for w in (packed.w1, packed.w2)]
     expected = (experts, width, live) if in_8_bits else (experts, live, width)
@@ -241,5 +243,5 @@ def routed_ffn(
                 f"{experts} experts and v={sparsity.v}"
             )
     sizes = routed_ffn_grouped.Sizes(width=width, hidden=hidden, dtype=x.dtype, tokens=x.shape[0])
-    kernels = _serving(packed, sparsity, sizes, gated=wg is not None)
+    kernels, packed = _serving(packed, sparsity, sizes, gated=wg is not None)
     return _routed_ffn(x, w1, w2, wg, packed, plan, sparsity, kernels)

@@ -121,7 +121,9 @@ def backward(
         layout, by_row = layout_of(tokens, plan, sparsity), order(tokens, plan, sparsity)
         shards = shards_of(packed, sparsity)
         live = saved.rows.live
-        weight_gradient = weight_gradients(functions, live, layout, sparsity, **shards)
+        weight_gradient = weight_gradients(
+            functions, live, layout, sparsity, padding=packed.padding, **shards
+        )
         dy = stack(dy, plan, sparsity)
         dy2 = functions.up24_linear(packed.w2.values, packed.w2.metadata, dy, *layout, **shards)
         y2, dy1, dyg = differentiate(dy2.astype(jnp.float32), saved.rows)

@@ -19,13 +19,17 @@ stores what goes out where its token is.
 Weights of several shards make one network where the backend takes them: the plan then lays tokens
 out by the combination of their experts (`sparsejax.routing.tokens.combine`), so that they are
 gathered, multiplied and stored once for all shards.
+
+Kernels take multiples of 64 or 128 neurons of an expert. Where an expert has fewer, neurons of
+zeros stand behind its own (`padding_of`): whatever multiplies them is zero, and so are their
+gradients, which are left out.
 """
 
 from __future__ import annotations
 
 import importlib
 import inspect
-import math
+import itertools
 import warnings
 from collections.abc import Callable, Iterable, Mapping
 from functools import partial
@@ -125,6 +129,13 @@ def padded_rows(tokens: int, sparsity: Sparsity, shards: int = 1) -> int:
     return padded_tokens(tokens, sparsity.num_experts**shards, sparsity.v)
 
 
+def padding_of(kernels: registry.Backend | None, live: int) -> int:
+    """Neurons of zeros that make an expert's h=`live` what the backend's kernels take: at most an
+    eighth of them, or else none, and `check` refuses h."""
+    missing = 0 if kernels is None else -live % module(kernels).NEURONS
+    return missing if 8 * missing <= live else 0
+
+
 def check(kernels: registry.Backend, sparsity: Sparsity, sizes: Sizes, *, gated: bool) -> None:
     """Raises NotImplementedError unless the backend serves every function of this network."""
     if not sparsity.activations:
@@ -146,16 +157,15 @@ def check(kernels: registry.Backend, sparsity: Sparsity, sizes: Sizes, *, gated:
     functions = module(kernels)
     if not sparsity.weights and not functions.DENSE_WEIGHTS:
         raise NotImplementedError(f"backend={kernels!r} does not serve weights=False")
-    if live % functions.NEURONS:
-        step = sparsity.block
-        step *= functions.NEURONS // math.gcd(functions.NEURONS, sparsity.live_neurons(step))
-        below, above = sizes.hidden // step * step, (sizes.hidden // step + 1) * step
-        others = " or ".join(str(h) for h in (below, above) if h)
+    padded = padding_of(kernels, live)
+    if (live + padded) % functions.NEURONS:
+        others = " or ".join(map(str, _served_instead(kernels, sparsity, sizes.hidden)))
         raise NotImplementedError(
-            f"backend={kernels!r} serves multiples of {functions.NEURONS} neurons of an expert, "
-            f"not {live=}: hidden={others} would do (--model.hidden; on a mesh, of each group of "
-            f"neurons), not {sizes.hidden}"
+            f"backend={kernels!r} serves multiples of {functions.NEURONS} neurons of an expert, or "
+            f"up to a ninth fewer, not {live=}: hidden={others} would do (--model.hidden; on a "
+            f"mesh, of each group of neurons), not {sizes.hidden}"
         )
+    live += padded
 
     def array(*shape: int, dtype: DTypeLike = dtype) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(shape, dtype)
@@ -182,7 +192,7 @@ def check(kernels: registry.Backend, sparsity: Sparsity, sizes: Sizes, *, gated:
     x, y2 = array(rows, width), array(rows, shards * live)
     half, kept = array(rows, shards * live // 2), metadata(rows, shards * live)
     dense = array(shards * experts, live, width)
-    once = shared_once(functions, sparsity, live)
+    once = {} if padded else shared_once(functions, sparsity, live)
     rows_of_master = sizes.hidden if once else experts * live
     master = array(rows_of_master, sizes.packed_columns, dtype=jnp.float32)
     functions.check_pack_weight24(
@@ -213,8 +223,21 @@ def check(kernels: registry.Backend, sparsity: Sparsity, sizes: Sizes, *, gated:
         raise NotImplementedError(
             f"backend={kernels!r} does not serve weight_gradient={sparsity.weight_gradient!r}"
         )
-    densest = array(experts, sparsity.densest(live), dtype=jnp.int32)
+    densest = array(experts, sparsity.densest(live - padded), dtype=jnp.int32)
     check_24(y2, x, layout[0], densest, num_experts=experts)
+
+
+def _served_instead(kernels: registry.Backend, sparsity: Sparsity, hidden: int) -> list[int]:
+    """The next numbers of neurons below H, if any, and above that `check` lets pass."""
+
+    def served(hidden: int) -> bool:
+        live = sparsity.live_neurons(hidden)
+        return (live + padding_of(kernels, live)) % module(kernels).NEURONS == 0
+
+    block = sparsity.block
+    below = filter(served, range(hidden - block, 0, -block))
+    above = filter(served, itertools.count(hidden + block, block))
+    return [*itertools.islice(below, 1), next(above)]
 
 
 def _m(sparsity: Sparsity) -> int:
@@ -300,16 +323,22 @@ def pack_weight(
     dtype: DTypeLike,
     kernels: registry.Backend,
 ) -> tuple[Array, Array | None, Array]:
-    """values (E h, D / 2), metadata (E h / 64, D / 64, 128) and dense (E, h, D) of a matrix (H, D).
+    """values (E h, D / 2), metadata (E h / 64, D / 64, 128) and dense (E, h, D) of a matrix (H, D),
+    h with its `padding_of`.
 
     Weights that are not 2:4: all of them (E h, D), in the order in which kernels read them, None,
     and dense.
     """
     functions = module(kernels)
-    once = shared_once(functions, sparsity, sparsity.live_neurons(w.shape[0]))
-    options = {"num_experts": sparsity.num_experts, "m": _m(sparsity), "dtype": dtype, **once}
+    experts, live = sparsity.num_experts, sparsity.live_neurons(w.shape[0])
+    padded = padding_of(kernels, live)
+    once = {} if padded else shared_once(functions, sparsity, live)
+    options = {"num_experts": experts, "m": _m(sparsity), "dtype": dtype, **once}
     if not once:
         w = repeat_shared(w, 0, sparsity)
+    if padded:
+        # Blocks of M with four neurons of every expert, behind all others.
+        w = jnp.pad(w, ((0, experts * padded), (0, 0)))
     if not sparsity.weights:
         # Rounded and put in order, which takes no kernel.
         return functions.pack_weight24(w, scale=None, threshold=False, **options)
@@ -375,9 +404,10 @@ def order(tokens: int, plan: TokenPlan | None, sparsity: Sparsity) -> Array | No
     return apart(tokens, padded_rows(tokens, sparsity)) if sparsity.spread_tokens else None
 
 
-def densest(y2: Array, offsets: Array, sparsity: Sparsity) -> Array:
-    """(E, k) int32: the neurons of each expert that stay dense along tokens; y2 (T_pad, h)."""
-    number = sparsity.densest(y2.shape[1])
+def densest(y2: Array, offsets: Array, sparsity: Sparsity, padding: int = 0) -> Array:
+    """(E, k) int32: the neurons of each expert that stay dense along tokens; y2 (T_pad, h), of
+    which so many neurons are zeros."""
+    number = sparsity.densest(y2.shape[1] - padding)
     counts = reference_grouped.nonzeros(y2, offsets, sparsity.v)
     return reference_grouped.densest_neurons(counts, number)
 
@@ -427,21 +457,35 @@ def forward(
 
 
 def weight_gradients(
-    functions: Functions, y2: Array, layout: Layout, sparsity: Sparsity, **shards: int
+    functions: Functions,
+    y2: Array,
+    layout: Layout,
+    sparsity: Sparsity,
+    *,
+    padding: int = 0,
+    **shards: int,
 ) -> Callable[[Array, Array], Array]:
     """The product Y^T G of each expert, (H, D) float32, for Y (T_pad, h) and G (T_pad, D).
 
-    y2: (T_pad, h), whose non-zeros say which neurons tokens24 leaves dense. shards: their number,
-    if there are several.
+    y2: (T_pad, h), whose non-zeros say which neurons tokens24 leaves dense. padding: neurons of
+    zeros among the h. shards: their number, if there are several.
     """
+    number = shards.get("shards", 1)
     experts = {"num_experts": sparsity.num_experts, **shards}
-    summed = lambda dw: sum_shared(dw, sparsity, **shards)
+
+    def summed(dw: Array) -> Array:
+        if padding:
+            parts = dw.reshape(number, -1, dw.shape[1])
+            dw = parts[:, : -padding * sparsity.num_experts].reshape(-1, dw.shape[1])
+        return sum_shared(dw, sparsity, **shards)
+
     if sparsity.weight_gradient == "dense":
-        once = shared_once(functions.module, sparsity, y2.shape[1] // shards.get("shards", 1))
+        live = y2.shape[1] // number
+        once = {} if padding else shared_once(functions.module, sparsity, live)
         gradient = lambda y, g: functions.weight_gradient(y, g, layout.offsets, **experts, **once)
         return gradient if once else lambda y, g: summed(gradient(y, g))
     # Both products leave the same neurons dense.
-    dense = densest(y2, layout.offsets, sparsity)
+    dense = densest(y2, layout.offsets, sparsity, padding)
     return lambda y, g: summed(functions.weight_gradient24(y, g, layout.offsets, dense, **experts))
 
 
@@ -473,7 +517,9 @@ def backward(
         tokens = dy.shape[0]
         layout, by_row = layout_of(tokens, plan, sparsity), order(tokens, plan, sparsity)
         shards = shards_of(packed, sparsity)
-        weight_gradient = weight_gradients(functions, saved.y2, layout, sparsity, **shards)
+        weight_gradient = weight_gradients(
+            functions, saved.y2, layout, sparsity, padding=packed.padding, **shards
+        )
         dy = stack(dy, plan, sparsity)
         weight, kept = (packed.w2.values, packed.w2.metadata), (saved.y2, saved.metadata)
         dy1, values = functions.up24_backward(*weight, dy, *kept, *layout, **shards)

@@ -196,7 +196,7 @@ def test_the_backend_without_a_gpu():
         ({"activations": False}, False, "activations=False"),
         ({"activations": False}, True, "activations=False"),
         ({"v": 96}, False, "v=96"),
-        ({"m": 64}, True, "32: hidden=2048 would do .* not 512"),
+        ({"m": 64}, True, "32: hidden=1856 would do .* not 512"),
     ],
 )
 def test_options_without_kernels_fall_back_visibly(changes, gated, reason):
