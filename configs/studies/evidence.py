@@ -188,10 +188,13 @@ def _shared(dense: Config, options: Options) -> Variants:
         "M16 shared 1/4 weights dense 60%" + how: short(0.6, shared_every=4, weights=False),
         "M32 shared 1/4 weights dense 55%" + how: short(0.55, m=32, shared_every=4, weights=False),
     }
-    lower: Variants = {"M32+projections shared 1/4 47%" + how: _at_rate(short(0.47, **fast), 2 / 3)}
-    lower |= _at_equal_time(lower, 1, dense, options)
-    variants |= _at_equal_time(variants, 6, dense, options)
-    return variants | {label + ", rate x 2/3": recipe for label, recipe in lower.items()}
+    lower: Variants = {
+        "M32+projections shared 1/4 47%" + how + ", rate x 2/3": _at_rate(
+            short(0.47, **fast), 2 / 3
+        )
+    }
+    variants |= _at_equal_time(variants, 6, dense, options) | lower
+    return variants | _at_equal_time(lower, 1, dense, options)
 
 
 def _short(dense: Config, share: float = 0.5, fall: float = 0.6, **sparsity: Any) -> Config:
@@ -264,11 +267,10 @@ def _gated_shared(gated: Config | None, options: Options) -> Variants:
     variants: Variants = {}
     for factor, name in ((1, ""), (2 / 3, ", rate x 2/3"), (1 / 2, ", rate x 1/2")):
         form = _at_rate(gated, factor)
-        label = GATED_SHARED + " 47%" + SHORT
+        label = GATED_SHARED + " 47%" + SHORT + name
         recipe: Variants = {label: _short(form, 0.47, m=32, shared_every=4, **PROJECTIONS)}
-        recipe |= _at_equal_time(recipe, 1, form, options)
         variants["relu2_gated, decay over 60%" + name] = _falling(form, 0.6)
-        variants |= {label + name: run for label, run in recipe.items()}
+        variants |= recipe | _at_equal_time(recipe, 1, form, options)
     return variants
 
 
