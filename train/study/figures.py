@@ -70,10 +70,10 @@ def curves(
     Returns:
       Whether there was anything to draw.
     """
-    first = sorted(rows, key=lambda row: (row.label != baseline, -len(row.losses)))
-    kept = [row for row in rows if row in first[:5]]  # more bands hide one another
-    if marked:
-        kept = [row for row in rows if row.label == baseline or row.label in marked]
+    if not marked:
+        most = sorted(rows, key=lambda row: (row.label != baseline, -len(row.losses)))
+        marked = {row.label for row in most[:5]}  # more bands hide one another
+    kept = [row for row in rows if row.label == baseline or row.label in marked]
     done = [r for r in records if r["status"] == "finished" and r["curve"]["step"]]
     groups = {row.label: [r for r in done if r["label"] == row.label] for row in kept}
     sizes = {_tokens_per_step(r) for group in groups.values() for r in group}
