@@ -192,7 +192,7 @@ def check(kernels: registry.Backend, sparsity: Sparsity, sizes: Sizes, *, gated:
     x, y2 = array(rows, width), array(rows, shards * live)
     half, kept = array(rows, shards * live // 2), metadata(rows, shards * live)
     dense = array(shards * experts, live, width)
-    once = {} if padded else shared_once(functions, sparsity, live)
+    once = shared_once(functions, sparsity, live, padded)
     rows_of_master = sizes.hidden if once else experts * live
     master = array(rows_of_master, sizes.packed_columns, dtype=jnp.float32)
     functions.check_pack_weight24(
@@ -332,7 +332,7 @@ def pack_weight(
     functions = module(kernels)
     experts, live = sparsity.num_experts, sparsity.live_neurons(w.shape[0])
     padded = padding_of(kernels, live)
-    once = {} if padded else shared_once(functions, sparsity, live)
+    once = shared_once(functions, sparsity, live, padded)
     options = {"num_experts": experts, "m": _m(sparsity), "dtype": dtype, **once}
     if not once:
         w = repeat_shared(w, 0, sparsity)
@@ -481,7 +481,7 @@ def weight_gradients(
 
     if sparsity.weight_gradient == "dense":
         live = y2.shape[1] // number
-        once = {} if padding else shared_once(functions.module, sparsity, live)
+        once = shared_once(functions.module, sparsity, live, padding)
         gradient = lambda y, g: functions.weight_gradient(y, g, layout.offsets, **experts, **once)
         return gradient if once else lambda y, g: summed(gradient(y, g))
     # Both products leave the same neurons dense.
@@ -489,14 +489,14 @@ def weight_gradients(
     return lambda y, g: summed(functions.weight_gradient24(y, g, layout.offsets, dense, **experts))
 
 
-def shared_once(functions: Any, sparsity: Sparsity, live: int) -> dict[str, int]:
+def shared_once(functions: Any, sparsity: Sparsity, live: int, padding: int = 0) -> dict[str, int]:
     """The option of `pack_weight24` and `weight_gradient` by which they take shared neurons once,
     as they lie among the parameters, where a backend's module does; none otherwise.
 
-    live: h, of one shard.
+    live: h, of one shard. padding: neurons of zeros behind an expert's, which no parameters have.
     """
     experts, every = sparsity.num_experts, sparsity.shared_every
-    if not sparsity.shares or not functions.SHARED_ONCE:
+    if not sparsity.shares or padding or not functions.SHARED_ONCE:
         return {}
     sizes = shared_rows.of_live(live, experts, every)
     return {"shared_every": every} if functions.serves_shared(sizes) else {}
