@@ -161,6 +161,11 @@ class OptimizerConfig:
 
     learning_rate: float = 3e-3
     """Peak learning rate."""
+    attention_rate: float = 1.0
+    """Multiplies the learning rate, and with it the decay, of the attention's four matrices."""
+    ffn_rate: float = 1.0
+    """Multiplies the learning rate, and with it the decay, of the FFN's matrices, of a mixture's
+    router too."""
     warmup_steps: int = 20
     """Steps of linear learning-rate warm-up."""
     decay: Literal["cosine", "linear", "wsd"] = "cosine"
@@ -470,8 +475,13 @@ def validate(config: Config, *, tokenizer_vocab_size: int | None = None) -> None
     ):
         if not 0 <= fraction < 1:
             raise ValueError(f"{name}={fraction} must be in [0, 1)")
-    if not optimizer.learning_rate > 0:
-        raise ValueError(f"optimizer.learning_rate={optimizer.learning_rate} must be positive")
+    for name, rate in (
+        ("optimizer.learning_rate", optimizer.learning_rate),
+        ("optimizer.attention_rate", optimizer.attention_rate),
+        ("optimizer.ffn_rate", optimizer.ffn_rate),
+    ):
+        if not rate > 0:
+            raise ValueError(f"{name}={rate} must be positive")
     if optimizer.decay not in ("cosine", "linear", "wsd"):
         raise ValueError(f"optimizer.decay={optimizer.decay!r} must be cosine, linear or wsd")
     if not 0 < optimizer.decay_fraction <= 1:

@@ -144,6 +144,9 @@ def _run(config: Config, vocabulary: str) -> Table:
     auto = "bfloat16 (float32 on a CPU)"
     products = auto if m.compute_dtype == "auto" else m.compute_dtype
     in_8_bits = "; FFN in fp8" if m.ffn_precision == "fp8" else ""
+    own = (("attention", o.attention_rate), ("FFN", o.ffn_rate))
+    own_rates = ", ".join(f"{part} {rate:g} times it" for part, rate in own if rate != 1)
+    rates = f" ({own_rates})" if own_rates else ""
     rows = [
         ("model", f"D {m.width:,}, {m.num_layers} layers, {heads}"),
         ("FFN", f"{_FORMS[m.ffn]}, H {m.ffn_hidden:,}{_mixture(m)}"),
@@ -160,7 +163,7 @@ def _run(config: Config, vocabulary: str) -> Table:
         ),
         (
             "optimiser",
-            f"AdamW, peak learning rate {o.learning_rate:g} after {o.warmup_steps:,} steps, "
+            f"AdamW, peak learning rate {o.learning_rate:g}{rates} after {o.warmup_steps:,} steps, "
             f"weight decay {o.weight_decay:g}",
         ),
         (

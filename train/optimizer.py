@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax
@@ -9,7 +11,7 @@ import jax.numpy as jnp
 import optax
 
 from sparsejax.schedule import PhaseSchedule, rewarm_at_flips
-from train.config import Config, flips
+from train.config import Config, OptimizerConfig, flips
 from train.tree import names
 
 NOT_DECAYED = {"embedding", "scale"}
@@ -80,12 +82,23 @@ def make_optimizer(config: Config) -> optax.GradientTransformationExtraArgs:
     return optax.chain(
         optax.scale_by_adam(b1=o.b1, b2=o.b2, eps=o.eps),
         optax.add_decayed_weights(o.weight_decay, decay_mask),
-        _scale_by_rate(learning_rate_schedule(config)),
+        _scale_by_rate(learning_rate_schedule(config), partial(relative_rate, o)),
     )
 
 
-def _scale_by_rate(schedule: optax.Schedule) -> optax.GradientTransformationExtraArgs:
-    """`optax.scale_by_learning_rate`, whose rate the caller may know better."""
+def relative_rate(optimizer: OptimizerConfig, path: tuple[Any, ...]) -> float:
+    """What multiplies the learning rate of a parameter, by its path in the model: that of matrices
+    in a block's attention or FFN may be another; norms, embedding and head have the schedule's."""
+    keys = names(path)
+    parts = {"attention": optimizer.attention_rate, "ffn": optimizer.ffn_rate}
+    return parts.get(str(keys[-2]), 1.0) if len(keys) > 1 else 1.0
+
+
+def _scale_by_rate(
+    schedule: optax.Schedule, relative: Callable[[tuple[Any, ...]], float]
+) -> optax.GradientTransformationExtraArgs:
+    """`optax.scale_by_learning_rate`, whose rate the caller may know better; multiplied by what
+    `relative` says for a parameter's path."""
     scheduled = optax.scale_by_schedule(schedule)
 
     def update(
@@ -97,7 +110,11 @@ def _scale_by_rate(schedule: optax.Schedule) -> optax.GradientTransformationExtr
         **_: Any,
     ) -> tuple[Any, optax.ScaleByScheduleState]:
         rate = schedule(state.count) if learning_rate is None else learning_rate
-        scaled = jax.tree.map(lambda u: -jnp.asarray(rate, u.dtype) * u, updates)
+
+        def scale(path: tuple[Any, ...], u: jax.Array) -> jax.Array:
+            return -jnp.asarray(relative(path) * rate, u.dtype) * u
+
+        scaled = jax.tree_util.tree_map_with_path(scale, updates)
         return scaled, optax.ScaleByScheduleState(optax.safe_increment(state.count))
 
     return optax.GradientTransformationExtraArgs(scheduled.init, update)

@@ -49,6 +49,7 @@ def test_the_key_keeps_what_is_compiled():
     config = small()
     for changes in (
         {"optimizer": {"weight_decay": 0.2}},
+        {"optimizer": {"attention_rate": 0.5}},
         {"optimizer": {"reset_moments": "dense"}},
         {"schedule": {"rescale_dense": True}},
         {"schedule": {"threshold_dense": True}},

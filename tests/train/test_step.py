@@ -243,6 +243,31 @@ def test_clipping_bounds_the_step():
     np.testing.assert_allclose(first(two), first(one) * 1e-3 / float(m1["grad_norm"]), rtol=1e-4)
 
 
+@pytest.mark.parametrize(("rates", "model"), [((0.5, 1.0), {}), ((2.0, 0.25), {"qk_norm": True})])
+def test_parts_of_a_block_may_have_rates_of_their_own(rates, model):
+    """Adam's update does not depend on the rate: each matrix moves so many times as far."""
+    model = dataclasses.replace(CONFIG.model, num_layers=1, **model)
+    optimizer = dataclasses.replace(CONFIG.optimizer, weight_decay=0.1)
+    own = dataclasses.replace(optimizer, attention_rate=rates[0], ffn_rate=rates[1])
+    plain, parts = (Rig(model=model, optimizer=o) for o in (optimizer, own))
+
+    def moves(rig):
+        new = rig.step("dense")(rig.state, batch())[0]
+        return jax.tree.map(lambda a, b: a - b, new.params, rig.state.params)
+
+    found: dict[str, float] = {}
+    for (path, moved), (_, expected) in zip(
+        *(jax.tree_util.tree_leaves_with_path(moves(rig)) for rig in (parts, plain)), strict=True
+    ):
+        ratio = np.linalg.norm(moved) / np.linalg.norm(expected)
+        found["/".join(map(str, names(path)))] = round(float(ratio), 3)
+    for name, ratio in found.items():
+        part = name.rpartition("/")[0].rpartition("/")[2]
+        matrix = {"attention": rates[0], "ffn": rates[1]}.get(part, 1.0)
+        assert ratio == pytest.approx(matrix, abs=2e-3), name
+    assert {"blocks/attention/out", "blocks/ffn/w2", "head"} <= set(found)
+
+
 def test_learning_rate_moves_from_the_first_step_and_ends_low():
     schedule = learning_rate_schedule(CONFIG)
     o = CONFIG.optimizer

@@ -9,7 +9,7 @@ import pytest
 from configs.studies import _base
 from train.study import definition
 from train.study.definition import Options, Tuned
-from train.study.equal_time import SUFFIX, Speedups
+from train.study.equal_time import Speedups
 from train.study.record import FORMAT
 from train.study.tuned import best_rate, choose, main, mean_by_rate, read_tuned
 
@@ -170,9 +170,11 @@ def test_studies_start_from_what_was_tuned():
         model = run.config.model
         factors = {"lower rate": 2 / 3, "higher rate": 3 / 2}
         factors |= {"rate x 1/2": 1 / 2, "rate x 2/3": 2 / 3, "rate x 3/2": 3 / 2}
-        factor = factors.get(run.label.removesuffix(SUFFIX).rpartition(", ")[2], 1)
-        assert run.config.optimizer.learning_rate == factor * rates[model.ffn]
-        assert model.init_scale == (0.5 if model.ffn == "swiglu" else 1.0)
+        factors |= {"rate x 1/3": 1 / 3}
+        named = [factors[part] for part in run.label.split(", ") if part in factors]
+        assert run.config.optimizer.learning_rate == math.prod(named) * rates[model.ffn]
+        scale = 2 if ", init x 2" in run.label else 1
+        assert model.init_scale == scale * (0.5 if model.ffn == "swiglu" else 1.0)
         assert run.config.optimizer.final_fraction == 0
     # Whatever else was found good is every form's, and can be varied again.
     found = {"model": {"output_scale": 0.0}, "optimizer": {"b2": 0.99}}
