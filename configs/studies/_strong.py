@@ -21,15 +21,17 @@ PROJECTIONS = {"attention_projections": True}
 GATED_SHARED = "gated M32+projections shared 1/4"
 """The gated form of the verdict's recipe."""
 
-PARTS: Mapping[str, tuple[float, float]] = {
-    ", attention's rate x 2": (2, 1),
-    ", attention's rate x 1/2": (1 / 2, 1),
-    ", attention's rate x 1/4": (1 / 4, 1),
-    ", blocks' rate x 2/3": (2 / 3, 2 / 3),
-    ", blocks' rate x 1/2": (1 / 2, 1 / 2),
-    ", blocks' rate x 1/3": (1 / 3, 1 / 3),
+PARTS: Mapping[str, tuple[float, float, float]] = {
+    ", attention's rate x 2": (1, 2, 1),
+    ", attention's rate x 1/2": (1, 1 / 2, 1),
+    ", attention's rate x 1/4": (1, 1 / 4, 1),
+    ", blocks' rate x 2/3": (1, 2 / 3, 2 / 3),
+    ", blocks' rate x 1/2": (1, 1 / 2, 1 / 2),
+    ", blocks' rate x 1/3": (1, 1 / 3, 1 / 3),
+    ", rate x 2, blocks' rate x 1/4": (2, 1 / 4, 1 / 4),
+    ", rate x 3/2, attention's rate x 1/3": (3 / 2, 1 / 3, 1),
 }
-"""What multiplies the learning rate in the attention and in the FFN."""
+"""What multiplies the learning rate, and beyond that in the attention and in the FFN."""
 
 CHOSEN = (", attention's rate x 1/2", ", blocks' rate x 1/2")
 """Those at which recipes run too."""
@@ -150,9 +152,9 @@ def by_part(dense: Config, swiglu: Config, options: Options) -> Variants:
     return variants
 
 
-def part_rates(config: Config, attention: float = 1.0, ffn: float = 1.0) -> Config:
-    """Other learning rates for parts of the blocks: so many times the run's."""
-    return changed(config, optimizer={"attention_rate": attention, "ffn_rate": ffn})
+def part_rates(config: Config, rate: float, attention: float, ffn: float) -> Config:
+    """So many times the run's learning rate, and of that so many in parts of the blocks."""
+    return changed(at_rate(config, rate), optimizer={"attention_rate": attention, "ffn_rate": ffn})
 
 
 def at_equal_time(variants: Variants, first: int, dense: Config, options: Options) -> Variants:
@@ -178,9 +180,10 @@ def gated_shared(gated: Config | None, options: Options) -> Variants:
         ", rate x 1/2": at_rate(gated, 1 / 2),
         ", init x 2, rate x 1/2": at_rate(whole, 1 / 2),
         ", init x 2, rate x 1/3": at_rate(whole, 1 / 3),
-        ", init x 2, rate x 1/2, attention's rate x 1/2": part_rates(at_rate(whole, 1 / 2), 1 / 2),
-        ", init x 2, blocks' rate x 1/3": part_rates(whole, 1 / 3, 1 / 3),
-        ", init x 2, blocks' rate x 1/5": part_rates(whole, 1 / 5, 1 / 5),
+        ", init x 2, rate x 1/2, attention's rate x 1/2": part_rates(whole, 1 / 2, 1 / 2, 1),
+        ", init x 2, blocks' rate x 1/3": part_rates(whole, 1, 1 / 3, 1 / 3),
+        ", init x 2, blocks' rate x 1/5": part_rates(whole, 1, 1 / 5, 1 / 5),
+        ", init x 2, rate x 2, blocks' rate x 1/6": part_rates(whole, 2, 1 / 6, 1 / 6),
     }
     variants: Variants = {}
     for name, form in forms.items():

@@ -148,7 +148,15 @@ def test_the_verdict_of_the_evidence_comes_first():
 def test_parts_of_the_blocks_have_the_rate_that_the_label_says():
     study = definition.get("evidence", Options(speedups=Speedups(1.4)))
     found = {run.label: run.config for run in study.runs}
-    factors = {"1/2": 0.5, "1/3": 1 / 3, "1/4": 0.25, "1/5": 0.2, "2": 2, "2/3": 2 / 3}
+    factors = {
+        "1/2": 0.5,
+        "1/3": 1 / 3,
+        "1/4": 0.25,
+        "1/5": 0.2,
+        "1/6": 1 / 6,
+        "2": 2,
+        "2/3": 2 / 3,
+    }
     moved = set()
     for label, config in found.items():
         expected = {"attention": 1.0, "ffn": 1.0}
@@ -161,7 +169,7 @@ def test_parts_of_the_blocks_have_the_rate_that_the_label_says():
                 moved.add((config.model.ffn, part))
         optimizer = config.optimizer
         assert {"attention": optimizer.attention_rate, "ffn": optimizer.ffn_rate} == expected, label
-    assert len(moved) == 6 + 6 + 3
+    assert len(moved) == 8 + 8 + 4
     # A recipe has its dense twin, of the same model and rates.
     recipe = "M32+projections shared 1/4 47%, warm-up 2%, decay over 60%, blocks' rate x 1/2"
     twin = found["relu2, decay over 60%, blocks' rate x 1/2"]

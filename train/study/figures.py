@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import textwrap
 from collections import Counter
 from collections.abc import Collection, Sequence
 from pathlib import Path
@@ -28,6 +29,8 @@ if TYPE_CHECKING:
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#8c6bb1")
 BASELINE = "#33475b"
 LOSS = "held-out loss, nats a token"
+NAME_WIDTH = 46
+"""Letters of a line of a label beside its point."""
 
 
 def colours(rows: Sequence[Row], baseline: str | None) -> dict[str, str]:
@@ -266,12 +269,17 @@ def pareto(
     ]
     front.sort(key=lambda row: row.run_speedup)
     figure, axes = new_figure(8, 5)
-    colour = colours(recipes, baseline)
+
+    def has_name(row: Row) -> bool:
+        plain = "," not in row.label or row.label in stretched
+        return row in front or (row.label in marked if marked else plain)
+
+    # Only those with a name take one of the few colours.
+    coloured = {stretched.get(row.label, row.label) for row in known if has_name(row)}
+    colour = colours([row for row in recipes if row.label in coloured], baseline)
     names, points = [], []
     for row in known:
-        plain = "," not in row.label or row.label in stretched
-        named = row in front or (row.label in marked if marked else plain)
-        own = stretched.get(row.label, row.label)
+        named, own = has_name(row), stretched.get(row.label, row.label)
         style: dict[str, Any] = {"color": colour.get(own, INK) if named else "#c3cad0"}
         style |= {"capsize": 3 if named else 0, "markersize": 7 if named else 4}
         style |= (
@@ -283,7 +291,8 @@ def pareto(
         if named:
             points.append((x, middle))
             text: dict[str, Any] = {"textcoords": "offset points", "fontsize": 8, "color": INK}
-            names.append(axes.annotate(row.label, (x, middle), xytext=(8, -3), **text))
+            label = textwrap.fill(row.label, NAME_WIDTH)
+            names.append(axes.annotate(label, (x, middle), xytext=(8, -3), **text))
         if row.label in stretched and own in height:
             dots: dict[str, Any] = {"color": style["color"], "linestyle": ":", "linewidth": 1}
             axes.plot([x, x], [height[own][0], middle], zorder=0, **dots)
