@@ -148,7 +148,7 @@ def by_part(dense: Config, swiglu: Config, options: Options) -> Variants:
                 f"{label}{SHORT}{name}": part_rates(recipe, *factors)
                 for label, recipe in recipes.items()
             }
-            variants |= chosen | at_equal_time(chosen, 2, dense, options)
+            variants |= chosen | at_equal_time(chosen, 4, dense, options)
     return variants
 
 
