@@ -1,10 +1,11 @@
 """What else makes a dense baseline strong, and its seeds agree? One change at a time.
 
 The rest of the recipe around `dense_sweep`'s factors: norms of queries and keys, what the blocks,
-the head and the embedding start from, the decay of the learning rate, weight decay, Adam's second
-moment, clipping, warm-up. 25 M tokens a run, relu^2 and SwiGLU (`--only "relu2*"` for one), three
-seeds: read the mean and the standard deviation. What helps goes into the `settings` of a file for
-`--tuned`, around which the study then varies the rest, and the learning rate.
+the head and the embedding start from, the decay of the learning rate, rates of parts of the blocks,
+weight decay, Adam's second moment, clipping, warm-up. 25 M tokens a run, relu^2 and SwiGLU
+(`--only "relu2*"` for one), three seeds: read the mean and the standard deviation. What helps goes
+into the `settings` of a file for `--tuned`, around which the study then varies the rest, and the
+learning rate.
 """
 
 from configs.studies._base import Sections, Variants, base, changed, runs, tuned
@@ -29,6 +30,9 @@ CHANGES: dict[str, Sections] = {
     "b2 0.99": {"optimizer": {"b2": 0.99}},
     "b2 0.999": {"optimizer": {"b2": 0.999}},
     "clip at 0.3": {"optimizer": {"clip_norm": 0.3}},
+    "attention's rate x 1/2": {"optimizer": {"attention_rate": 0.5}},
+    "attention's rate x 2": {"optimizer": {"attention_rate": 2.0}},
+    "blocks' rate x 1/2": {"optimizer": {"attention_rate": 0.5, "ffn_rate": 0.5}},
     "embedding of 1, outputs from zero": {"model": {"embedding_scale": 1.0, "output_scale": 0.0}},
     "embedding of 1, b2 0.99": {"model": {"embedding_scale": 1.0}, "optimizer": {"b2": 0.99}},
 }
@@ -52,7 +56,7 @@ def _changes(config: Config) -> dict[str, Sections]:
 
 
 def study(options: Options) -> Study:
-    """22 recipes for each of two FFNs; three seeds."""
+    """25 recipes for each of two FFNs; three seeds."""
     config = base(options, tokens=25e6)
     variants: Variants = {}
     forms = {ffn: tuned(config, ffn, options) for ffn in FFNS}
