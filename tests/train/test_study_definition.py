@@ -244,8 +244,14 @@ def test_parts_of_the_neurons_are_what_the_label_says():
             assert run.config.schedule.threshold_dense == ("thresholded" in run.label)
             assert sparsity.attention_projections == ("projections" in run.label)
             parts.setdefault((shards, every), set()).add(run.label)
-    # Each kind that has a verdict, at equal wall-clock too.
-    assert set(parts) == {(None, 0), (2, 0), (4, 0), (None, 4), (2, 4), (None, 8)}
+    # Some of them at equal wall-clock too.
+    assert {sizes: len(labels) for sizes, labels in parts.items() if sizes != (None, 0)} == {
+        (2, 0): 2,
+        (4, 0): 12,
+        (None, 4): 35,
+        (2, 4): 6,
+        (None, 8): 5,
+    }
     for kind in ((4, 0), (None, 4), (2, 4)):
         stretched = {label for label in parts[kind] if label.endswith(SUFFIX)}
         assert stretched
