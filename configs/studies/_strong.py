@@ -75,7 +75,7 @@ def several(dense: Config, swiglu: Config, options: Options) -> Variants:
         "relu2, decay over 80%": falling(dense, 0.8),
         "relu2, decay over 45%": falling(dense, 0.45),
     }
-    return variants | at_equal_time(variants, 3, dense, options)
+    return variants | at_equal_time(variants, dense, options, 3)
 
 
 def shared(dense: Config, options: Options) -> Variants:
@@ -113,8 +113,8 @@ def shared(dense: Config, options: Options) -> Variants:
     lower: Variants = {
         "M32+projections shared 1/4 47%" + how + ", rate x 2/3": at_rate(make(0.47, **fast), 2 / 3)
     }
-    variants |= at_equal_time(variants, 6, dense, options) | lower
-    return variants | at_equal_time(lower, 1, dense, options)
+    variants |= at_equal_time(variants, dense, options, 6) | lower
+    return variants | at_equal_time(lower, dense, options)
 
 
 def short(dense: Config, share: float = 0.5, fall: float = 0.6, **sparsity: Any) -> Config:
@@ -148,7 +148,7 @@ def by_part(dense: Config, swiglu: Config, options: Options) -> Variants:
                 f"{label}{SHORT}{name}": part_rates(recipe, *factors)
                 for label, recipe in recipes.items()
             }
-            variants |= chosen | at_equal_time(chosen, 4, dense, options)
+            variants |= chosen | at_equal_time(chosen, dense, options)
     return variants
 
 
@@ -157,8 +157,10 @@ def part_rates(config: Config, rate: float, attention: float, ffn: float) -> Con
     return changed(at_rate(config, rate), optimizer={"attention_rate": attention, "ffn_rate": ffn})
 
 
-def at_equal_time(variants: Variants, first: int, dense: Config, options: Options) -> Variants:
-    """The first so many of them at equal wall-clock, where their speed is known."""
+def at_equal_time(
+    variants: Variants, dense: Config, options: Options, first: int | None = None
+) -> Variants:
+    """All of them, or the first so many, at equal wall-clock, where their speed is known."""
     longer: Variants = {}
     for label, recipe in list(variants.items())[:first]:
         speedup = options.speedups.of(label)
@@ -190,5 +192,5 @@ def gated_shared(gated: Config | None, options: Options) -> Variants:
         label = GATED_SHARED + " 47%" + SHORT + name
         recipe: Variants = {label: short(form, 0.47, m=32, shared_every=4, **PROJECTIONS)}
         variants[f"relu2_gated{FALLING}{name}"] = falling(form, 0.6)
-        variants |= recipe | at_equal_time(recipe, 1, form, options)
+        variants |= recipe | at_equal_time(recipe, form, options)
     return variants
