@@ -166,6 +166,10 @@ class OptimizerConfig:
     ffn_rate: float = 1.0
     """Multiplies the learning rate, and with it the decay, of the FFN's matrices, of a mixture's
     router too."""
+    embedding_rate: float = 1.0
+    """Multiplies the learning rate of the embedding."""
+    head_rate: float = 1.0
+    """Multiplies the learning rate, and with it the decay, of the head."""
     warmup_steps: int = 20
     """Steps of linear learning-rate warm-up."""
     decay: Literal["cosine", "linear", "wsd"] = "cosine"
@@ -479,6 +483,8 @@ def validate(config: Config, *, tokenizer_vocab_size: int | None = None) -> None
         ("optimizer.learning_rate", optimizer.learning_rate),
         ("optimizer.attention_rate", optimizer.attention_rate),
         ("optimizer.ffn_rate", optimizer.ffn_rate),
+        ("optimizer.embedding_rate", optimizer.embedding_rate),
+        ("optimizer.head_rate", optimizer.head_rate),
     ):
         if not rate > 0:
             raise ValueError(f"{name}={rate} must be positive")

@@ -144,7 +144,12 @@ def _run(config: Config, vocabulary: str) -> Table:
     auto = "bfloat16 (float32 on a CPU)"
     products = auto if m.compute_dtype == "auto" else m.compute_dtype
     in_8_bits = "; FFN in fp8" if m.ffn_precision == "fp8" else ""
-    own = (("attention", o.attention_rate), ("FFN", o.ffn_rate))
+    own = (
+        ("attention", o.attention_rate),
+        ("FFN", o.ffn_rate),
+        ("embedding", o.embedding_rate),
+        ("head", o.head_rate),
+    )
     own_rates = ", ".join(f"{part} {rate:g} times it" for part, rate in own if rate != 1)
     rates = f" ({own_rates})" if own_rates else ""
     rows = [

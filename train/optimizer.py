@@ -88,10 +88,15 @@ def make_optimizer(config: Config) -> optax.GradientTransformationExtraArgs:
 
 def relative_rate(optimizer: OptimizerConfig, path: tuple[Any, ...]) -> float:
     """What multiplies the learning rate of a parameter, by its path in the model: that of matrices
-    in a block's attention or FFN may be another; norms, embedding and head have the schedule's."""
-    keys = names(path)
-    parts = {"attention": optimizer.attention_rate, "ffn": optimizer.ffn_rate}
-    return parts.get(str(keys[-2]), 1.0) if len(keys) > 1 else 1.0
+    in a block's attention or FFN, of the embedding and of the head may be another; norms have the
+    schedule's."""
+    parts = {
+        "attention": optimizer.attention_rate,
+        "ffn": optimizer.ffn_rate,
+        "embedding": optimizer.embedding_rate,
+        "head": optimizer.head_rate,
+    }
+    return next((parts[str(key)] for key in names(path)[-2:] if str(key) in parts), 1.0)
 
 
 def _scale_by_rate(

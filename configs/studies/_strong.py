@@ -1,7 +1,6 @@
-"""Variants of `evidence` around the strongest dense run: several choices for a token, neurons that
-every token meets, 2:4 projections, learning rates of parts of the blocks, and the gated form."""
+"""Variants of `evidence` around a strong dense run: several choices for a token, neurons that every
+token meets, and 2:4 projections."""
 
-from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
@@ -17,24 +16,6 @@ SHORT = ", warm-up 2%" + FALLING
 """How `short` runs."""
 
 PROJECTIONS = {"attention_projections": True}
-
-GATED_SHARED = "gated M32+projections shared 1/4"
-"""The gated form of the verdict's recipe."""
-
-PARTS: Mapping[str, tuple[float, float, float]] = {
-    ", attention's rate x 2": (1, 2, 1),
-    ", attention's rate x 1/2": (1, 1 / 2, 1),
-    ", attention's rate x 1/4": (1, 1 / 4, 1),
-    ", blocks' rate x 2/3": (1, 2 / 3, 2 / 3),
-    ", blocks' rate x 1/2": (1, 1 / 2, 1 / 2),
-    ", blocks' rate x 1/3": (1, 1 / 3, 1 / 3),
-    ", rate x 2, blocks' rate x 1/4": (2, 1 / 4, 1 / 4),
-    ", rate x 3/2, attention's rate x 1/3": (3 / 2, 1 / 3, 1),
-}
-"""What multiplies the learning rate, and beyond that in the attention and in the FFN."""
-
-CHOSEN = (", attention's rate x 1/2", ", blocks' rate x 1/2")
-"""Those at which recipes run too."""
 
 
 def falling(config: Config, share: float) -> Config:
@@ -128,35 +109,6 @@ def _slower_start(config: Config) -> Config:
     return changed(config, optimizer={"warmup_steps": round(0.15 * config.steps)})
 
 
-def by_part(dense: Config, swiglu: Config, options: Options) -> Variants:
-    """Learning rates of their own for the attention, in which 2:4 projections gain, or for the
-    blocks: dense runs may gain the same that way, and the recipe be better with or without 2:4
-    projections then."""
-    fast = {"m": 32, "shared_every": 4}
-    recipes = {
-        "M32+projections shared 1/4 47%": short(dense, 0.47, **fast, **PROJECTIONS),
-        "M32 shared 1/4 47%": short(dense, 0.47, **fast),
-        "M32+projections shared 1/4 60%": short(dense, 0.6, **fast, **PROJECTIONS),
-        "M32+projections shared 1/4 70%": short(dense, 0.7, **fast, **PROJECTIONS),
-    }
-    variants: Variants = {}
-    for name, factors in PARTS.items():
-        variants[f"relu2{FALLING}{name}"] = part_rates(falling(dense, 0.6), *factors)
-        variants[f"swiglu{FALLING}{name}"] = part_rates(falling(swiglu, 0.6), *factors)
-        if name in CHOSEN:
-            chosen: Variants = {
-                f"{label}{SHORT}{name}": part_rates(recipe, *factors)
-                for label, recipe in recipes.items()
-            }
-            variants |= chosen | at_equal_time(chosen, dense, options)
-    return variants
-
-
-def part_rates(config: Config, rate: float, attention: float, ffn: float) -> Config:
-    """So many times the run's learning rate, and of that so many in parts of the blocks."""
-    return changed(at_rate(config, rate), optimizer={"attention_rate": attention, "ffn_rate": ffn})
-
-
 def at_equal_time(
     variants: Variants, dense: Config, options: Options, first: int | None = None
 ) -> Variants:
@@ -167,30 +119,3 @@ def at_equal_time(
         if speedup is not None and isinstance(recipe, Config):
             longer[label + SUFFIX] = equal_time(recipe, dense, speedup)
     return longer
-
-
-def gated_shared(gated: Config | None, options: Options) -> Variants:
-    """The gated form as in `shared`, its dense twin, and both at lower rates and from another
-    initialisation, none having been tuned with these settings: the dense run takes SwiGLU's time,
-    the longer ones of equal wall-clock as well."""
-    if gated is None:
-        return {}
-    whole = changed(gated, model={"init_scale": 2 * gated.model.init_scale})
-    forms = {
-        "": gated,
-        ", rate x 2/3": at_rate(gated, 2 / 3),
-        ", rate x 1/2": at_rate(gated, 1 / 2),
-        ", init x 2, rate x 1/2": at_rate(whole, 1 / 2),
-        ", init x 2, rate x 1/3": at_rate(whole, 1 / 3),
-        ", init x 2, rate x 1/2, attention's rate x 1/2": part_rates(whole, 1 / 2, 1 / 2, 1),
-        ", init x 2, blocks' rate x 1/3": part_rates(whole, 1, 1 / 3, 1 / 3),
-        ", init x 2, blocks' rate x 1/5": part_rates(whole, 1, 1 / 5, 1 / 5),
-        ", init x 2, rate x 2, blocks' rate x 1/6": part_rates(whole, 2, 1 / 6, 1 / 6),
-    }
-    variants: Variants = {}
-    for name, form in forms.items():
-        label = GATED_SHARED + " 47%" + SHORT + name
-        recipe: Variants = {label: short(form, 0.47, m=32, shared_every=4, **PROJECTIONS)}
-        variants[f"relu2_gated{FALLING}{name}"] = falling(form, 0.6)
-        variants |= recipe | at_equal_time(recipe, form, options)
-    return variants

@@ -58,6 +58,8 @@ def test_unknown_configuration_lists_the_known():
         ({"optimizer__learning_rate": 0.0}, "learning_rate=0.0 must be positive"),
         ({"optimizer__attention_rate": 0.0}, "attention_rate=0.0 must be positive"),
         ({"optimizer__ffn_rate": -1.0}, "ffn_rate=-1.0 must be positive"),
+        ({"optimizer__embedding_rate": 0.0}, "embedding_rate=0.0 must be positive"),
+        ({"optimizer__head_rate": -0.5}, "head_rate=-0.5 must be positive"),
         ({"optimizer__b2": 1.0}, r"b2=1.0 must be in \[0, 1\)"),
         ({"model__ffn": "swiglu"}, "model.ffn=swiglu has no sparse phase"),
         ({"micro_batches": 3}, "batch_size=4 must be a multiple of micro_batches=3"),

@@ -243,12 +243,19 @@ def test_clipping_bounds_the_step():
     np.testing.assert_allclose(first(two), first(one) * 1e-3 / float(m1["grad_norm"]), rtol=1e-4)
 
 
-@pytest.mark.parametrize(("rates", "model"), [((0.5, 1.0), {}), ((2.0, 0.25), {"qk_norm": True})])
-def test_parts_of_a_block_may_have_rates_of_their_own(rates, model):
+@pytest.mark.parametrize(
+    ("rates", "model"),
+    [
+        ({"attention": 0.5}, {}),
+        ({"attention": 2.0, "ffn": 0.25}, {"qk_norm": True}),
+        ({"embedding": 2.0, "head": 0.5, "ffn": 0.25}, {}),
+    ],
+)
+def test_parts_of_a_model_may_have_rates_of_their_own(rates, model):
     """Adam's update does not depend on the rate: each matrix moves so many times as far."""
     model = dataclasses.replace(CONFIG.model, num_layers=1, **model)
     optimizer = dataclasses.replace(CONFIG.optimizer, weight_decay=0.1)
-    own = dataclasses.replace(optimizer, attention_rate=rates[0], ffn_rate=rates[1])
+    own = dataclasses.replace(optimizer, **{f"{part}_rate": rate for part, rate in rates.items()})
     plain, parts = (Rig(model=model, optimizer=o) for o in (optimizer, own))
 
     def moves(rig):
@@ -262,10 +269,11 @@ def test_parts_of_a_block_may_have_rates_of_their_own(rates, model):
         ratio = np.linalg.norm(moved) / np.linalg.norm(expected)
         found["/".join(map(str, names(path)))] = round(float(ratio), 3)
     for name, ratio in found.items():
-        part = name.rpartition("/")[0].rpartition("/")[2]
-        matrix = {"attention": rates[0], "ffn": rates[1]}.get(part, 1.0)
-        assert ratio == pytest.approx(matrix, abs=2e-3), name
-    assert {"blocks/attention/out", "blocks/ffn/w2", "head"} <= set(found)
+        part = name if "/" not in name else name.split("/")[-2]
+        assert ratio == pytest.approx(rates.get(part, 1.0), abs=2e-3), name
+    assert {"blocks/attention/out", "blocks/ffn/w2", "head", "embedding", "norm/scale"} <= set(
+        found
+    )
 
 
 def test_learning_rate_moves_from_the_first_step_and_ends_low():

@@ -1,6 +1,8 @@
 """The studies that come with the repository, and what a study refuses."""
 
 import dataclasses
+import re
+from fractions import Fraction
 from itertools import pairwise
 
 import pytest
@@ -145,31 +147,21 @@ def test_the_verdict_of_the_evidence_comes_first():
     assert {"M8 50%", "M32 70%", "weights only 50%", "tokens24 M16 50%"} <= set(unknown)
 
 
-def test_parts_of_the_blocks_have_the_rate_that_the_label_says():
+def test_parts_of_a_model_have_the_rate_that_the_label_says():
     study = definition.get("evidence", Options(speedups=Speedups(1.4)))
     found = {run.label: run.config for run in study.runs}
-    factors = {
-        "1/2": 0.5,
-        "1/3": 1 / 3,
-        "1/4": 0.25,
-        "1/5": 0.2,
-        "1/6": 1 / 6,
-        "2": 2,
-        "2/3": 2 / 3,
-    }
+    said = re.compile(r"(attention|FFN|embedding|head|blocks)'s? rate x ([0-9/]+)")
     moved = set()
     for label, config in found.items():
-        expected = {"attention": 1.0, "ffn": 1.0}
+        expected = {"attention": 1.0, "ffn": 1.0, "embedding": 1.0, "head": 1.0}
         for part in label.split(", "):
-            whose, _, factor = part.partition("'s rate x ")
-            whose, _, factor = (whose, "", factor) if factor else part.partition("' rate x ")
-            if whose in ("attention", "blocks") and factor:
-                rate = factors[factor]
-                expected |= {"attention": rate} | ({"ffn": rate} if whose == "blocks" else {})
+            if match := said.fullmatch(part):
+                whose = {"blocks": ("attention", "ffn")}.get(match[1], (match[1].lower(),))
+                expected |= dict.fromkeys(whose, float(Fraction(match[2])))
                 moved.add((config.model.ffn, part))
-        optimizer = config.optimizer
-        assert {"attention": optimizer.attention_rate, "ffn": optimizer.ffn_rate} == expected, label
-    assert len(moved) == 8 + 8 + 4
+        rates = {name: getattr(config.optimizer, name + "_rate") for name in expected}
+        assert rates == pytest.approx(expected), label
+    assert len(moved) == 20 + 20 + 5
     # A recipe has its dense twin, of the same model and rates.
     recipe = "M32+projections shared 1/4 47%, warm-up 2%, decay over 60%, blocks' rate x 1/2"
     twin = found["relu2, decay over 60%, blocks' rate x 1/2"]
@@ -248,7 +240,7 @@ def test_parts_of_the_neurons_are_what_the_label_says():
     assert {sizes: len(labels) for sizes, labels in parts.items() if sizes != (None, 0)} == {
         (2, 0): 2,
         (4, 0): 12,
-        (None, 4): 35,
+        (None, 4): 53,
         (2, 4): 6,
         (None, 8): 5,
     }

@@ -170,10 +170,10 @@ def test_studies_start_from_what_was_tuned():
         model = run.config.model
         factors = {"lower rate": 2 / 3, "higher rate": 3 / 2}
         factors |= {"rate x 1/2": 1 / 2, "rate x 2/3": 2 / 3, "rate x 3/2": 3 / 2}
-        factors |= {"rate x 1/3": 1 / 3, "rate x 2": 2}
+        factors |= {"rate x 1/3": 1 / 3, "rate x 2": 2, "rate x 4": 4}
         named = [factors[part] for part in run.label.split(", ") if part in factors]
         assert run.config.optimizer.learning_rate == math.prod(named) * rates[model.ffn]
-        scale = 2 if ", init x 2" in run.label else 1
+        scale = 2 if ", init x 2" in run.label else 0.5 if ", init x 1/2" in run.label else 1
         assert model.init_scale == scale * (0.5 if model.ffn == "swiglu" else 1.0)
         assert run.config.optimizer.final_fraction == 0
     # Whatever else was found good is every form's, and can be varied again.
