@@ -124,6 +124,7 @@ def late(dense: Config, options: Options) -> Variants:
         sparse(dense, share=0.47, warmup=warmup, **recipe, **more), 0.6
     )
     variants: Variants = {
+        f"{VERDICT}, warm-up 5%{FALLING}": make(0.05),
         f"{VERDICT}, warm-up 10%{FALLING}": make(0.1),
         f"{VERDICT}, warm-up 20%{FALLING}": make(0.2),
         f"{VERDICT}, warm-up 30%{FALLING}": make(0.3),

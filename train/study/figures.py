@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#8c6bb1")
 BASELINE = "#33475b"
 LOSS = "held-out loss, nats a token"
-NAME_WIDTH = 46
+NAME_WIDTH = 36
 """Letters of a line of a label beside its point."""
 
 
@@ -85,6 +85,7 @@ def curves(
     unit = (lambda r: 1.0) if len(sizes) == 1 else (lambda r: _tokens_per_step(r) / 1e6)
     figure, axes = new_figure(9, 5)
     colour = colours(kept, baseline)
+    uses: Counter[str] = Counter()
     shown: list[float] = []
     for label, group in groups.items():
         if not group:
@@ -93,7 +94,10 @@ def curves(
         alike = [r for r in group if r["curve"]["step"] == group[0]["curve"]["step"]]
         lines = np.array([_smooth(r["curve"]) for r in alike])
         x, mean = steps * unit(group[0]), lines.mean(axis=0)
-        axes.plot(x, mean, color=colour[label], linewidth=1.5, label=label)
+        # A colour's second line is dashed, its third dotted.
+        dash = ("-", "--", ":")[uses[colour[label]] % 3]
+        uses[colour[label]] += 1
+        axes.plot(x, mean, color=colour[label], linestyle=dash, linewidth=1.5, label=label)
         if len(lines) > 1:
             sd = lines.std(axis=0, ddof=1)
             band: dict[str, Any] = {"alpha": 0.15, "linewidth": 0}
@@ -317,16 +321,29 @@ def _apart(
     names: Sequence[Annotation],
     points: Sequence[tuple[float, float]],
 ) -> None:
-    """Moves names down that would cover a point or a name above them."""
+    """Moves names up or down, as little as will do, that would cover a point or a name above them,
+    or stand below the axes."""
     figure.canvas.draw()
     # Half a marker's width, in the pixels of the drawing.
     half = 4 * figure.dpi / 72
     taken = [Bbox.from_extents(x - half, y - half, x + half, y + half)
              for x, y in axes.transData.transform(points)]  # fmt: skip
+    bottom, top = axes.get_window_extent().intervaly
+
+    def stands(name: Annotation) -> bool:
+        own = name.get_window_extent()
+        inside = bottom <= own.y0 and own.y1 <= top
+        return inside and not any(own.overlaps(other) for other in taken)
+
     for name in sorted(names, key=lambda name: -name.get_window_extent().y0):
-        while any(name.get_window_extent().overlaps(other) for other in taken):
-            x, y = name.get_position()
-            name.set_position((x, y - 1))
+        x, y = name.get_position()
+        # Down before up; where there is no room at all, it stays.
+        shifts = (sign * step for step in range(round(top - bottom)) for sign in (-1, 1))
+        while not stands(name):
+            shift = next(shifts, None)
+            name.set_position((x, y + (shift or 0)))
+            if shift is None:
+                break
         taken.append(name.get_window_extent())
 
 
