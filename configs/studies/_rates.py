@@ -118,10 +118,10 @@ def from_scales(dense: Config, swiglu: Config) -> Variants:
 
 def late(dense: Config, options: Options) -> Variants:
     """The recipe's sparse phase after the model has learned to copy from its context, which it may
-    delay; and one whose clusters are made once."""
+    delay; one whose clusters are made once; and one whose dense end begins at the peak rate."""
     recipe = {"m": 32, "shared_every": 4, **PROJECTIONS}
-    make = lambda warmup, **more: falling(
-        sparse(dense, share=0.47, warmup=warmup, **recipe, **more), 0.6
+    make = lambda warmup, fall=0.6, **more: falling(
+        sparse(dense, share=0.47, warmup=warmup, **recipe, **more), fall
     )
     variants: Variants = {
         f"{VERDICT}, warm-up 5%{FALLING}": make(0.05),
@@ -129,6 +129,7 @@ def late(dense: Config, options: Options) -> Variants:
         f"{VERDICT}, warm-up 20%{FALLING}": make(0.2),
         f"{VERDICT}, warm-up 30%{FALLING}": make(0.3),
         f"{VERDICT}{SHORT}, clustered once": make(0.02, refresh_every=0),
+        f"{VERDICT}, warm-up 2%, decay over 45%": make(0.02, 0.45),
     }
     return variants | at_equal_time(variants, dense, options)
 

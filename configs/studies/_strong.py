@@ -90,6 +90,8 @@ def shared(dense: Config, options: Options) -> Variants:
         "M16 shared 1/4 weights dense 65%" + how: make(0.65, shared_every=4, weights=False),
         "M16 shared 1/4 weights dense 60%" + how: make(0.6, shared_every=4, weights=False),
         "M32 shared 1/4 weights dense 55%" + how: make(0.55, m=32, shared_every=4, weights=False),
+        "M32 shared 1/2 65%" + how: make(0.65, m=32, shared_every=2),
+        "M32+projections shared 1/2 65%" + how: make(0.65, **fast | {"shared_every": 2}),
     }
     lower: Variants = {
         "M32+projections shared 1/4 47%" + how + ", rate x 2/3": at_rate(make(0.47, **fast), 2 / 3)
