@@ -118,7 +118,8 @@ def from_scales(dense: Config, swiglu: Config) -> Variants:
 
 def late(dense: Config, options: Options) -> Variants:
     """The recipe's sparse phase after the model has learned to copy from its context, which it may
-    delay; one whose clusters are made once; and one whose dense end begins at the peak rate."""
+    delay; one whose clusters are made once; one whose dense end begins at the peak rate; and one
+    whose dense end begins from the thresholded weights."""
     recipe = {"m": 32, "shared_every": 4, **PROJECTIONS}
     make = lambda warmup, fall=0.6, **more: falling(
         sparse(dense, share=0.47, warmup=warmup, **recipe, **more), fall
@@ -130,6 +131,9 @@ def late(dense: Config, options: Options) -> Variants:
         f"{VERDICT}, warm-up 30%{FALLING}": make(0.3),
         f"{VERDICT}{SHORT}, clustered once": make(0.02, refresh_every=0),
         f"{VERDICT}, warm-up 2%, decay over 45%": make(0.02, 0.45),
+        f"{VERDICT}, thresholded at dense{SHORT}": changed(
+            make(0.02), schedule={"threshold_dense": True}
+        ),
     }
     return variants | at_equal_time(variants, dense, options)
 

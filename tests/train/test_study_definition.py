@@ -240,7 +240,7 @@ def test_parts_of_the_neurons_are_what_the_label_says():
     assert {sizes: len(labels) for sizes, labels in parts.items() if sizes != (None, 0)} == {
         (2, 0): 2,
         (4, 0): 12,
-        (None, 4): 57,
+        (None, 4): 59,
         (None, 2): 2,
         (2, 4): 6,
         (None, 8): 5,
