@@ -4,15 +4,24 @@ model and scales of the initialisation, of the dense forms and of the recipe."""
 from collections.abc import Mapping
 
 from configs.studies._base import Variants, changed, sparse
-from configs.studies._strong import FALLING, PROJECTIONS, SHORT, at_equal_time, falling, short
+from configs.studies._strong import (
+    FALLING,
+    PROJECTIONS,
+    SHORT,
+    at_equal_time,
+    at_rate,
+    falling,
+    short,
+)
 from train.config import Config
 from train.study.definition import Options
 
 VERDICT = "M32+projections shared 1/4 47%"
 """The verdict's recipe."""
 
-GATED_SHARED = "gated M32+projections shared 1/4"
-"""The gated form of the verdict's recipe."""
+WIDE = {"m": 32, "shared_every": 4}
+RECIPE = WIDE | PROJECTIONS
+"""What it has of `Sparsity`, without 2:4 projections and with them."""
 
 Rates = Mapping[str, float]
 """What multiplies the fields of `OptimizerConfig` of these names."""
@@ -87,12 +96,11 @@ def from_scale(config: Config, factor: float) -> Config:
 def by_part(dense: Config, swiglu: Config, options: Options) -> Variants:
     """Learning rates of their own for parts of the model: 2:4 projections gain what a lower rate in
     the attention does, and a dense run gains more than the recipe from rates that suit it."""
-    fast = {"m": 32, "shared_every": 4}
     recipes = {
-        VERDICT: short(dense, 0.47, **fast, **PROJECTIONS),
-        "M32 shared 1/4 47%": short(dense, 0.47, **fast),
-        "M32+projections shared 1/4 60%": short(dense, 0.6, **fast, **PROJECTIONS),
-        "M32+projections shared 1/4 70%": short(dense, 0.7, **fast, **PROJECTIONS),
+        VERDICT: short(dense, 0.47, **RECIPE),
+        "M32 shared 1/4 47%": short(dense, 0.47, **WIDE),
+        "M32+projections shared 1/4 60%": short(dense, 0.6, **RECIPE),
+        "M32+projections shared 1/4 70%": short(dense, 0.7, **RECIPE),
     }
     variants: Variants = {}
     for name, factors in PARTS.items():
@@ -116,23 +124,21 @@ def from_scales(dense: Config, swiglu: Config) -> Variants:
     }
 
 
-def late(dense: Config, options: Options) -> Variants:
+def phases(dense: Config, options: Options) -> Variants:
     """The recipe's sparse phase after the model has learned to copy from its context, which it may
     delay; one whose clusters are made once; one whose dense end begins at the peak rate; and one
     whose dense end begins from the thresholded weights."""
-    recipe = {"m": 32, "shared_every": 4, **PROJECTIONS}
-    make = lambda warmup, fall=0.6, **more: falling(
-        sparse(dense, share=0.47, warmup=warmup, **recipe, **more), fall
-    )
     variants: Variants = {
-        f"{VERDICT}, warm-up 5%{FALLING}": make(0.05),
-        f"{VERDICT}, warm-up 10%{FALLING}": make(0.1),
-        f"{VERDICT}, warm-up 20%{FALLING}": make(0.2),
-        f"{VERDICT}, warm-up 30%{FALLING}": make(0.3),
-        f"{VERDICT}{SHORT}, clustered once": make(0.02, refresh_every=0),
-        f"{VERDICT}, warm-up 2%, decay over 45%": make(0.02, 0.45),
+        f"{VERDICT}, warm-up {warmup:.0%}{FALLING}": falling(
+            sparse(dense, share=0.47, warmup=warmup, **RECIPE), 0.6
+        )
+        for warmup in (0.05, 0.1, 0.2, 0.3)
+    }
+    variants |= {
+        f"{VERDICT}{SHORT}, clustered once": short(dense, 0.47, refresh_every=0, **RECIPE),
+        f"{VERDICT}, warm-up 2%, decay over 45%": short(dense, 0.47, 0.45, **RECIPE),
         f"{VERDICT}, thresholded at dense{SHORT}": changed(
-            make(0.02), schedule={"threshold_dense": True}
+            short(dense, 0.47, **RECIPE), schedule={"threshold_dense": True}
         ),
     }
     return variants | at_equal_time(variants, dense, options)
@@ -146,8 +152,8 @@ def gated_shared(gated: Config | None, options: Options) -> Variants:
         return {}
     forms = {
         "": gated,
-        ", rate x 2/3": at_rates(gated, {"learning_rate": 2 / 3}),
-        ", rate x 1/2": at_rates(gated, {"learning_rate": 1 / 2}),
+        ", rate x 2/3": at_rate(gated, 2 / 3),
+        ", rate x 1/2": at_rate(gated, 1 / 2),
         ", init x 2": from_scale(gated, 2),
     }
     forms |= {
@@ -156,8 +162,7 @@ def gated_shared(gated: Config | None, options: Options) -> Variants:
     }
     variants: Variants = {}
     for name, form in forms.items():
-        label = GATED_SHARED + " 47%" + SHORT + name
-        recipe: Variants = {label: short(form, 0.47, m=32, shared_every=4, **PROJECTIONS)}
+        recipe: Variants = {f"gated {VERDICT}{SHORT}{name}": short(form, 0.47, **RECIPE)}
         variants[f"relu2_gated{FALLING}{name}"] = falling(form, 0.6)
         variants |= recipe | at_equal_time(recipe, form, options)
     return variants

@@ -8,7 +8,7 @@ runs first, what may become a default has three; `--tuned` gives learning rates 
 """
 
 from configs.studies._base import Variants, base, changed, runs, sparse, tuned
-from configs.studies._rates import by_part, from_scales, gated_shared, late
+from configs.studies._rates import by_part, from_scales, gated_shared, phases
 from configs.studies._strong import PROJECTIONS, at_rate, falling, several, shared
 from train.config import Config
 from train.study.definition import Options, Run, Study
@@ -27,7 +27,7 @@ ROUNDS: tuple[tuple[str, int], ...] = (
     *(("shards", seed) for seed in range(5)),
     *(("shared", seed) for seed in range(5)),
     *(("parts", seed) for seed in range(5)),
-    *(("late", seed) for seed in range(5)),
+    *(("phases", seed) for seed in range(5)),
     ("scales", 0),
     *(("leading", seed) for seed in range(3)),
     *(("ends", seed) for seed in range(3)),
@@ -205,7 +205,7 @@ def study(options: Options) -> Study:
         "shared": shared(dense, options),
         "parts": by_part(dense, swiglu, options),
         "scales": from_scales(dense, swiglu),
-        "late": late(dense, options),
+        "phases": phases(dense, options),
         "ends": _ends(dense),
         "gated": _gated(gated, options),
         "gated shared": gated_shared(gated, options),

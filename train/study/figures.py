@@ -6,6 +6,7 @@ import math
 import textwrap
 from collections import Counter
 from collections.abc import Collection, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -322,7 +323,7 @@ def _apart(
     points: Sequence[tuple[float, float]],
 ) -> None:
     """Moves names up or down, as little as will do, that would cover a point or a name above them,
-    or stand below the axes."""
+    or stand outside the axes."""
     figure.canvas.draw()
     # Half a marker's width, in the pixels of the drawing.
     half = 4 * figure.dpi / 72
@@ -338,11 +339,10 @@ def _apart(
     for name in sorted(names, key=lambda name: -name.get_window_extent().y0):
         x, y = name.get_position()
         # Down before up; where there is no room at all, it stays.
-        shifts = (sign * step for step in range(round(top - bottom)) for sign in (-1, 1))
-        while not stands(name):
-            shift = next(shifts, None)
-            name.set_position((x, y + (shift or 0)))
-            if shift is None:
+        away = (sign * step for step in range(1, round(top - bottom)) for sign in (-1, 1))
+        for shift in chain([0], away, [0]):
+            name.set_position((x, y + shift))
+            if stands(name):
                 break
         taken.append(name.get_window_extent())
 
