@@ -84,6 +84,7 @@ def tuned(config: Config, ffn: Ffn, options: Options) -> Config:
         known = ", ".join(options.tuned.learning_rate)
         raise ValueError(f"--tuned has no learning rate for {ffn}, only for {known}")
     config = changed(config, **options.tuned.settings)
+    config = changed(config, **options.tuned.form_settings.get(ffn, {}))
     scale = options.tuned.init_scale.get(ffn, config.model.init_scale)
     rate = options.tuned.learning_rate[ffn]
     return changed(config, model={"init_scale": scale}, optimizer={"learning_rate": rate})

@@ -13,7 +13,7 @@ from train.config import Config, validate
 from train.data.config import DataConfig
 from train.optimizer import learning_rate_schedule
 from train.study import definition
-from train.study.definition import Axis, Options, Run, Study
+from train.study.definition import Axis, Options, Run, Study, Tuned
 from train.study.equal_time import SUFFIX, Speedups
 
 SPEEDUPS = Speedups(1.3)
@@ -167,6 +167,45 @@ def test_parts_of_a_model_have_the_rate_that_the_label_says():
     twin = found["relu2, decay over 60%, blocks' rate x 1/2"]
     assert found[recipe].optimizer == twin.optimizer
     assert found[recipe].model == twin.model
+
+
+def test_the_verdict_runs_what_its_labels_say():
+    own = {"relu2": {"optimizer": {"attention_rate": 0.1, "ffn_rate": 0.2, "head_rate": 0.3}}}
+    tuned = Tuned(8, {"relu2": 9e-3, "swiglu": 4e-3, "relu2_gated": 5e-3}, form_settings=own)
+    study = definition.get("verdict", Options(tuned=tuned, speedups=Speedups(1.4)))
+    found = {run.label: run.config for run in study.runs}
+    said = re.compile(r"(attention|FFN|head)'s rate x ([0-9/]+)")
+    for label, config in found.items():
+        kind, *rest = label.removesuffix(SUFFIX).split(", ")
+        recipe = kind not in ("relu2", "swiglu", "relu2_gated")
+        expected = {"attention": 1.0, "ffn": 1.0, "head": 1.0}
+        if config.model.ffn == "relu2":
+            expected = {"attention": 0.1, "ffn": 0.2, "head": 0.3}
+        for part in rest:
+            if match := said.fullmatch(part):
+                expected[match[1].lower()] *= float(Fraction(match[2]))
+        rates = {name: getattr(config.optimizer, name + "_rate") for name in expected}
+        assert rates == pytest.approx(expected), label
+        falls = [int(part[len("decay over ") : -1]) for part in rest if part.startswith("decay")]
+        assert config.optimizer.decay_fraction == (falls[0] / 100 if falls else 0.6)
+        assert config.schedule.threshold_dense == ("thresholded" in rest)
+        assert kind.startswith("gated") == (recipe and config.model.ffn == "relu2_gated")
+        share = int(kind.rpartition(" ")[2][:-1]) / 100 if recipe else 0.0
+        assert config.schedule.sparse_fraction == share
+        if not recipe:
+            continue
+        kind = kind.removeprefix("gated ")
+        sparsity, after = config.sparsity, dict(pairwise(kind.split()))
+        assert sparsity.routing == kind.startswith("M")
+        assert not sparsity.routing or sparsity.m == int(kind.partition("+")[0].split()[0][1:])
+        shared = int(after["shared"].removeprefix("1/")) if "shared" in after else 0
+        assert not sparsity.routing or sparsity.shared_every == shared
+        assert sparsity.weights == (sparsity.routing and "weights dense" not in kind)
+        assert sparsity.attention_projections == ("projections" in kind)
+    # Every recipe at equal wall-clock too, where speeds are known.
+    recipes = {label for label, config in found.items() if config.sparse_steps}
+    stretched = {label for label in recipes if label.endswith(SUFFIX)}
+    assert {label.removesuffix(SUFFIX) for label in stretched} == recipes - stretched
 
 
 def test_longer_runs_are_those_of_the_verdict():

@@ -105,10 +105,13 @@ def test_from_file_to_file(tmp_path, capsys):
         "optimizer": {"b2": 0.99, "clip_norm": 1, "decay": "wsd"},
         "model": {"embedding_scale": 1.0, "output_scale": None},
     }
-    kept = {"init_scale": {"relu2": 0.5}, "settings": settings}
-    earlier.write_text(json.dumps({"batch_size": 8, "learning_rate": {}} | kept))
+    forms = {"relu2": {"optimizer": {"head_rate": 0.25}}}
+    kept = {"init_scale": {"relu2": 0.5}, "settings": settings, "form_settings": forms}
+    earlier.write_text(json.dumps({"batch_size": 8, "learning_rate": {"relu2": 1e-3}} | kept))
     assert main([str(sweep), str(out), "--scales", str(earlier)]) == 0
-    assert "optimizer: b2 0.99, clip_norm 1, decay wsd\n" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "\noptimizer: b2 0.99, clip_norm 1, decay wsd\n" in printed
+    assert "\nrelu2 optimizer: head_rate 0.25\n" in printed
     assert read_tuned(out) == dataclasses.replace(tuned, **kept)
     assert main([str(tmp_path / "none.json"), str(out)]) == 2
     assert capsys.readouterr().err.count("\n") == 1
@@ -125,9 +128,13 @@ def test_from_file_to_file(tmp_path, capsys):
         ({"model": {"width": 1.5}}, "width"),
         ({"model": {"qk_norm": 1}}, "qk_norm"),
     ):
-        out.write_text(json.dumps({"batch_size": 8, "learning_rate": {}, "settings": settings}))
-        with pytest.raises(ValueError, match=f"has settings that do not fit: .*'{name}'"):
-            read_tuned(out)
+        for kept in ({"settings": settings}, {"form_settings": {"relu2": settings}}):
+            out.write_text(json.dumps({"batch_size": 8, "learning_rate": {}} | kept))
+            with pytest.raises(ValueError, match=f"has settings that do not fit: .*'{name}'"):
+                read_tuned(out)
+    out.write_text(json.dumps({"batch_size": 8, "learning_rate": {}, "form_settings": forms}))
+    with pytest.raises(ValueError, match="has settings of 'relu2' but no learning rate for it"):
+        read_tuned(out)
 
 
 def test_rates_go_around_what_was_tuned():
@@ -185,6 +192,13 @@ def test_studies_start_from_what_was_tuned():
         assert run.config.optimizer.b2 == (0.999 if change == "b2 0.999" else 0.99)
         factor = {"2/3": 2 / 3, "3/2": 3 / 2}.get(change.rpartition("rate x ")[2], 1)
         assert run.config.optimizer.learning_rate == factor * rates[run.config.model.ffn]
+    # And what suits one form is that form's alone.
+    own = {"swiglu": {"optimizer": {"b2": 0.9, "ffn_rate": 0.5}}}
+    more = Options(tuned=dataclasses.replace(more.tuned, form_settings=own))
+    for run in definition.get("tuning", more).runs:
+        optimizer = run.config.optimizer
+        swiglu = run.config.model.ffn == "swiglu"
+        assert (optimizer.b2, optimizer.ffn_rate) == ((0.9, 0.5) if swiglu else (0.99, 1.0))
     plain = definition.get("evidence", Options(speedups=Speedups(1.4)))
     dense, same = plain.runs[0], definition.get("evidence", options).runs[0]
     assert dense.tokens == pytest.approx(same.tokens, rel=1e-3)

@@ -124,6 +124,10 @@ class Study:
                 raise ValueError(f"run {run.key}: {error}") from None
 
 
+Settings = Mapping[str, Mapping[str, Any]]
+"""Fields by section of the configuration."""
+
+
 @dataclass(frozen=True)
 class Tuned:
     """What a sweep found best (`train.study.tuned`).
@@ -134,12 +138,15 @@ class Tuned:
       init_scale: of the layers within the blocks, by form; the study's own where it has none.
       settings: of all forms, fields by section of the configuration, such as {"optimizer": {"b2":
         0.99}}: what the sweep held fixed, in the place of the study's own.
+      form_settings: by form, likewise, over `settings`: learning rates of parts that suit one form
+        and not another.
     """
 
     batch_size: int
     learning_rate: Mapping[str, float]
     init_scale: Mapping[str, float] = field(default_factory=dict)
-    settings: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    settings: Settings = field(default_factory=dict)
+    form_settings: Mapping[str, Settings] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ import numpy as np
 import tyro
 
 from train.config import Config
-from train.study.definition import Tuned
+from train.study.definition import Settings, Tuned
 from train.study.record import FORMAT, Record, read, write
 
 
@@ -145,15 +145,23 @@ def read_tuned(path: Path) -> Tuned:
         scales, settings = found.get("init_scale", {}), found.get("settings", {})
         floats = [*rates.values(), *scales.values()]
         good = isinstance(batch, int) and all(isinstance(v, float) for v in floats)
-        _check_settings(settings, path)
+        forms = found.get("form_settings", {})
+        for own in (settings, *forms.values()):
+            _check_settings(own, path)
+        if unknown := forms.keys() - rates.keys():
+            raise ValueError(f"{path} has settings of {min(unknown)!r} but no learning rate for it")
     except (json.JSONDecodeError, AttributeError, KeyError, TypeError):
         good = False
     if not good:
         raise ValueError(f"{path} is no file of python -m train.study.tuned")
-    return Tuned(batch, rates, scales, settings)
+    return Tuned(batch, rates, scales, settings, forms)
 
 
-def _check_settings(settings: Mapping[str, Mapping[str, Any]], path: Path) -> None:
+def _plain(settings: Settings) -> dict[str, dict[str, Any]]:
+    return {section: dict(fields) for section, fields in settings.items()}
+
+
+def _check_settings(settings: Settings, path: Path) -> None:
     """Refuses sections and fields that no configuration has, and values of other types."""
     sections = typing.get_type_hints(Config)
     for section, fields in settings.items():
@@ -186,7 +194,7 @@ class Arguments:
     """Where the choice is written, for --tuned."""
     scales: Path | None = None
     """An earlier choice, with whose initial scales and settings the runs of this sweep were made:
-    both are kept."""
+    they are kept."""
     swept: bool = False
     """Take the best rate that was swept, not the vertex of a parabola: for --reuse of its runs."""
 
@@ -201,7 +209,9 @@ def main(argv: list[str] | None = None) -> int:
         tuned, remarks = choose(content.get("runs", ()), swept=arguments.swept)
         if arguments.scales is not None:
             kept = read_tuned(arguments.scales)
-            tuned = dataclasses.replace(tuned, init_scale=kept.init_scale, settings=kept.settings)
+            tuned = dataclasses.replace(
+                kept, batch_size=tuned.batch_size, learning_rate=tuned.learning_rate
+            )
         write(
             arguments.output,
             {
@@ -209,7 +219,8 @@ def main(argv: list[str] | None = None) -> int:
                 "batch_size": tuned.batch_size,
                 "learning_rate": dict(tuned.learning_rate),
                 "init_scale": dict(tuned.init_scale),
-                "settings": {k: dict(v) for k, v in tuned.settings.items()},
+                "settings": _plain(tuned.settings),
+                "form_settings": {k: _plain(v) for k, v in tuned.form_settings.items()},
                 "remarks": remarks,
             },
         )
@@ -220,8 +231,10 @@ def main(argv: list[str] | None = None) -> int:
     print(f"batch {tuned.batch_size}; learning rates: {rates}")
     for ffn, scale in tuned.init_scale.items():
         print(f"{ffn}: blocks initialised at {scale:g} of the usual scale")
-    for section, fields in tuned.settings.items():
-        print(f"{section}: {', '.join(f'{k} {v}' for k, v in fields.items())}")
+    for form, settings in (("", tuned.settings), *tuned.form_settings.items()):
+        for section, fields in settings.items():
+            what = ", ".join(f"{k} {v}" for k, v in fields.items())
+            print(f"{form} {section}: {what}".lstrip())
     for remark in remarks:
         print(f"note: {remark}")
     return 0
