@@ -63,6 +63,10 @@ class Sparsity:
     """Of so many blocks of M neurons in a row every token meets all of the last one: neurons that
     are 2:4 and not routed, the shared experts of arXiv 2401.06066; 0 for none."""
 
+    dense_layers: int = 0
+    """First layers of a model that stay dense in its sparse phase, as the first layers of mixtures
+    do (arXiv 2401.06066): a network alone knows nothing of it."""
+
     metric: Metric = "cosine"
     """How near a neuron (its column of W1), or a token, is to a cluster centre."""
 
@@ -199,6 +203,8 @@ class Sparsity:
             raise ValueError(f"{width=} must be a positive multiple of {GROUP}")
         if self.shards is not None and self.shards < 1:
             raise ValueError(f"shards={self.shards} must be at least 1")
+        if self.dense_layers < 0:
+            raise ValueError(f"dense_layers={self.dense_layers} must not be negative")
         if self.shared_every < 0 or self.shared_every == 1:
             raise ValueError(
                 f"shared_every={self.shared_every} must be 0 (none shared) or at least 2: with 1 "

@@ -204,9 +204,9 @@ def sparse_flops(config: Config) -> Flops:
     dense = dense_flops(config)
     if config.model.ffn == "swiglu":
         return dense
-    experts = config.sparsity.num_experts
+    experts, layers = config.sparsity.num_experts, sparse_layers(config)
     centers = experts * neuron_groups(config)
-    similarities = config.tokens_per_step * config.model.width * centers * config.model.num_layers
+    similarities = config.tokens_per_step * config.model.width * centers * layers
     router = 2 * similarities if experts > 1 else 0
     if config.model.experts:
         # Whole experts have no centres.
@@ -214,13 +214,19 @@ def sparse_flops(config: Config) -> Flops:
         ffn = sum(product.sparse_flops for product in ffn_products(config))
         return dataclasses.replace(dense, ffn=ffn, router=dense.router + router)
     # Of a projection's three products a 2:4 weight serves one: forward, or the input's gradient.
-    halved = dense.projections // 6 if config.sparsity.attention_projections else 0
+    halved = dense.projections // 6 * layers // config.model.num_layers
+    halved = halved if config.sparsity.attention_projections else 0
     return dataclasses.replace(
         dense,
         ffn=sum(product.sparse_flops for product in ffn_products(config)),
         projections=dense.projections - halved,
         router=router,
     )
+
+
+def sparse_layers(config: Config) -> int:
+    """Returns the layers that are sparse in a sparse step."""
+    return config.model.num_layers - config.sparsity.dense_layers
 
 
 def ffn_products(config: Config) -> tuple[Product, ...]:
@@ -257,6 +263,8 @@ def ffn_products(config: Config) -> tuple[Product, ...]:
     products = []
     for name, backward, operand, share in rows:
         executed = dense if no_zeros else round(share * dense) * met // of
+        # Layers that stay dense execute all of theirs.
+        executed += (dense - executed) // m.num_layers * (m.num_layers - sparse_layers(config))
         sparse = share < 1 and not no_zeros
         products.append(Product(name, backward, operand, sparse, dense, executed))
     return tuple(products)
@@ -284,7 +292,8 @@ def recomputed_flops(config: Config, *, sparse: bool = False) -> int:
     if sparse and config.sparsity.attention_projections and m.ffn != "swiglu":
         # Forward the 2:4 weights are those of queries, keys and values.
         weights = 2 * m.num_heads + 2 * m.kv_heads
-        projections -= projections * (weights - m.num_heads) // weights // 2
+        sparse_share = sparse_layers(config) / m.num_layers
+        projections -= round(projections * (weights - m.num_heads) / weights / 2 * sparse_share)
     # A mixture's router learns; similarities to centres have no backward pass.
     router = dense.router // 3 + flops.router - dense.router
     return ffn + projections + flops.attention // 3 + router
@@ -423,15 +432,16 @@ def memory(config: Config, *, devices: int | None = None, sparse: bool = False) 
     packed_projections = sparse and s.attention_projections
     packed_ffn = sparse and s.ffn
     by_layer = m.experts > 0 and shape.size > 1
+    packed_share = sparse_layers(config) / m.num_layers if sparse else 0.0
     if size == 2:
-        rounded = 0 if packed_projections else count.projections
-        rounded += 0 if packed_ffn or by_layer else count.ffn
+        rounded = count.projections * (1 - packed_share * packed_projections)
+        rounded += 0 if by_layer else count.ffn * (1 - packed_share * packed_ffn)
         copies = size * (rounded + count.head) / sharded
-    # All layers are packed once a step: a thresholded copy and its packed form, or of weights that
-    # are not 2:4 copies in the two orders that kernels read.
+    # All sparse layers are packed once a step: a thresholded copy and its packed form, or of
+    # weights that are not 2:4 copies in the two orders that kernels read.
     packed = size / 2 + METADATA_BYTES
     if packed_projections:
-        copies += count.projections * (size + packed) / sharded
+        copies += packed_share * count.projections * (size + packed) / sharded
     if packed_ffn:
         in_16_bits = size + (packed if s.weights else size)
         in_8_bits = _sparse_in_8_bits(config)
@@ -440,12 +450,16 @@ def memory(config: Config, *, devices: int | None = None, sparse: bool = False) 
         of_group = m.ffn_hidden // neuron_groups(config)
         once = shape.fsdp > 1 and not in_8_bits and stored_once.serves(s, of_group)
         repeated = 1 if once else s.rows_of_experts(of_group) / of_group
-        copies += repeated * count.ffn * of_ffn / sharded
+        copies += packed_share * repeated * count.ffn * of_ffn / sharded
     if by_layer:
         # All experts of a layer as a pass reads them, and its gradients before they are scattered:
         # E / k times what one network's would be, too much to leave to the temporaries.
         partial = BYTES_FLOAT32 if sparse else size
         copies += count.ffn // m.num_layers * (_gathered_bytes(config, size, sparse) + partial)
+
+    kept = _activation_bytes(config, shape, size, sparse)
+    if 0 < packed_share < 1:
+        kept += (1 - packed_share) * (_activation_bytes(config, shape, size, False) - kept)
 
     # The logits and their gradient.
     a_logit = (size if m.logits == "compute" else BYTES_FLOAT32) + size
@@ -456,7 +470,7 @@ def memory(config: Config, *, devices: int | None = None, sparse: bool = False) 
         # Micro-batches add up in one copy while the next is made.
         gradients=BYTES_FLOAT32 * held * (2 if config.micro_batches > 1 else 1),
         weight_copies=int(copies),
-        activations=int(tokens * _activation_bytes(config, shape, size, sparse)),
+        activations=int(tokens * kept),
         logits_chunk=logits,
     )
 

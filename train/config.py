@@ -381,6 +381,11 @@ def _validate_experts(config: Config) -> None:
         )
     if config.sparse_steps:
         sparsity.validate_experts(hidden=model.ffn_hidden, num_experts=model.experts)
+        if sparsity.dense_layers:
+            raise ValueError(
+                f"sparsity.dense_layers={sparsity.dense_layers} must be 0 with model.experts="
+                f"{model.experts}: all layers of a mixture are sparse together"
+            )
 
 
 def _require_representable(config: Any, prefix: str = "") -> None:
@@ -566,3 +571,9 @@ def validate(config: Config, *, tokenizer_vocab_size: int | None = None) -> None
         config.sparsity.validate(
             width=model.width, hidden=model.ffn_hidden, tokens=config.tokens_per_micro_batch
         )
+        if config.sparsity.dense_layers >= model.num_layers:
+            raise ValueError(
+                f"sparsity.dense_layers={config.sparsity.dense_layers} leaves none of "
+                f"model.num_layers={model.num_layers} sparse; schedule.sparse_fraction=0 makes "
+                "every step dense"
+            )

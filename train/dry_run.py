@@ -80,6 +80,11 @@ def _routed_to(config: Config) -> str:
     return f"{groups} experts" + (f" in each of {shards} groups of neurons" if shards > 1 else "")
 
 
+def _first_layers(config: Config) -> str:
+    first = config.sparsity.dense_layers
+    return "the first layer" if first == 1 else f"the first {first} layers"
+
+
 def dry_run(config: Config, *, console: Console, plot: Path | None = None) -> None:
     """Prints what `config` would train, at what cost.
 
@@ -185,6 +190,7 @@ def _run(config: Config, vocabulary: str) -> Table:
                 (s.routing, f"routing to {_routed_to(config)} (M {s.m}, V {s.v})"),
                 (s.shares, f"1 in {s.shared_every} blocks of neurons for every token"),
                 (s.activations, "2:4 activations"),
+                (s.dense_layers > 0, _first_layers(config) + " dense"),
                 (
                     s.weight_gradient == "tokens24",
                     f"weight gradients 2:4 along tokens but for {s.dense_neurons:.0%} of neurons",
@@ -297,6 +303,8 @@ def _products(config: Config) -> Table:
         routed = config.tokens_per_step * m.active_experts
         extra = accounting.padded_tokens(config) / routed - 1
         caption += f" Padding to multiples of V = {s.v} adds up to {extra:.2%} rows."
+    if s.dense_layers:
+        caption += f" The last column is of all layers, with {_first_layers(config)}, dense."
     table.caption = caption
     return table
 

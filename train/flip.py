@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from sparsejax.prune import soft_threshold, soft_threshold_beta
+from sparsejax.prune import soft_threshold_beta
 from sparsejax.schedule import Event, Phase
 from sparsejax.spec import Sparsity
 from train.compiler import compile_program
@@ -20,6 +20,7 @@ from train.model import sparse_weights
 from train.optimizer import make_optimizer, reset_moments
 from train.state import TrainState, abstract_state, model_graph
 from train.step import Batch, Metrics, clustered
+from train.thresholding import layers_that_are_sparse, thresholded
 from train.tree import LeafFunction, block_leaf, has_leaf, map_block_leaves, map_ffn_leaves
 
 EventFunction = Callable[[TrainState, Batch], tuple[TrainState, Metrics]]
@@ -153,7 +154,9 @@ def _rescaled(state: TrainState, sparsity: Sparsity) -> TrainState:
             if has_leaf(params, part, name):
                 fitting = fitting.at[:, i].set(block_leaf(found, part, name))
         scale = {name: _scale(i) for i, name in enumerate(axes)}
-        params = map_block_leaves(params, part, scale, beta / fitting)
+        sparse = layers_that_are_sparse(beta.shape[0], sparsity)
+        factors = jnp.where(sparse[:, None], beta / fitting, 1.0)
+        params = map_block_leaves(params, part, scale, factors)
         routing = map_block_leaves(routing, part, {"beta": lambda _, new: new}, fitting)
     return dataclasses.replace(state, params=params, routing=routing)
 
@@ -163,18 +166,12 @@ def _thresholded(state: TrainState, sparsity: Sparsity) -> TrainState:
 
     The third largest of four is zero then, so that with b = 1 the sparse view stays what it was.
     """
-    params, routing = state.params, state.routing
-    for part, axes in sparse_weights(sparsity).items():
-        beta = block_leaf(routing, part, "beta")
-        threshold = {name: _threshold(i, axis) for i, (name, axis) in enumerate(axes.items())}
-        params = map_block_leaves(params, part, threshold, beta, in_place=True)
+    routing = state.routing
+    params = thresholded(state.params, routing, sparsity, in_place=True)
+    for part in sparse_weights(sparsity):
         ones = {"beta": lambda b, _: jnp.ones_like(b)}
-        routing = map_block_leaves(routing, part, ones, beta)
+        routing = map_block_leaves(routing, part, ones, block_leaf(routing, part, "beta"))
     return dataclasses.replace(state, params=params, routing=routing)
-
-
-def _threshold(i: int, axis: int) -> LeafFunction:
-    return lambda w, beta: beta[i] * soft_threshold(w, axis)
 
 
 def _estimate(axis: int) -> LeafFunction:

@@ -51,7 +51,8 @@ def sparse_weights(sparsity: Sparsity) -> dict[str, dict[str, int]]:
     return parts
 
 
-# Of one block or of all of them (stacked, or in a list); None in a dense phase.
+# Of one block or of all of them; None in a dense phase. Stacked: of those that are sparse; in a
+# list: None for each that stays dense (`Sparsity.dense_layers`).
 Packed = Any
 
 
@@ -193,6 +194,7 @@ class Llama(nnx.Module):
         if config.vocab_size is None:
             raise ValueError("vocab_size=None: resolve the configuration first")
         self.config = config
+        self.dense_layers = 0 if sparsity is None else sparsity.dense_layers
         d, v = config.width, config.vocab_size
         std = d**-0.5 if config.embedding_scale is None else config.embedding_scale
         self.embedding = nnx.Param(
@@ -209,8 +211,8 @@ class Llama(nnx.Module):
             self.blocks = nnx.List([make(key) for key in keys])
 
     def __call__(self, tokens: jax.Array, packed: Packed = None) -> tuple[jax.Array, Stats]:
-        """Hidden states (B, S, D) after the final norm, and the layers' routing statistics with a
-        leading axis L.
+        """Hidden states (B, S, D) after the final norm, and the routing statistics of the layers
+        that are routed, with a leading axis over them.
 
         Args:
           tokens: (B, S) int32 ids.
@@ -234,12 +236,15 @@ class Llama(nnx.Module):
             )
         if config.scan_layers:
             graph, state = nnx.split(self.blocks)
-            x, stats = jax.lax.scan(lambda x, s: apply(graph, s[0], x, s[1]), x, (state, packed))
+            for part in self._parts(packed, state):
+                x, stats = jax.lax.scan(lambda x, s: apply(graph, s[1], x, s[0]), x, part)
         else:
             layers = []
             for i, layer_block in enumerate(self.blocks):
                 x, layer = apply(*nnx.split(layer_block), x, None if packed is None else packed[i])
                 layers.append(layer)
+            if packed is not None:
+                layers = layers[self.dense_layers :]
             stats = jax.tree.map(lambda *leaves: jnp.stack(leaves), *layers)
         if stats is not None and stats.counts.ndim == 3:
             # Layers, devices, experts: one small sum over the devices for all layers.
@@ -296,14 +301,27 @@ class Llama(nnx.Module):
         a leading axis L. `rest` has one too."""
         if self.config.scan_layers:
             graph, state = nnx.split(self.blocks)
-            body = lambda x, s: function(nnx.merge(graph, s[0]), x, *s[1:])
-            return jax.lax.scan(body, x, (state, packed, *rest))
+            body = lambda x, s: function(nnx.merge(graph, s[1]), x, s[0], *s[2:])
+            results = []
+            for part in self._parts(packed, state, *rest):
+                x, result = jax.lax.scan(body, x, part)
+                results.append(result)
+            return x, jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *results)
         layers = []
         for i, block in enumerate(self.blocks):
             mine = jax.tree.map(lambda leaf, i=i: leaf[i], rest)
             x, layer = function(block, x, None if packed is None else packed[i], *mine)
             layers.append(layer)
         return x, jax.tree.map(lambda *leaves: jnp.stack(leaves), *layers)
+
+    def _parts(self, packed: Packed, *stacked: Any) -> list[tuple[Any, ...]]:
+        """What to scan one after another, packed weights first: the layers that stay dense have
+        none, so that they are a scan of their own. `stacked` have a leading axis L."""
+        first = self.dense_layers
+        if packed is None or not first:
+            return [(packed, *stacked)]
+        cut = lambda part: jax.tree.map(lambda leaf: leaf[part], stacked)
+        return [(None, *cut(slice(first))), (packed, *cut(slice(first, None)))]
 
     def map_blocks(self, function: Any) -> Any:
         """Calls function(block) for every layer; results stacked under scan_layers, else a list
@@ -319,6 +337,11 @@ class Llama(nnx.Module):
         return self.map_blocks(lambda block: function(block.ffn))
 
     def pack(self) -> Packed:
-        """Thresholds and packs the weights of every layer: once per optimiser step of a sparse
-        phase."""
-        return self.map_blocks(lambda block: block.pack())
+        """Thresholds and packs the weights of every sparse layer: once per optimiser step of a
+        sparse phase."""
+        first = self.dense_layers
+        if not self.config.scan_layers:
+            return [None] * first + [block.pack() for block in list(self.blocks)[first:]]
+        graph, state = nnx.split(self.blocks)
+        state = jax.tree.map(lambda leaf: leaf[first:], state) if first else state
+        return jax.lax.map(lambda s: nnx.merge(graph, s).pack(), state)

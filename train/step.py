@@ -41,16 +41,21 @@ def _rounded_once(config: Config, params: Any, phase: Phase) -> Any:
     """
     parts = {"attention": ("q", "k", "v", "out"), "ffn": ("w1", "w2", "wg")}
     scope = {"attention": scopes.PROJECTIONS, "ffn": scopes.FFN}
-    if config.model.experts or phase == "sparse":
+    sparse = {"ffn"} if phase == "sparse" else set()
+    if sparse and config.sparsity.attention_projections:
+        sparse.add("attention")
+    if config.model.experts:
         del parts["ffn"]
-    if phase == "sparse" and config.sparsity.attention_projections:
-        del parts["attention"]
+    # Those that stay dense, if layers have places: of a stack all are treated alike.
+    dense_layers = range(config.sparsity.dense_layers)
     dtype = compute_dtype(config.model)
 
     def visit(path: Any, leaf: jax.Array) -> jax.Array:
         keys = names(path)
         part = str(keys[-2]) if len(keys) > 1 else ""
         if keys[-1] not in parts.get(part, ()):
+            return leaf
+        if part in sparse and keys[keys.index("blocks") + 1] not in dense_layers:
             return leaf
         with jax.named_scope(scope[part]):
             return leaf.astype(dtype)
@@ -160,7 +165,10 @@ def make_train_step(
         # The experts of a mixture are chosen, and their loads evened, in dense phases too.
         if config.model.experts or (phase == "sparse" and config.sparsity.routing):
             metrics["expert_load"] = stats.counts
-            routing = map_ffn_leaves(routing, _evening(config, phase), stats.counts)
+            missing = config.model.num_layers - stats.counts.shape[0]
+            # Layers that stay dense have met no tokens, which leaves their biases as they are.
+            counts = jnp.pad(stats.counts, [(missing, 0)] + [(0, 0)] * (stats.counts.ndim - 1))
+            routing = map_ffn_leaves(routing, _evening(config, phase), counts)
         return (
             dataclasses.replace(
                 state,

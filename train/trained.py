@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from sparsejax.nn.routed_ffn import RoutingState
-from sparsejax.prune import soft_threshold
+from train import thresholding
 from train.backend import compute_dtype
 from train.checkpoint import Checkpointer, read_config
 from train.config import Config
@@ -25,7 +25,6 @@ from train.data.tokenizer import Tokenizer, load_tokenizer
 from train.model import Llama, sparse_weights
 from train.run_folder import CHECKPOINTS
 from train.state import build_model, model_graph
-from train.tree import LeafFunction, block_leaf, map_block_leaves
 
 View = Literal["dense", "sparse"]
 
@@ -172,19 +171,12 @@ def thresholded(run: TrainedRun) -> Llama:
     Raises:
       ValueError: if the run's weights were not sparse, or its sparse phase has not begun.
     """
-    parts = sparse_weights(run.config.sparsity)
-    if not parts:
+    sparsity = run.config.sparsity
+    if not sparse_weights(sparsity):
         raise ValueError(f"{run.folder} was trained with sparsity.weights=False")
     check_view(run, "sparse")
     graph, params, routing = nnx.split(run.model, nnx.Param, RoutingState)
-
-    def prune(i: int, axis: int) -> LeafFunction:
-        return lambda w, beta: beta[i] * soft_threshold(w, axis)
-
-    for part, axes in parts.items():
-        functions = {name: prune(i, axis) for i, (name, axis) in enumerate(axes.items())}
-        params = map_block_leaves(params, part, functions, block_leaf(routing, part, "beta"))
-    return nnx.merge(graph, params, routing)
+    return nnx.merge(graph, thresholding.thresholded(params, routing, sparsity), routing)
 
 
 def config_from_dict(kind: type[T], values: Mapping[str, Any], name: str = "") -> T:

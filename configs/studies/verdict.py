@@ -33,6 +33,7 @@ RATES: Mapping[str, Rates] = {
 """What multiplies learning rates, by what a label says."""
 
 DENSE_WEIGHTS = {"weights": False}
+FIRST = {"dense_layers": 1}
 ALONE = {"routing": False, "activations": False, "weights": False}
 
 RECIPES: Mapping[str, tuple[float, Mapping[str, Any]]] = {
@@ -45,6 +46,9 @@ RECIPES: Mapping[str, tuple[float, Mapping[str, Any]]] = {
     "M32 weights dense 40%": (0.4, {"m": 32, **DENSE_WEIGHTS}),
     "M32 shared 1/4 weights dense 53%": (0.53, WIDE | DENSE_WEIGHTS),
     "M32 shared 1/4 weights dense 55%": (0.55, WIDE | DENSE_WEIGHTS),
+    "M32+projections shared 1/4 first dense 48%": (0.48, RECIPE | FIRST),
+    "M32 first dense weights dense 42%": (0.42, {"m": 32, **DENSE_WEIGHTS, **FIRST}),
+    "M32 shared 1/4 first dense weights dense 55%": (0.55, WIDE | DENSE_WEIGHTS | FIRST),
     "M16 shared 1/4 weights dense 58%": (0.58, {"m": 16, "shared_every": 4} | DENSE_WEIGHTS),
     "M32 shared 1/2 weights dense 60%": (0.6, {"m": 32, "shared_every": 2} | DENSE_WEIGHTS),
     "M32 shared 1/2 weights dense 74%": (0.74, {"m": 32, "shared_every": 2} | DENSE_WEIGHTS),

@@ -15,7 +15,8 @@ from train.config import Config, ModelConfig, ScheduleConfig, resolve
 from train.mesh import check_mesh
 
 # Runs all three phases with a refresh on each mesh given as JSON [[data, fsdp, tensor, shards],
-# ...] and prints losses, gradient norms and loads; with one shard in two micro-batches.
+# ...] and prints losses, gradient norms and loads; with one shard in two micro-batches, and the
+# first of the two layers dense.
 RUNS = """
     import dataclasses, json, sys
     import jax, numpy as np
@@ -36,7 +37,10 @@ RUNS = """
                     ffn_precision="fp8" if shards == 1 else "compute",
                     norm="xla" if shards == 1 else "kernel",
                 ),
-                sparsity=Sparsity(m=8, v=8, bias_rate=0.01, kmeans_iterations=3, shards=shards),
+                sparsity=Sparsity(
+                    m=8, v=8, bias_rate=0.01, kmeans_iterations=3, shards=shards,
+                    dense_layers=shards % 2,
+                ),
                 schedule=ScheduleConfig(warmup_steps=2, sparse_fraction=0.5),
                 optimizer=OptimizerConfig(warmup_steps=2),
             ),

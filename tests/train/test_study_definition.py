@@ -202,6 +202,7 @@ def test_the_verdict_runs_what_its_labels_say():
         assert not sparsity.routing or sparsity.shared_every == shared
         assert sparsity.weights == (sparsity.routing and "weights dense" not in kind)
         assert sparsity.attention_projections == ("projections" in kind)
+        assert sparsity.dense_layers == ("first dense" in kind)
     # Every recipe at equal wall-clock too, where speeds are known.
     recipes = {label for label, config in found.items() if config.sparse_steps}
     stretched = {label for label in recipes if label.endswith(SUFFIX)}
