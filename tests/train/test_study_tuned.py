@@ -107,7 +107,10 @@ def test_from_file_to_file(tmp_path, capsys):
     }
     forms = {"relu2": {"optimizer": {"head_rate": 0.25}}}
     kept = {"init_scale": {"relu2": 0.5}, "settings": settings, "form_settings": forms}
-    earlier.write_text(json.dumps({"batch_size": 8, "learning_rate": {"relu2": 1e-3}} | kept))
+    # A form that this sweep leaves out is left out.
+    both = kept | {"form_settings": forms | {"swiglu": {"model": {"norm_eps": 1e-4}}}}
+    rates = {"learning_rate": {"relu2": 1e-3, "swiglu": 1e-3}}
+    earlier.write_text(json.dumps({"batch_size": 8} | rates | both))
     assert main([str(sweep), str(out), "--scales", str(earlier)]) == 0
     printed = capsys.readouterr().out
     assert "\noptimizer: b2 0.99, clip_norm 1, decay wsd\n" in printed

@@ -209,8 +209,12 @@ def main(argv: list[str] | None = None) -> int:
         tuned, remarks = choose(content.get("runs", ()), swept=arguments.swept)
         if arguments.scales is not None:
             kept = read_tuned(arguments.scales)
+            forms = {k: v for k, v in kept.form_settings.items() if k in tuned.learning_rate}
             tuned = dataclasses.replace(
-                kept, batch_size=tuned.batch_size, learning_rate=tuned.learning_rate
+                kept,
+                batch_size=tuned.batch_size,
+                learning_rate=tuned.learning_rate,
+                form_settings=forms,
             )
         write(
             arguments.output,
