@@ -323,12 +323,13 @@ class Llama(nnx.Module):
         cut = lambda part: jax.tree.map(lambda leaf: leaf[part], stacked)
         return [(None, *cut(slice(first))), (packed, *cut(slice(first, None)))]
 
-    def map_blocks(self, function: Any) -> Any:
-        """Calls function(block) for every layer; results stacked under scan_layers, else a list
-        over the layers."""
+    def map_blocks(self, function: Any, first: int = 0) -> Any:
+        """Calls function(block) for every layer from the first one on; results stacked under
+        scan_layers, else a list over the layers."""
         if not self.config.scan_layers:
-            return [function(block) for block in self.blocks]
+            return [function(block) for block in list(self.blocks)[first:]]
         graph, state = nnx.split(self.blocks)
+        state = jax.tree.map(lambda leaf: leaf[first:], state) if first else state
         # One layer at a time: packing needs little memory beyond its result.
         return jax.lax.map(lambda s: function(nnx.merge(graph, s)), state)
 
@@ -339,9 +340,5 @@ class Llama(nnx.Module):
     def pack(self) -> Packed:
         """Thresholds and packs the weights of every sparse layer: once per optimiser step of a
         sparse phase."""
-        first = self.dense_layers
-        if not self.config.scan_layers:
-            return [None] * first + [block.pack() for block in list(self.blocks)[first:]]
-        graph, state = nnx.split(self.blocks)
-        state = jax.tree.map(lambda leaf: leaf[first:], state) if first else state
-        return jax.lax.map(lambda s: nnx.merge(graph, s).pack(), state)
+        packed = self.map_blocks(lambda block: block.pack(), self.dense_layers)
+        return packed if self.config.scan_layers else [None] * self.dense_layers + packed

@@ -9,7 +9,7 @@ from typing import Any
 import configs
 from sparsejax.spec import Sparsity
 from train.config import CheckpointConfig, Config, Ffn, LogConfig, ScheduleConfig
-from train.study.definition import Factor, Options, Run
+from train.study.definition import Factor, Options, Run, Settings
 
 EVAL_WINDOWS = 0
 """Held-out windows of an evaluation: all. A pass over them costs a few steps, and the noise of the
@@ -20,10 +20,7 @@ DENSE = ScheduleConfig(warmup_steps=0, sparse_fraction=0.0)
 WARMUP = 0.1
 """Share of the steps that are dense before the sparse phase, where a study does not vary it."""
 
-Sections = Mapping[str, Mapping[str, Any]]
-"""Fields by section of the configuration: {"optimizer": {"learning_rate": 1e-3}}."""
-
-RECIPE: Sections = {
+RECIPE: Settings = {
     "model": {"qk_norm": True},
     "optimizer": {"decay": "linear", "final_fraction": 0.0},
 }
@@ -31,7 +28,7 @@ RECIPE: Sections = {
 and a rate that ends at zero, so that the last steps do not decide the loss. `dense_recipe` varies
 it."""
 
-TUNED: dict[Ffn, Sections] = {"relu2": RECIPE, "relu2_gated": RECIPE, "swiglu": RECIPE}
+TUNED: dict[Ffn, Settings] = {"relu2": RECIPE, "relu2_gated": RECIPE, "swiglu": RECIPE}
 """What all that is compared with a dense run starts from, by form, on top of the configuration;
 `--tuned FILE.json` sets learning rates, batch and whatever else it names over it."""
 

@@ -12,6 +12,7 @@ from configs.studies._strong import (
     at_rate,
     falling,
     short,
+    thresholded,
 )
 from train.config import Config
 from train.study.definition import Options
@@ -137,9 +138,7 @@ def phases(dense: Config, options: Options) -> Variants:
     variants |= {
         f"{VERDICT}{SHORT}, clustered once": short(dense, 0.47, refresh_every=0, **RECIPE),
         f"{VERDICT}, warm-up 2%, decay over 45%": short(dense, 0.47, 0.45, **RECIPE),
-        f"{VERDICT}, thresholded at dense{SHORT}": changed(
-            short(dense, 0.47, **RECIPE), schedule={"threshold_dense": True}
-        ),
+        f"{VERDICT}, thresholded at dense{SHORT}": thresholded(short(dense, 0.47, **RECIPE)),
     }
     return variants | at_equal_time(variants, dense, options)
 

@@ -23,6 +23,11 @@ def falling(config: Config, share: float) -> Config:
     return changed(config, optimizer={"decay": "wsd", "decay_fraction": share})
 
 
+def thresholded(config: Config) -> Config:
+    """A dense end that begins from the thresholded weights."""
+    return changed(config, schedule={"threshold_dense": True})
+
+
 def at_rate(config: Config, factor: float) -> Config:
     """Another learning rate: so many times its own."""
     return changed(config, optimizer={"learning_rate": factor * config.optimizer.learning_rate})
@@ -44,9 +49,7 @@ def several(dense: Config, swiglu: Config, options: Options) -> Variants:
         "M32 39%" + how: make(0.39, m=32),
         "M8 in 4 65%, warm-up 2%, decay over 45%": make(0.65, 0.45, m=8, shards=4),
         "M8 in 4 65%, warm-up 2%, decay over 30%": make(0.65, 0.3, m=8, shards=4),
-        "M8 in 4 65%, thresholded at dense" + how: changed(
-            make(0.65, m=8, shards=4), schedule={"threshold_dense": True}
-        ),
+        "M8 in 4 65%, thresholded at dense" + how: thresholded(make(0.65, m=8, shards=4)),
         "M8 in 4 weights dense 65%" + how: make(0.65, m=8, shards=4, weights=False),
         "M8 in 4 weights dense 80%" + how: make(0.8, m=8, shards=4, weights=False),
         "swiglu, decay over 60%": falling(swiglu, 0.6),

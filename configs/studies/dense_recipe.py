@@ -8,12 +8,12 @@ into the `settings` of a file for `--tuned`, around which the study then varies 
 learning rate.
 """
 
-from configs.studies._base import Sections, Variants, base, changed, runs, tuned
+from configs.studies._base import Variants, base, changed, runs, tuned
 from train.config import Config, Ffn
-from train.study.definition import Factor, Options, Study
+from train.study.definition import Factor, Options, Settings, Study
 
 FFNS: tuple[Ffn, ...] = ("relu2", "swiglu")
-CHANGES: dict[str, Sections] = {
+CHANGES: dict[str, Settings] = {
     "as tuned": {},
     "no qk-norm": {"model": {"qk_norm": False}},
     "cosine to zero": {"optimizer": {"decay": "cosine"}},
@@ -38,7 +38,7 @@ CHANGES: dict[str, Sections] = {
 }
 
 
-def _changes(config: Config) -> dict[str, Sections]:
+def _changes(config: Config) -> dict[str, Settings]:
     """All of them, with those that depend on the run's length and peak learning rate."""
     warmup = lambda share: {"warmup_steps": round(share * config.steps)}
     times = lambda factor: {"learning_rate": factor * config.optimizer.learning_rate}

@@ -10,9 +10,9 @@ sparse step is known.
 from collections.abc import Mapping
 from typing import Any
 
-from configs.studies._base import Variants, base, changed, runs, tuned
+from configs.studies._base import Variants, base, runs, tuned
 from configs.studies._rates import RECIPE, VERDICT, WIDE, Rates, at_rates, from_scale
-from configs.studies._strong import PROJECTIONS, at_equal_time, falling, short
+from configs.studies._strong import PROJECTIONS, at_equal_time, falling, short, thresholded
 from train.config import Config, Ffn
 from train.study.definition import Options, Study
 
@@ -80,8 +80,7 @@ def _recipes(dense: Config, options: Options) -> Variants:
                 recipe = at_rates(short(dense, share, decay, **sparsity), factors)
                 variants[label + fall + name] = recipe
                 if recipe.sparsity.weights or recipe.sparsity.attention_projections:
-                    thresholded = changed(recipe, schedule={"threshold_dense": True})
-                    variants[f"{label}, thresholded{fall}{name}"] = thresholded
+                    variants[f"{label}, thresholded{fall}{name}"] = thresholded(recipe)
     return variants | at_equal_time(variants, dense, options)
 
 
@@ -89,10 +88,7 @@ def _gated(gated: Config, options: Options) -> Variants:
     """The gated recipe beside its own dense run."""
     label = "gated " + VERDICT
     recipe = short(gated, 0.47, **RECIPE)
-    variants: Variants = {
-        label: recipe,
-        label + ", thresholded": changed(recipe, schedule={"threshold_dense": True}),
-    }
+    variants: Variants = {label: recipe, label + ", thresholded": thresholded(recipe)}
     return variants | at_equal_time(variants, gated, options)
 
 

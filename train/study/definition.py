@@ -125,7 +125,7 @@ class Study:
 
 
 Settings = Mapping[str, Mapping[str, Any]]
-"""Fields by section of the configuration."""
+"""Fields by section of the configuration: {"optimizer": {"learning_rate": 1e-3}}."""
 
 
 @dataclass(frozen=True)
