@@ -28,9 +28,13 @@ RATES: Mapping[str, Rates] = {
     ", head's rate x 4": {"head_rate": 4},
     ", attention's rate x 1/2": {"attention_rate": 1 / 2},
     ", FFN's rate x 2": {"ffn_rate": 2},
+    ", FFN's rate x 1/2": {"ffn_rate": 1 / 2},
     ", attention's rate x 2, head's rate x 4": {"attention_rate": 2, "head_rate": 4},
 }
 """What multiplies learning rates, by what a label says."""
+
+WITHOUT_WEIGHTS = "M32 shared 1/4 weights dense 55%"
+"""The recipe that came out best at these rates; it and the verdict's run at all of them."""
 
 DENSE_WEIGHTS = {"weights": False}
 FIRST = {"dense_layers": 1}
@@ -44,8 +48,10 @@ RECIPES: Mapping[str, tuple[float, Mapping[str, Any]]] = {
     "M32 shared 1/4 50%": (0.5, WIDE),
     "M32 shared 1/4 52%": (0.52, WIDE),
     "M32 weights dense 40%": (0.4, {"m": 32, **DENSE_WEIGHTS}),
+    "M32 shared 1/4 weights dense 25%": (0.25, WIDE | DENSE_WEIGHTS),
+    "M32 shared 1/4 weights dense 40%": (0.4, WIDE | DENSE_WEIGHTS),
     "M32 shared 1/4 weights dense 53%": (0.53, WIDE | DENSE_WEIGHTS),
-    "M32 shared 1/4 weights dense 55%": (0.55, WIDE | DENSE_WEIGHTS),
+    WITHOUT_WEIGHTS: (0.55, WIDE | DENSE_WEIGHTS),
     "M32+projections shared 1/4 first dense 48%": (0.48, RECIPE | FIRST),
     "M32 first dense weights dense 42%": (0.42, {"m": 32, **DENSE_WEIGHTS, **FIRST}),
     "M32 shared 1/4 first dense weights dense 55%": (0.55, WIDE | DENSE_WEIGHTS | FIRST),
@@ -72,23 +78,30 @@ def _forms(*forms: Config) -> Variants:
 
 
 def _recipes(dense: Config, options: Options) -> Variants:
-    """Those of `RECIPES` with the first two falls and rates, the verdict's with all rates."""
+    """Those of `RECIPES` with the first two falls and rates, two of them with all rates."""
     variants: Variants = {}
     for label, (share, sparsity) in RECIPES.items():
+        rates = list(RATES.items())[: None if label in (VERDICT, WITHOUT_WEIGHTS) else 2]
         for fall, decay in list(FALLS.items())[:2]:
-            for name, factors in list(RATES.items())[: None if label == VERDICT else 2]:
+            for name, factors in rates:
                 recipe = at_rates(short(dense, share, decay, **sparsity), factors)
                 variants[label + fall + name] = recipe
                 if recipe.sparsity.weights or recipe.sparsity.attention_projections:
                     variants[f"{label}, thresholded{fall}{name}"] = thresholded(recipe)
+    share, sparsity = RECIPES[WITHOUT_WEIGHTS]
+    slower = short(dense, share, refresh_every=2000, **sparsity)
+    variants[WITHOUT_WEIGHTS + ", clustered every 2000 steps"] = slower
     return variants | at_equal_time(variants, dense, options)
 
 
 def _gated(gated: Config, options: Options) -> Variants:
-    """The gated recipe beside its own dense run."""
-    label = "gated " + VERDICT
-    recipe = short(gated, 0.47, **RECIPE)
-    variants: Variants = {label: recipe, label + ", thresholded": thresholded(recipe)}
+    """Both recipes in a gated FFN, beside its own dense run."""
+    recipes: dict[str, Config] = {}
+    for label in (VERDICT, WITHOUT_WEIGHTS):
+        share, sparsity = RECIPES[label]
+        recipes["gated " + label] = short(gated, share, **sparsity)
+    recipes[f"gated {VERDICT}, thresholded"] = thresholded(recipes["gated " + VERDICT])
+    variants: Variants = {**recipes}
     return variants | at_equal_time(variants, gated, options)
 
 

@@ -203,6 +203,7 @@ def test_the_verdict_runs_what_its_labels_say():
         assert sparsity.weights == (sparsity.routing and "weights dense" not in kind)
         assert sparsity.attention_projections == ("projections" in kind)
         assert sparsity.dense_layers == ("first dense" in kind)
+        assert sparsity.refresh_every == (2000 if "clustered every 2000 steps" in rest else 500)
     # Every recipe at equal wall-clock too, where speeds are known.
     recipes = {label for label, config in found.items() if config.sparse_steps}
     stretched = {label for label in recipes if label.endswith(SUFFIX)}
