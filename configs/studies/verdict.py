@@ -20,6 +20,7 @@ FALLS: Mapping[str, float] = {
     "": 0.6,
     ", decay over 45%": 0.45,
     ", decay over 30%": 0.3,
+    ", decay over 40%": 0.4,
 }
 """Share of the steps in which the rate falls, by what a label says."""
 
@@ -58,6 +59,7 @@ RECIPES: Mapping[str, tuple[float, Mapping[str, Any]]] = {
     "M16 shared 1/4 weights dense 58%": (0.58, {"m": 16, "shared_every": 4} | DENSE_WEIGHTS),
     "M32 shared 1/2 weights dense 60%": (0.6, {"m": 32, "shared_every": 2} | DENSE_WEIGHTS),
     "M32 shared 1/2 weights dense 74%": (0.74, {"m": 32, "shared_every": 2} | DENSE_WEIGHTS),
+    "M64 shared 1/4 weights dense 51%": (0.51, {"m": 64, "shared_every": 4} | DENSE_WEIGHTS),
     "M64 shared 1/2 weights dense 70%": (0.7, {"m": 64, "shared_every": 2} | DENSE_WEIGHTS),
     "projections alone 47%": (0.47, ALONE | PROJECTIONS),
 }
@@ -78,12 +80,12 @@ def _forms(*forms: Config) -> Variants:
 
 
 def _recipes(dense: Config, options: Options) -> Variants:
-    """Those of `RECIPES` with the first two falls and rates, two of them with all rates."""
+    """Those of `RECIPES` with the first two falls and rates, two of them with all."""
     variants: Variants = {}
     for label, (share, sparsity) in RECIPES.items():
-        rates = list(RATES.items())[: None if label in (VERDICT, WITHOUT_WEIGHTS) else 2]
-        for fall, decay in list(FALLS.items())[:2]:
-            for name, factors in rates:
+        few = None if label in (VERDICT, WITHOUT_WEIGHTS) else 2
+        for fall, decay in list(FALLS.items())[:few]:
+            for name, factors in list(RATES.items())[:few]:
                 recipe = at_rates(short(dense, share, decay, **sparsity), factors)
                 variants[label + fall + name] = recipe
                 if recipe.sparsity.weights or recipe.sparsity.attention_projections:
