@@ -160,7 +160,13 @@ def test_kernels_find_experts_and_their_runs(experts, shards):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("warps_m", [1, 2], ids=["tile-fits", "tile-hangs-over"])
+@pytest.mark.parametrize(
+    "warps_m",
+    [
+        pytest.param(1, id="tile-fits", marks=pytest.mark.processes),
+        pytest.param(2, id="hangs-over"),
+    ],
+)
 def test_triton_interpreted(warps_m):
     """Tiles of 64 and 128 neurons, of which a shard has 64; a combination without tokens."""
     experts, shards, counts = 2, 2, [70, 0, 64, 130]

@@ -91,6 +91,7 @@ COMPARE = """
 
 
 @pytest.mark.slow
+@pytest.mark.processes
 def test_on_a_mesh_it_is_the_same_mixture():
     """Loads and permutations are equal, numbers to rounding; biases and centres are the same on all
     devices to the last bit."""

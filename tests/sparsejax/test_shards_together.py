@@ -46,10 +46,15 @@ def on_reference(monkeypatch):
     monkeypatch.setattr(routed_ffn_grouped, "recheck", lambda packed, *args, **kwargs: packed)
 
 
-@pytest.mark.parametrize("gated", [False, True])
 @pytest.mark.parametrize(
-    ("m", "shards", "tokens", "together"),
-    [(8, 2, 1024, 2), (8, 4, 4096, 4), (16, 2, 4096, 2), (16, 4, 4096, 2)],
+    ("m", "shards", "tokens", "together", "gated"),
+    [
+        (8, 2, 1024, 2, False),
+        (8, 2, 1024, 2, True),
+        (8, 4, 4096, 4, False),
+        (16, 2, 4096, 2, False),
+        (16, 4, 4096, 2, True),
+    ],
 )
 def test_the_network_is_the_same_together_and_one_by_one(
     on_reference, monkeypatch, m, shards, tokens, together, gated

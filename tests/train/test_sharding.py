@@ -14,9 +14,9 @@ from tests.train.simulated import run_script
 from train.config import Config, ModelConfig, ScheduleConfig, resolve
 from train.mesh import check_mesh
 
-# Runs all three phases with a refresh on each mesh given as JSON [[data, fsdp, tensor, shards],
-# ...] and prints losses, gradient norms and loads; with one shard in two micro-batches, and the
-# first of the two layers dense.
+# Runs so many steps of all three phases with a refresh, the FFN in this precision, on each mesh
+# given as JSON [[data, fsdp, tensor, shards], ...] and prints losses, gradient norms and loads; with
+# one shard in two micro-batches, and the first of the two layers dense.
 RUNS = """
     import dataclasses, json, sys
     import jax, numpy as np
@@ -28,13 +28,15 @@ RUNS = """
     from train.state import init_state, model_graph
     from train.step import make_cluster_step, make_train_step
 
+    meshes, precision, steps = json.loads(sys.argv[1]), sys.argv[2], int(sys.argv[3])
+
     def run(data, fsdp, tensor, shards):
         config = resolve(
             Config(
                 steps=7, batch_size=8, sequence_length=16, micro_batches=3 - shards,
                 model=ModelConfig(
                     width=32, num_layers=2, num_heads=4, loss_chunk=16,
-                    ffn_precision="fp8" if shards == 1 else "compute",
+                    ffn_precision=precision,
                     norm="xla" if shards == 1 else "kernel",
                 ),
                 sparsity=Sparsity(
@@ -59,7 +61,7 @@ RUNS = """
                 for phase in ("dense", "sparse")
             }
             begin = jax.jit(make_cluster_step(config, graph, begin=True), out_shardings=placed)
-            for i in range(7):
+            for i in range(steps):
                 ids = np.random.default_rng(i).integers(0, 50, (8, 17)).astype(np.int32)
                 batch = put_batch(mesh, {"inputs": ids[:, :-1], "targets": ids[:, 1:]})
                 # A second clustering in the middle of the phase: the permutation is not trivial.
@@ -76,13 +78,14 @@ RUNS = """
                 assert all(c.shape == leaf.shape and (c == copies[0]).all() for c in copies)
         return log
 
-    print(json.dumps([run(*mesh) for mesh in json.loads(sys.argv[1])]))
+    print(json.dumps([run(*mesh) for mesh in meshes]))
 """
 
 
-def compare(meshes):
+def compare(meshes, precision="compute", steps=7):
     """All meshes like the first, which is one device."""
-    reference, *others = json.loads(run_script(RUNS, json.dumps(meshes), devices=8))
+    output = run_script(RUNS, json.dumps(meshes), precision, steps, devices=8)
+    reference, *others = json.loads(output)
     for mesh, log in zip(meshes[1:], others, strict=True):
         for step, (one, many) in enumerate(zip(reference, log, strict=True)):
             message = f"mesh {mesh}, step {step}"
@@ -103,6 +106,14 @@ def test_one_two_and_eight_devices_with_clusters_of_each_tensor_shard():
 def test_one_and_four_devices_with_one_clustering():
     """Clusters over all neurons do not depend on tensor either."""
     compare([[1, 1, 1, 1], [1, 2, 2, 1]])
+
+
+@pytest.mark.slow
+@pytest.mark.processes
+def test_one_and_four_devices_in_8_bits():
+    """Until sparse steps have changed the weights: rounding to 8 bits turns the last bit of a sum,
+    which depends on the mesh, into a sixteenth of a value now and then."""
+    compare([[1, 1, 1, 1], [1, 2, 2, 1]], "fp8", steps=3)
 
 
 # The command line, in a process in which nothing may fall back.
@@ -331,6 +342,7 @@ COLLECTIVES = """
 
 
 @pytest.mark.slow
+@pytest.mark.processes
 def test_what_a_step_moves():
     """Byte for byte: weights in bf16, once for each pass; packed ones in the sparse step. Without
     rematerialisation too, where gathered weights must not be kept for the backward pass."""
