@@ -15,8 +15,8 @@ from train.config import Config, ModelConfig, ScheduleConfig, resolve
 from train.mesh import check_mesh
 
 # Runs so many steps of all three phases with a refresh, the FFN in this precision, on each mesh
-# given as JSON [[data, fsdp, tensor, shards], ...] and prints losses, gradient norms and loads; with
-# one shard in two micro-batches, and the first of the two layers dense.
+# given as JSON [[data, fsdp, tensor, shards], ...] and prints losses, gradient norms and loads;
+# with one shard in two micro-batches, and the first of the two layers dense.
 RUNS = """
     import dataclasses, json, sys
     import jax, numpy as np
