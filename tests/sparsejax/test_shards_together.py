@@ -52,7 +52,10 @@ def on_reference(monkeypatch):
         (8, 2, 1024, 2, False),
         (8, 2, 1024, 2, True),
         (8, 4, 4096, 4, False),
+        pytest.param(8, 4, 4096, 4, True, marks=pytest.mark.processes),
         (16, 2, 4096, 2, False),
+        pytest.param(16, 2, 4096, 2, True, marks=pytest.mark.processes),
+        pytest.param(16, 4, 4096, 2, False, marks=pytest.mark.processes),
         (16, 4, 4096, 2, True),
     ],
 )
