@@ -21,6 +21,8 @@ FALLS: Mapping[str, float] = {
     ", decay over 45%": 0.45,
     ", decay over 30%": 0.3,
     ", decay over 40%": 0.4,
+    ", decay over 35%": 0.35,
+    ", decay over 25%": 0.25,
 }
 """Share of the steps in which the rate falls, by what a label says."""
 
@@ -59,6 +61,7 @@ RECIPES: Mapping[str, tuple[float, Mapping[str, Any]]] = {
     "M16 shared 1/4 weights dense 58%": (0.58, {"m": 16, "shared_every": 4} | DENSE_WEIGHTS),
     "M32 shared 1/2 weights dense 60%": (0.6, {"m": 32, "shared_every": 2} | DENSE_WEIGHTS),
     "M32 shared 1/2 weights dense 74%": (0.74, {"m": 32, "shared_every": 2} | DENSE_WEIGHTS),
+    "M32 shared 1/8 weights dense 47%": (0.47, {"m": 32, "shared_every": 8} | DENSE_WEIGHTS),
     "M64 shared 1/4 weights dense 51%": (0.51, {"m": 64, "shared_every": 4} | DENSE_WEIGHTS),
     "M64 shared 1/2 weights dense 70%": (0.7, {"m": 64, "shared_every": 2} | DENSE_WEIGHTS),
     "projections alone 47%": (0.47, ALONE | PROJECTIONS),
@@ -80,11 +83,11 @@ def _forms(*forms: Config) -> Variants:
 
 
 def _recipes(dense: Config, options: Options) -> Variants:
-    """Those of `RECIPES` with the first two falls and rates, two of them with all."""
+    """Those of `RECIPES` with all falls and the first two rates, two of them with all."""
     variants: Variants = {}
     for label, (share, sparsity) in RECIPES.items():
         few = None if label in (VERDICT, WITHOUT_WEIGHTS) else 2
-        for fall, decay in list(FALLS.items())[:few]:
+        for fall, decay in FALLS.items():
             for name, factors in list(RATES.items())[:few]:
                 recipe = at_rates(short(dense, share, decay, **sparsity), factors)
                 variants[label + fall + name] = recipe
@@ -101,7 +104,8 @@ def _gated(gated: Config, options: Options) -> Variants:
     recipes: dict[str, Config] = {}
     for label in (VERDICT, WITHOUT_WEIGHTS):
         share, sparsity = RECIPES[label]
-        recipes["gated " + label] = short(gated, share, **sparsity)
+        for fall, decay in FALLS.items():
+            recipes[f"gated {label}{fall}"] = short(gated, share, decay, **sparsity)
     recipes[f"gated {VERDICT}, thresholded"] = thresholded(recipes["gated " + VERDICT])
     variants: Variants = {**recipes}
     return variants | at_equal_time(variants, gated, options)

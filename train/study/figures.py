@@ -323,7 +323,7 @@ def _apart(
     points: Sequence[tuple[float, float]],
 ) -> None:
     """Moves names up or down, as little as will do, that would cover a point or a name above them,
-    or stand outside the axes."""
+    or stand outside the axes; a thin line leads from them to their point."""
     figure.canvas.draw()
     # Half a marker's width, in the pixels of the drawing.
     half = 4 * figure.dpi / 72
@@ -345,6 +345,12 @@ def _apart(
             if stands(name):
                 break
         taken.append(name.get_window_extent())
+    lead: dict[str, Any] = {"arrowstyle": "-", "color": MUTED, "linewidth": 0.6}
+    lead |= {"shrinkA": 0, "shrinkB": 4}
+    for name, point in zip(names, points, strict=True):
+        x, y = name.get_position()
+        place: dict[str, Any] = {"xytext": (x - 1, y + 3), "textcoords": "offset points"}
+        axes.annotate("", point, arrowprops=lead, zorder=1, **place)
 
 
 def _against(row: Row, base: Row | None) -> tuple[float, float]:
