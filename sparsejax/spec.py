@@ -230,7 +230,9 @@ class Sparsity:
           ValueError: one line that names the value.
         """
         whole = GROUP * num_experts
-        if not self.routing or self.m % whole or self.num_shards != 1 or self.shares:
+        # Zero and less are multiples as well, of which `validate` may not have heard yet.
+        divides = self.m >= whole and self.m % whole == 0
+        if not self.routing or not divides or self.num_shards != 1 or self.shares:
             raise ValueError(
                 f"m={self.m}, routing={self.routing}, shards={self.num_shards}, shared_every="
                 f"{self.shared_every} must be {whole} (times 2, 4, .. to route neurons further), "
