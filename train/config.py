@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from dataclasses import dataclass, field
-from typing import Any, Literal, get_args
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from sparsejax.schedule import Phase
 from sparsejax.spec import Precision, Sparsity
@@ -418,6 +418,11 @@ def validate(config: Config, *, tokenizer_vocab_size: int | None = None) -> None
     """
     _require_representable(config)
     model, schedule, optimizer = config.model, config.schedule, config.optimizer
+    # First of all: whatever is no known form would pass for another one below.
+    for name, kind in get_type_hints(ModelConfig).items():
+        known, chosen = get_args(kind), getattr(model, name)
+        if get_origin(kind) is Literal and chosen not in known:
+            raise ValueError(f"model.{name}={chosen!r} must be one of {known}")
     for name, value in (
         ("steps", config.steps),
         ("batch_size", config.batch_size),
@@ -540,10 +545,6 @@ def validate(config: Config, *, tokenizer_vocab_size: int | None = None) -> None
         )
     if model.attention == "cudnn" and model.compute_dtype == "float32":
         raise ValueError(f"model.attention=cudnn needs bfloat16, not {model.compute_dtype}")
-    if model.ffn_precision not in get_args(Precision):
-        raise ValueError(
-            f"model.ffn_precision={model.ffn_precision!r} must be one of {get_args(Precision)}"
-        )
     if model.vocab_size is not None and model.vocab_size < (tokenizer_vocab_size or 1):
         raise ValueError(
             f"model.vocab_size={model.vocab_size} is smaller than the tokenizer's "
