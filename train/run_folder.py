@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import itertools
 import json
+import re
 from pathlib import Path
 
 from train.config import Config
@@ -14,24 +15,32 @@ CHECKPOINTS = "checkpoints"
 CONFIG_FILE = "config.json"
 
 
-def candidates(config: Config):
-    """output/name, output/name-2, output/name-3, ..."""
+def numbered(config: Config) -> list[tuple[int, Path]]:
+    """The folders of the run's name that exist, in the order in which they were made: 1 is
+    output/name, 2 output/name-2, and so on. Some may have been deleted."""
     base = Path(config.output) / config.name
-    yield base
-    yield from (base.with_name(f"{base.name}-{i}") for i in itertools.count(2))
+    pattern = re.compile(re.escape(base.name) + r"(?:-([2-9]|[1-9]\d+))?")
+    found = ((pattern.fullmatch(path.name), path) for path in base.parent.glob("*"))
+    return sorted((int(match[1] or 1), path) for match, path in found if match is not None)
 
 
 def new_folder(config: Config) -> Path:
-    """Creates the first folder of the run's name that does not exist or is empty.
+    """Takes the first folder of the run's name behind all that have anything in them, for this run
+    alone: of two that start at the same time each gets its own.
 
     Raises:
       OSError: if it cannot be created.
     """
-    for folder in candidates(config):
-        if not folder.exists() or not any(folder.iterdir()):
-            folder.mkdir(parents=True, exist_ok=True)
+    base = Path(config.output) / config.name
+    used = (i for i, path in numbered(config) if not path.is_dir() or any(path.iterdir()))
+    for i in itertools.count(max(used, default=0) + 1):
+        folder = base if i == 1 else base.with_name(f"{base.name}-{i}")
+        folder.mkdir(parents=True, exist_ok=True)
+        # Whoever makes the file has the folder.
+        with contextlib.suppress(FileExistsError):
+            (folder / CONFIG_FILE).touch(exist_ok=False)
             return folder
-    raise AssertionError("unreachable: candidates never end")
+    raise AssertionError("unreachable: numbers never end")
 
 
 def resumable_folder(config: Config) -> Path:
@@ -40,8 +49,7 @@ def resumable_folder(config: Config) -> Path:
     Raises:
       ValueError: if there is none.
     """
-    existing = list(itertools.takewhile(lambda folder: folder.exists(), candidates(config)))
-    for folder in reversed(existing):
+    for _, folder in reversed(numbered(config)):
         if (folder / CONFIG_FILE).is_file():
             return folder
     base = Path(config.output) / config.name
