@@ -153,7 +153,8 @@ class _Run:
                 self.console.print("  finished already: nothing to do", highlight=False)
                 return Result(self.folder, start, True, self.losses)
             programs = self._compile(state)
-        except (ValueError, NotImplementedError):
+            sinks = open_sinks(self.config, self.folder, start) if main else ()
+        except (ValueError, NotImplementedError, OSError):
             if main and not resume:
                 disown(self.folder)
             raise
@@ -164,7 +165,7 @@ class _Run:
             tokens_per_step=self.config.tokens_per_step,
             flops_per_step=accounting.dense_flops(self.config).total,
             peak_flops=self._peak_flops(),
-            sinks=open_sinks(self.config, self.folder, start) if main else (),
+            sinks=sinks,
             console=self.console,
             active=main,
         )

@@ -114,6 +114,24 @@ def test_wandb_refusing_to_start_is_one_line(tmp_path, wandb, monkeypatch):
     assert "\n" not in str(error.value)
 
 
+def test_a_run_that_wandb_refuses_is_not_the_one_to_resume(tmp_path, wandb, monkeypatch):
+    def init(**options):
+        raise wandb.Error("api_key not configured")
+
+    monkeypatch.setattr(wandb, "init", init)
+    config = small(
+        tmp_path,
+        steps=2,
+        schedule=ScheduleConfig(),
+        optimizer=OptimizerConfig(warmup_steps=1),
+        log=LogConfig(wandb=True),
+    )
+    with pytest.raises(ValueError, match="not configured"):
+        train(config, console=SILENT)
+    with pytest.raises(ValueError, match="nothing to resume"):
+        train(config, resume=True, console=SILENT)
+
+
 def test_a_quiet_host_writes_to_no_sink(tmp_path, wandb):
     sinks = loggers.open_sinks(config(wandb=True), tmp_path, 0)
     with RunLogger(
