@@ -4,6 +4,7 @@ import gzip
 import json
 import lzma
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -209,6 +210,28 @@ def test_wrong_arguments(tmp_path, bpe):
     with pytest.raises(FileExistsError, match=r"mine was not written by prepare"):
         prepare([path], byte, tmp_path / "mine", overwrite=True)
     assert sorted(os.listdir(tmp_path)) == ["a.txt", "mine"]
+
+
+def test_killed_while_it_replaces_a_folder(tmp_path, monkeypatch):
+    path, output = tmp_path / "a.txt", tmp_path / "out"
+    path.write_text(SAMPLE)
+    prepare([str(path)], ByteTokenizer(), output, quiet=True)
+    path.write_text("Something else.")
+
+    def killed(folder, **_):
+        meta = Path(folder) / "meta.json"
+        if meta.exists():
+            meta.unlink()
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "rmtree", killed)
+        with pytest.raises(KeyboardInterrupt):
+            prepare([str(path)], ByteTokenizer(), output, overwrite=True, quiet=True)
+    # Not shards of the old text without a description, which would be read as they are.
+    assert split_documents(stream(output), ByteTokenizer()) == ["Something else."]
+    prepare([str(path)], ByteTokenizer(), output, overwrite=True, quiet=True)
+    assert sorted(p.name for p in output.iterdir()) == ["meta.json", "train-00000.bin"]
 
 
 def test_text_as_source_is_tokenised_once(tmp_path, bpe, monkeypatch):

@@ -166,6 +166,10 @@ def test_somebody_elses_sidecar_is_left_alone(tmp_path, cfg):
         ({"tokenizer": "other"}, ValueError, "prepared with another tokenizer than the byte-level"),
         ({"dtype": "uint16"}, ValueError, r"a\.bin has 600 tokens where meta.json says 300"),
         ({"train": None}, ValueError, r"meta\.json is damaged: no 'train'"),
+        ({"train": ["a.bin"]}, ValueError, r"meta\.json is damaged: 'train' is no object"),
+        ({"validation": 5}, ValueError, r"meta\.json is damaged: 'validation' is no object"),
+        ({"dtype": "bytes"}, ValueError, r"meta\.json is damaged: dtype 'bytes'"),
+        ({"dtype": ["uint16"]}, ValueError, r"meta\.json is damaged: dtype \['uint16'\]"),
     ],
 )
 def test_sidecar_disagrees(tmp_path, cfg, change, error, message):
@@ -174,6 +178,19 @@ def test_sidecar_disagrees(tmp_path, cfg, change, error, message):
     (tmp_path / "meta.json").write_text(json.dumps(meta))
     with pytest.raises(error, match=message):
         open_small(cfg(tmp_path))
+
+
+@pytest.mark.parametrize("part", ["train", "validation"])
+@pytest.mark.parametrize("absolute", [False, True])
+def test_sidecar_does_not_lead_out_of_its_folder(tmp_path, cfg, part, absolute):
+    write_shard(tmp_path / "secret.bin", STREAM, "uint32")
+    folder = tmp_path / "shards"
+    folder.mkdir()
+    write_shard(folder / "a.bin", STREAM, "uint32")
+    name = str(tmp_path / "secret.bin") if absolute else "../secret.bin"
+    (folder / "meta.json").write_text(json.dumps({**META, part: {name: 300}}))
+    with pytest.raises(ValueError, match=r"meta\.json is damaged: it lists '.*secret\.bin'"):
+        open_small(cfg(folder))
 
 
 def test_sidecar_against_the_configuration(tmp_path, cfg):

@@ -158,6 +158,7 @@ class _Target:
             description: more entries of meta.json, read when all pieces are.
         """
         output, tokenizer, dtype = self.output, self.tokenizer, self.dtype
+        old: Path | None = None
         try:
             output.parent.mkdir(parents=True, exist_ok=True)
             folder = partial_path(output)
@@ -201,8 +202,12 @@ class _Target:
             (folder / META).write_text(json.dumps(meta, indent=1) + "\n", encoding="utf-8")
             # What another process wrote meanwhile stays, unless told.
             if self.overwrite and output.exists():
-                remove(output)
+                # Out of sight first: a deletion cut short must not look like a folder of shards.
+                old = partial_path(output)
+                os.replace(output, old)
             os.replace(folder, output)
+            if old is not None:
+                remove(old)
             return meta
         except OSError as error:
             raise ValueError(f"cannot write {output}: {error}") from None
@@ -228,6 +233,15 @@ def read_meta(folder: Path) -> dict[str, Any] | None:
     for key in ("dtype", "vocab_size", "tokenizer", "train", "validation"):
         if key not in meta:
             raise ValueError(f"{path} is damaged: no {key!r}")
+    if meta["dtype"] not in ("uint16", "uint32"):
+        raise ValueError(f"{path} is damaged: dtype {meta['dtype']!r}")
+    for part in ("train", "validation"):
+        if not isinstance(meta[part], dict):
+            raise ValueError(f"{path} is damaged: {part!r} is no object of names and lengths")
+        for name in meta[part]:
+            # The names come from a file: they must not lead out of the folder.
+            if Path(name).name != name:
+                raise ValueError(f"{path} is damaged: it lists {name!r}")
     return meta
 
 
