@@ -182,9 +182,10 @@ class _Run:
                 self._save(step, state)
             self.checkpointer.wait()
             if finished:
-                self.logger.summary({"folder": str(self.folder)})
-                if main:
-                    loss_plot(self.logger.path, self.folder / "loss.png")
+                with self._rescued(step, state, []):
+                    self.logger.summary({"folder": str(self.folder)})
+                    if main:
+                        loss_plot(self.logger.path, self.folder / "loss.png")
             else:
                 self.console.print(
                     f"stopped by a signal after step {step}; everything is saved, "
@@ -350,7 +351,7 @@ class _Run:
     def _rescued(
         self, step: int, state: TrainState, unread: list[tuple[int, Phase, dict[str, jax.Array]]]
     ) -> Iterator[None]:
-        """Saves the steps done when reading data, or writing the log, fails, and says so."""
+        """Saves the steps done when reading data, or writing log or picture, fails, and says so."""
         try:
             yield
         except (ValueError, OSError) as error:

@@ -185,6 +185,18 @@ def test_a_log_that_cannot_be_written(run, tmp_path, monkeypatch):
     assert sorted(losses(tmp_path)) == [1, 2, 3, 4, 6, 7, 8]  # of step 5 only the line is lost
 
 
+def test_a_picture_that_cannot_be_written(run, tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(train.loop, "loss_plot", full)
+    code, _, [line] = run()
+    # Not 2, which says that nothing has been started.
+    assert code == 1
+    assert "No space left on device" in line
+    assert checkpoints(tmp_path) == [3, 6, 8]
+
+
 def test_a_checkpoint_that_cannot_be_written(run, tmp_path, undisturbed, monkeypatch):
     from train.checkpoint import manifest
 
