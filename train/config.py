@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from dataclasses import dataclass, field
+from pathlib import PurePath
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from sparsejax.schedule import Phase
@@ -423,6 +424,9 @@ def validate(config: Config, *, tokenizer_vocab_size: int | None = None) -> None
         known, chosen = get_args(kind), getattr(model, name)
         if get_origin(kind) is Literal and chosen not in known:
             raise ValueError(f"model.{name}={chosen!r} must be one of {known}")
+    folder = PurePath(config.name)
+    if folder.is_absolute() or not folder.name or ".." in folder.parts:
+        raise ValueError(f"name={config.name!r} must be that of a folder in {config.output!r}")
     for name, value in (
         ("steps", config.steps),
         ("batch_size", config.batch_size),
@@ -433,6 +437,7 @@ def validate(config: Config, *, tokenizer_vocab_size: int | None = None) -> None
         ("model.num_heads", model.num_heads),
         ("model.kv_heads", model.kv_heads),
         ("model.hidden", model.ffn_hidden),
+        ("model.vocab_size", 1 if model.vocab_size is None else model.vocab_size),
         ("model.loss_chunk", model.loss_chunk),
         ("log.every", config.log.every),
         ("checkpoint.keep", config.checkpoint.keep),
@@ -545,7 +550,7 @@ def validate(config: Config, *, tokenizer_vocab_size: int | None = None) -> None
         )
     if model.attention == "cudnn" and model.compute_dtype == "float32":
         raise ValueError(f"model.attention=cudnn needs bfloat16, not {model.compute_dtype}")
-    if model.vocab_size is not None and model.vocab_size < (tokenizer_vocab_size or 1):
+    if model.vocab_size is not None and model.vocab_size < (tokenizer_vocab_size or 0):
         raise ValueError(
             f"model.vocab_size={model.vocab_size} is smaller than the tokenizer's "
             f"{tokenizer_vocab_size}"

@@ -6,7 +6,7 @@ import pytest
 
 import configs
 from sparsejax.spec import Sparsity
-from train.config import Config, MeshConfig, ModelConfig, OptimizerConfig, ScheduleConfig
+from train.config import Config, MeshConfig, ModelConfig, OptimizerConfig, ScheduleConfig, validate
 from train.config import resolve as resolve_config
 from train.data.config import DataConfig
 
@@ -51,6 +51,11 @@ def test_unknown_configuration_lists_the_known():
         ({"model__hidden": 500}, "hidden=500 must be a positive multiple of m=16"),
         ({"sparsity__m": 12}, "m=12 must be one of"),
         ({"sparsity__v": 96}, "tokens=256 must be a positive multiple of v=96"),
+        ({"name": ""}, "name='' must be that of a folder in 'runs'"),
+        ({"name": "."}, "name='.' must be"),
+        ({"name": ".."}, "name='..' must be"),
+        ({"name": "../other"}, "name='../other' must be"),
+        ({"name": "/other"}, "name='/other' must be"),
         ({"model__vocab_size": 200}, "model.vocab_size=200 is smaller than the tokenizer's 257"),
         ({"schedule__warmup_steps": 60}, "warmup_steps=60 and the 50 sparse steps"),
         ({"schedule__sparse_fraction": 1.5}, r"sparse_fraction=1.5 must be in \[0, 1\]"),
@@ -112,6 +117,12 @@ def test_inconsistent_combinations(changes, message):
     with pytest.raises(ValueError, match=message) as caught:
         resolve(changed(SPARSE, **changes))
     assert "\n" not in str(caught.value)
+
+
+def test_a_vocabulary_without_ids_is_refused_before_the_tokenizer_is_known():
+    for size in (0, -1):
+        with pytest.raises(ValueError, match=f"model.vocab_size={size} must be at least 1"):
+            validate(changed(BASE, model__vocab_size=size))
 
 
 def test_resolve_fills_in_what_depends_on_the_tokenizer():
