@@ -56,10 +56,10 @@ def _check(shape: tuple[int, ...], v: int, m: int) -> tuple[int, int]:
     rows, cols = shape
     if m < GROUP or m % GROUP or m > 256:
         raise ValueError(f"{m=} must be a multiple of {GROUP} up to 256")
-    if v < 1 or rows % v:
-        raise ValueError(f"{rows=} must be a multiple of {v=}, at least 1")
-    if cols % m:
-        raise ValueError(f"{cols=} must be a multiple of {m=}")
+    if v < 1 or rows < 1 or rows % v:
+        raise ValueError(f"{rows=} must be a positive multiple of {v=}, at least 1")
+    if cols < 1 or cols % m:
+        raise ValueError(f"{cols=} must be a positive multiple of {m=}")
     return rows // v, cols // m
 
 

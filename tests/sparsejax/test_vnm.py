@@ -135,13 +135,16 @@ def test_nan_and_negative_zero_survive():
         ((10, 16), 4, 16, "rows=10"),
         ((8, 20), 4, 16, "cols=20"),
         ((8, 16), 0, 16, "v=0"),
+        ((0, 16), 4, 16, "rows=0 must be a positive multiple"),
+        ((8, 0), 4, 16, "cols=0 must be a positive multiple"),
         ((8, 12), 4, 6, "m=6"),
         ((8,), 4, 8, "shape"),
     ],
 )
 def test_bad_sizes(shape, v, m, message):
-    with pytest.raises(ValueError, match=message):
-        choose_columns(jnp.ones(shape), v=v, m=m)
+    for function in (choose_columns, pack_vnm, vnm_mask):
+        with pytest.raises(ValueError, match=message):
+            function(jnp.ones(shape), v=v, m=m)
 
 
 def test_bad_columns():
