@@ -203,6 +203,17 @@ def test_sidecar_against_the_configuration(tmp_path, cfg):
         open_small(cfg(tmp_path))
 
 
+def test_sidecars_of_two_folders_disagree(tmp_path, cfg):
+    for name, dtype in (("one", "uint16"), ("two", "uint32")):
+        folder = tmp_path / name
+        folder.mkdir()
+        write_shard(folder / "a.bin", STREAM, dtype)
+        (folder / "meta.json").write_text(json.dumps({**META, "dtype": dtype}))
+    # The configuration says nothing of it.
+    with pytest.raises(ValueError, match=r"^another meta\.json says uint16 but .*two/meta\.json"):
+        open_small(cfg(tmp_path / "*" / "a.bin"))
+
+
 def damaged(folder):
     """Name -> content of files that are no token shards."""
     good = lzma.compress(STREAM.tobytes())

@@ -138,7 +138,7 @@ def _open_shards(
 ) -> list[Span]:
     """Spans over whole shards, after a check against the description beside them, if any."""
     folders = {path: Path(path).parent for path in paths}
-    metas = {folder: read_meta(folder) for folder in set(folders.values())}
+    metas = {folder: read_meta(folder) for folder in dict.fromkeys(folders.values())}
     dtype = cfg.dtype
     for folder, meta in metas.items():
         if meta is None:
@@ -147,7 +147,8 @@ def _open_shards(
             name = tokenizer.file or "the byte-level tokenizer"
             raise ValueError(f"{folder} was prepared with another tokenizer than {name}")
         if dtype not in ("auto", meta["dtype"]):
-            raise ValueError(f"data.dtype={dtype} but {folder / META} says {meta['dtype']}")
+            said = f"data.dtype={dtype}" if dtype == cfg.dtype else f"another {META} says {dtype}"
+            raise ValueError(f"{said} but {folder / META} says {meta['dtype']}")
         dtype = meta["dtype"]
     if dtype == "auto":
         dtype = "uint16" if tokenizer.vocab_size <= 1 << 16 else "uint32"
