@@ -208,6 +208,8 @@ class _Run:
             )
             self.console.print(warning, highlight=False)
             check_init_from(self.config)
+            if jax.process_index() == 0:
+                write_config(self.folder, self.config)  # perhaps it was killed before that
             return self._new_state(optimizer), 0
         if restored.host["data"] != self.data.fingerprint:
             raise ValueError(

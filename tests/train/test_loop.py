@@ -21,6 +21,7 @@ from train.config import (
 )
 from train.data.config import DataConfig
 from train.loop import NonFiniteError, train
+from train.run_folder import new_folder
 
 SILENT = Console(quiet=True)
 
@@ -182,6 +183,19 @@ def test_a_run_killed_before_its_first_checkpoint_resumes_from_the_start(tmp_pat
     assert again.folder == first.folder
     assert "no complete checkpoint" in console.export_text()
     assert [r["step"] for r in records(again.folder) if r["kind"] == "train"] == [2]
+
+
+def test_a_run_killed_when_it_had_its_folder_resumes_from_the_start(tmp_path):
+    config = small(
+        tmp_path,
+        steps=2,
+        schedule=ScheduleConfig(),
+        checkpoint=CheckpointConfig(every=0),
+        optimizer=OptimizerConfig(warmup_steps=1),
+    )
+    folder = new_folder(config)
+    assert train(config, resume=True, console=SILENT).folder == folder
+    assert json.loads((folder / "config.json").read_text())["steps"] == 2
 
 
 def test_a_run_refused_before_its_first_step_leaves_no_folder(tmp_path):
