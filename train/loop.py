@@ -21,7 +21,7 @@ from rich.console import Console
 
 from sparsejax.schedule import Phase, PhaseSchedule
 from train import accounting, hardware
-from train.checkpoint import Checkpointer
+from train.checkpoint import Checkpointer, CheckpointError
 from train.checkpoint.processes import on_process_zero
 from train.config import Config, resolve, validate
 from train.data.pipeline import Data, open_data
@@ -381,9 +381,17 @@ class _Run:
                 if not math.isfinite(value):
                     raise NonFiniteError(
                         f"{name} is {value} at step {step} of {self.config.steps}; last good "
-                        f"checkpoint: {'none' if self.saved is None else f'step {self.saved}'}, "
-                        f"in {self.folder}"
+                        f"checkpoint: {self._last_good()}, in {self.folder}"
                     )
+
+    def _last_good(self) -> str:
+        """The newest checkpoint that is there, in words: a save under way may fail yet."""
+        try:
+            self.checkpointer.wait()
+        except CheckpointError as error:
+            self.console.print(str(error), style="yellow", markup=False, highlight=False)
+        step = self.checkpointer.latest_step()
+        return "none" if step is None else f"step {step}"
 
     def _evaluate(self, programs: Programs, state: TrainState, step: int) -> None:
         views = dict(programs.evaluate)

@@ -8,6 +8,7 @@ in `tests/train/test_data_sources.py`; a learning rate that explodes in `tests/t
 import errno
 import json
 import os
+import time
 
 import jax
 import jax.numpy as jnp
@@ -115,6 +116,34 @@ def test_a_nan_in_a_gradient_is_named_and_never_saved(
     mine = losses(tmp_path)
     assert mine == {step: undisturbed[step] for step in mine}
     assert mine.keys() >= {4, 5, 6, 7, 8}
+
+
+def test_a_nan_after_a_save_that_failed_names_the_checkpoint_that_is_there(
+    run, tmp_path, monkeypatch
+):
+    from train.checkpoint import manifest
+
+    write = manifest.write
+
+    def full(folder):
+        if int(folder.name) == 6:
+            time.sleep(0.5)  # still under way when the next step is looked at
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        write(folder)
+
+    on_host = train.loop._Run._require_finite
+
+    def poisoned(this, unread):
+        changed = [(s, p, m | {"loss": np.nan} if s == 7 else m) for s, p, m in unread]
+        on_host(this, changed)
+
+    monkeypatch.setattr(manifest, "write", full)
+    monkeypatch.setattr(train.loop._Run, "_require_finite", poisoned)
+    code, out, [line] = run()
+    assert code == 1
+    assert "loss is nan at step 7 of 8; last good checkpoint: step 3, in " in line
+    assert "cannot save the checkpoint of step 6" in " ".join(out.split())
+    assert checkpoints(tmp_path) == [3]
 
 
 def test_a_shard_truncated_during_the_run(run, tmp_path, source, undisturbed, monkeypatch):
