@@ -22,10 +22,17 @@ def attention_implementation(
     requested: Literal["auto", "cudnn", "xla"], dtype: jnp.dtype, head_dim: int
 ) -> Literal["cudnn", "xla"]:
     """The attention kernel: what was asked for, or cuDNN where it runs (a GPU, 16 bits, d <=
-    128)."""
+    128).
+
+    Raises:
+      ValueError: cuDNN was asked for where there is no GPU, which JAX would end in a traceback.
+    """
+    device = jax.default_backend()
+    if requested == "cudnn" and device != "gpu":
+        raise ValueError(f"model.attention=cudnn needs a GPU; the default device is {device!r}")
     if requested != "auto":
         return requested
-    cudnn = jax.default_backend() == "gpu" and dtype.itemsize == 2 and head_dim % 8 == 0
+    cudnn = device == "gpu" and dtype.itemsize == 2 and head_dim % 8 == 0
     return "cudnn" if cudnn and head_dim <= 128 else "xla"
 
 

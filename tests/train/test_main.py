@@ -5,6 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jax
 import pytest
 
 from train import version_check
@@ -44,6 +45,15 @@ def test_refused_before_anything_starts(capsys, tmp_path, argv, message):
     line = refused(capsys, *argv, "--output", str(tmp_path / "runs"))
     assert message in line
     assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.skipif(jax.default_backend() == "gpu", reason="there it runs")
+def test_an_attention_kernel_that_the_device_lacks(capsys, tmp_path):
+    argv = ["--model.attention", "cudnn", "--output", str(tmp_path / "runs")]
+    argv += ["--steps", "2", "--schedule.warmup-steps", "0", "--optimizer.warmup-steps", "0"]
+    assert main(argv) == 2
+    assert "error: model.attention=cudnn needs a GPU" in capsys.readouterr().err
+    assert not list((tmp_path / "runs").iterdir())  # a run that never began leaves nothing
 
 
 def test_dry_run_refuses_what_a_run_refuses(capsys):
