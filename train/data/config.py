@@ -74,9 +74,11 @@ class DataConfig:
             if not getattr(self, name):
                 raise ValueError(f"data.{name} must not be empty")
         if not 0 <= self.validation_fraction < 1:
-            raise ValueError(f"{self.validation_fraction=} must be in [0, 1)")
+            raise ValueError(
+                f"data.validation_fraction={self.validation_fraction} must be in [0, 1)"
+            )
         if self.dtype not in ("auto", "uint16", "uint32"):
-            raise ValueError(f"{self.dtype=} must be auto, uint16 or uint32")
+            raise ValueError(f"data.dtype={self.dtype!r} must be auto, uint16 or uint32")
         for name, least in (("overlap", 0), ("workers", 0), ("threads", 1), ("read_ahead", 1)):
             value = getattr(self, name)
             if value < least:
