@@ -3,9 +3,11 @@
 import dataclasses
 import json
 import os
+import re
 import signal
 import threading
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -17,6 +19,7 @@ from train.runtime import reserve_memory
 from train.study import definition, runner
 from train.study.__main__ import main
 from train.study.definition import Options
+from train.study.equal_time import Speedups
 from train.study.execute import execute
 from train.study.export import export, reuse, unpack
 from train.study.pool import Pool
@@ -24,6 +27,7 @@ from train.study.record import FORMAT, Folders, read, write
 from train.study.runner import expected_seconds, plan, run_study, select
 
 SILENT = Console(quiet=True)
+BINARY = str(Path(__file__).parents[2] / "docs" / "images" / "vnm.png")
 
 
 @pytest.fixture(name="done", scope="module")
@@ -296,6 +300,9 @@ def test_only_takes_labels_and_patterns():
         (["smoke", "--speedup", "-1"], "speedup=-1.0 must be a positive number"),
         (["smoke", "--speedup", "1", "--speedup-from", "x"], "not both"),
         (["smoke", "--speedup-from", "/nowhere.json"], "/nowhere.json"),
+        (["smoke", "--tuned", BINARY], f"{BINARY} is no file of"),
+        (["smoke", "--also", BINARY], f"{BINARY} is not JSON"),
+        (["smoke", "--speedup-from", BINARY], f"{BINARY} is not JSON"),
         (["smoke", "--baseline", "relu3"], "relu3"),
         (["equal_time"], "give --speedup S"),
         (["smoke", "--report"], "holds no results"),
@@ -308,6 +315,21 @@ def test_refused_in_one_line(capsys, tmp_path, argv, message):
     assert error.count("\n") == 1
     assert out == ""
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("width", ["80", None], ids=["a terminal", "a file"])
+def test_no_number_of_a_listed_run_is_cut_off(capsys, monkeypatch, tmp_path, width):
+    if width is not None:
+        monkeypatch.setenv("COLUMNS", width)
+        monkeypatch.setattr("sys.stdout.isatty", lambda: True)
+    argv = ["verdict", "--speedup", "1.4", "--output", str(tmp_path / "out"), "--list"]
+    assert main(argv) == 0
+    out = capsys.readouterr().out
+    assert "…" not in out
+    assert re.search(r"^\d+ runs, [\d,]+ M tokens$", out, re.MULTILINE)
+    # A file has room for every label in a line of its own.
+    study = definition.get("verdict", Options(speedups=Speedups(1.4)))
+    assert width is not None or all(f"│ {label} " in out for label in study.labels)
 
 
 def test_the_studies_are_listed(capsys):

@@ -96,7 +96,7 @@ def main(argv: list[str] | None = None) -> int:
     """Runs the command line; returns the process's exit code: 1 if a run failed, 2 for a refused
     command line, 130 if a signal stopped it."""
     # A file has no width: tables need not fold there.
-    console = Console() if sys.stdout.isatty() else Console(width=140)
+    console = Console() if sys.stdout.isatty() else Console(width=200)
     try:
         require_jax()
         arguments = tyro.cli(Arguments, args=argv, prog="python -m train.study")
@@ -207,6 +207,11 @@ def _list_studies(console: Console) -> None:
     console.print(table)
 
 
+def _millions(tokens: int) -> str:
+    """Millions of tokens: four digits, but never an exponent."""
+    return f"{tokens / 1e6:,.4g}" if tokens < 10**10 else f"{tokens / 1e6:,.0f}"
+
+
 def _list_runs(study: Study, runs: Sequence[Run], folders: Folders, console: Console) -> None:
     def state(run: Run) -> str:
         record = read(folders.result(run))
@@ -222,7 +227,8 @@ def _list_runs(study: Study, runs: Sequence[Run], folders: Folders, console: Con
     table = Table(title=f"{study.name}: {study.question}", title_justify="left")
     for heading in ("label", "seeds", "steps", "M tokens", "sparse steps", "state"):
         left = heading in ("label", "state")
-        table.add_column(heading, justify="left" if left else "right", no_wrap=left)
+        # In a narrow terminal a long label takes several lines, so that no number is cut off.
+        table.add_column(heading, justify="left" if left else "right", no_wrap=heading != "label")
     for label in dict.fromkeys(run.label for run in runs):
         group = [run for run in runs if run.label == label]
         config = group[0].config
@@ -237,7 +243,7 @@ def _list_runs(study: Study, runs: Sequence[Run], folders: Folders, console: Con
         )
     console.print(table)
     tokens = sum(run.tokens for run in runs)
-    console.print(f"{len(runs)} runs, {tokens / 1e6:,.4g} M tokens", highlight=False)
+    console.print(f"{len(runs)} runs, {_millions(tokens)} M tokens", highlight=False)
 
 
 if __name__ == "__main__":

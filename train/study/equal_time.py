@@ -87,7 +87,7 @@ def read_speedups(path: str | os.PathLike[str]) -> Speedups:
     """
     try:
         found = json.loads(Path(path).read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"{os.fspath(path)} is not JSON: {error}") from None
     value = found.get(KEY) if isinstance(found, dict) else None
     values = value if isinstance(value, dict) else {"default": value}

@@ -150,7 +150,7 @@ def read_tuned(path: Path) -> Tuned:
             _check_settings(own, path)
         if unknown := forms.keys() - rates.keys():
             raise ValueError(f"{path} has settings of {min(unknown)!r} but no learning rate for it")
-    except (json.JSONDecodeError, AttributeError, KeyError, TypeError):
+    except (json.JSONDecodeError, UnicodeDecodeError, AttributeError, KeyError, TypeError):
         good = False
     if not good:
         raise ValueError(f"{path} is no file of python -m train.study.tuned")
