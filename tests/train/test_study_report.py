@@ -261,6 +261,15 @@ def test_a_bad_loss_does_not_press_the_others_flat():
     assert high > 3.1
 
 
+def test_a_difference_beyond_the_picture_is_named_like_a_loss(output, monkeypatch):
+    named = []
+    monkeypatch.setattr(figures, "_beyond", lambda axes, y, value, colour: named.append((y, value)))
+    records = [result(label, 0, loss) for label, [loss, *_] in LOSSES.items()]
+    records[-1] = result("sparse 80%", 0, 9.0)
+    figures.final_losses(output / "x.png", summarise(read_header(output), records), "dense")
+    assert named == [(2, "9.000"), (2, "+6.000")]
+
+
 def test_held_out_losses_are_of_the_phase_s_view():
     found = {
         "step": [10, 20, 60, 80, 100],

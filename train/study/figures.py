@@ -140,7 +140,7 @@ def final_losses(png: Path, rows: Sequence[Row], baseline: str | None) -> bool:
     for y, row in enumerate(rows):
         line: dict[str, Any] = {"color": colour[row.label], "capsize": 3, "markersize": 6}
         if _mean(row) > high:
-            _beyond(panels[0], y, _mean(row), colour[row.label])
+            _beyond(panels[0], y, f"{_mean(row):.3f}", colour[row.label])
         else:
             seeds = list(row.losses.values())
             panels[0].plot(seeds, [y] * len(seeds), "|", color=colour[row.label], markersize=9)
@@ -162,10 +162,16 @@ def final_losses(png: Path, rows: Sequence[Row], baseline: str | None) -> bool:
         ends = [v for paired in several for v in (paired.low, paired.high)]
         inside = [v for v in ends if left - (right - left) <= v <= right + (right - left)]
         left, right = min([left, *inside]), max([right, *inside])
-        panels[1].set_xlim(left - 0.03 * (right - left), right + 0.03 * (right - left))
+        room = 0.03 * (right - left)
+        panels[1].set_xlim(left - room, right + room)
         panels[1].axvline(0, color=BASELINE, linewidth=1)
+        for y, row in enumerate(rows):
+            if row.paired is not None and row.paired.mean > right + room:
+                _beyond(panels[1], y, f"{row.paired.mean:+.3f}", colour[row.label])
         _style(panels[1])
-        _finish(panels[1], f"difference to {baseline}, nats", "", grid="x")
+        # The panel is narrow beside long labels, and the baseline's may be one.
+        below = textwrap.fill(f"difference to {baseline}, nats", 30)
+        _finish(panels[1], below, "", grid="x")
         _title(panels[1], "Paired difference, 95% interval")
     figure.savefig(png, dpi=150)
     return True
@@ -400,10 +406,10 @@ def _smooth(curve: dict[str, Any]) -> np.ndarray:
     return result
 
 
-def _beyond(axes: Axes, y: float, loss: float, colour: str) -> None:
+def _beyond(axes: Axes, y: float, value: str, colour: str) -> None:
     """Says what lies beyond the right end."""
     axes.annotate(
-        f"{loss:.3f} →",
+        f"{value} →",
         (1.0, y),
         xycoords=("axes fraction", "data"),
         xytext=(-3, 0),
