@@ -275,6 +275,7 @@ def test_output_is_checked_before_the_network_is_asked(tmp_path, fake):
         ("--input a.jsonl --dataset owner/name", "--input and --dataset exclude each other"),
         ("--input a.jsonl --max-documents 3", "--max-documents 3 needs --dataset"),
         ("--input a.jsonl --dataset-config en", "--dataset-config en needs --dataset"),
+        ("--input a.jsonl --end-of-document x", "--end-of-document x needs --tokenizer"),
         ("--dataset owner/name --jsonl-field x", "--jsonl-field x needs --input"),
         ("--dataset owner/name --max-documents 0", "max_documents=0 must be at least 1"),
         ("--dataset owner/name --text-field=", "text_field must not be empty"),

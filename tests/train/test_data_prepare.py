@@ -195,6 +195,8 @@ def test_wrong_arguments(tmp_path, bpe):
     byte = ByteTokenizer()
     with pytest.raises(FileNotFoundError, match=r"nowhere\.txt does not exist"):
         prepare([path, str(tmp_path / "nowhere.txt")], byte, tmp_path / "out")
+    with pytest.raises(ValueError, match=r"is a folder: name its files, such as '.*/\*\.txt'"):
+        prepare([str(tmp_path)], byte, tmp_path / "out")
     with pytest.raises(ValueError, match="no input"):
         prepare([], byte, tmp_path / "out")
     with pytest.raises(ValueError, match=r"validation_fraction=1\.5"):

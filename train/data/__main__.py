@@ -116,6 +116,8 @@ def _prepare(args: Prepare) -> None:
         if getattr(args, name) != unused:
             option = name.replace("_", "-")
             raise ValueError(f"--{option} {getattr(args, name)} needs {needed}")
+    if args.end_of_document is not None and args.tokenizer is None:
+        raise ValueError(f"--end-of-document {args.end_of_document} needs --tokenizer")
     tokenizer = load_tokenizer(args.tokenizer, args.end_of_document)
     if args.dataset is not None:
         selection = DatasetSelection(

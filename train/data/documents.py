@@ -24,6 +24,9 @@ def check_text_file(path: str) -> None:
     Raises:
         FileNotFoundError, ValueError: one line naming the path.
     """
+    if os.path.isdir(path):
+        pattern = os.path.join(path, "*.txt")
+        raise ValueError(f"{path} is a folder: name its files, such as {pattern!r}")
     if not os.path.isfile(path):
         raise FileNotFoundError(f"text file {path} does not exist")
     if os.path.getsize(path) == 0:
