@@ -96,6 +96,16 @@ class Sparse24:
         return a.T if self.axis == 0 else a
 
 
+def require_sparse24(name: str, value: object) -> None:
+    """Refuses what is not packed.
+
+    Raises:
+      ValueError: one line with the argument's name and what it is.
+    """
+    if not isinstance(value, Sparse24):
+        raise ValueError(f"{name} must be a Sparse24 (sparsejax.pack), not {type(value).__name__}")
+
+
 def pack(
     x: ArrayLike,
     *,

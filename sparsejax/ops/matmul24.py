@@ -11,7 +11,7 @@ from jax.typing import ArrayLike, DTypeLike
 
 from kernels import reference, registry
 from sparsejax import fp8
-from sparsejax.formats import Sparse24, pack
+from sparsejax.formats import Sparse24, pack, require_sparse24
 from sparsejax.ops import matmul24_fp8
 from sparsejax.ops.spmm24 import spmm24
 from sparsejax.prune import mvue24
@@ -210,6 +210,8 @@ def matmul24(
         raise ValueError(f"{jnp.shape(probe)=} must be ({PROBE_SIZE},), with precision='fp8' only")
     stored = fp8.FORWARD if in_8_bits else dtype
 
+    if packed is not None:
+        require_sparse24("packed", packed)
     shape = packed.shape if master is None and packed is not None else jnp.shape(w)
     if len(shape) != 2 or 0 in shape:
         raise ValueError(f"w.shape={shape} must have two axes, neither of them empty")

@@ -8,7 +8,7 @@ from jax.typing import ArrayLike, DTypeLike
 
 from kernels import reference, reference_fp8, registry
 from sparsejax import fp8
-from sparsejax.formats import Sparse24
+from sparsejax.formats import Sparse24, require_sparse24
 
 # Every GPU backend moves 16-byte chunks of the dense operand and of the result.
 _N_MULTIPLE = 8
@@ -48,6 +48,7 @@ def spmm24(
       ValueError: an argument is not allowed, or the shapes do not fit.
       NotImplementedError: the named backend does not serve this device, shape or dtype.
     """
+    require_sparse24("a", a)
     b = jnp.asarray(b)
     if fp8.is_fp8(a.dtype):
         raise ValueError(f"a.dtype={a.dtype.name} is for spmm24_fp8")
@@ -106,6 +107,9 @@ def spmm24_fp8(
       ValueError: an argument is not allowed, or the shapes do not fit.
       NotImplementedError: the named backend does not serve this device, shape or dtype.
     """
+    require_sparse24("a", a)
+    if not isinstance(b, fp8.Quantized):
+        raise ValueError(f"b must be a fp8.Quantized (fp8.quantize), not {type(b).__name__}")
     reference_fp8.require_fp8("a.dtype", a.dtype)
     reference.require_one_of("out_layout", out_layout, reference.OUT_LAYOUTS)
     values = b.values

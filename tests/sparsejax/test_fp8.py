@@ -237,6 +237,10 @@ def test_other_wrong_arguments():
         ops.spmm24(in_8_bits, x, b_layout="nk")
     with pytest.raises(ValueError, match=r"a\.dtype=bfloat16"):
         ops.spmm24_fp8(packed, fp8.quantize(x, E4M3))
+    with pytest.raises(ValueError, match="a must be a Sparse24"):
+        ops.spmm24_fp8(w, fp8.quantize(x, E4M3))
+    with pytest.raises(ValueError, match=r"b must be a fp8\.Quantized .*, not ndarray"):
+        ops.spmm24_fp8(in_8_bits, np.asarray(x))
     three = fp8.quantize(x, E4M3)._replace(scale=jnp.ones(3))
     with pytest.raises(ValueError, match=re.escape("b.scale has shape (3,)")):
         ops.spmm24_fp8(in_8_bits, three)

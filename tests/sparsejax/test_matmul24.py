@@ -374,6 +374,14 @@ def test_sampled_weight_gradient_on_a_gpu(sampled):
     assert relative_error(fast, float64(weight_gradient("reference"))) < 1e-4
 
 
+def test_what_is_not_packed_is_refused():
+    w, x = np.ones((8, 4), np.float32), jnp.ones((3, 8), jnp.bfloat16)
+    with pytest.raises(ValueError, match=r"a must be a Sparse24 \(sparsejax.pack\), not ndarray"):
+        spmm24(w, x.T)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"packed must be a Sparse24 .*, not ndarray"):
+        matmul24(x, w, packed=w)  # type: ignore[arg-type]
+
+
 def test_spmm24_refuses_shapes_that_do_not_fit():
     with pytest.raises(ValueError, match="k=8"):
         spmm24(PACKED, jnp.ones((6, 3), jnp.bfloat16))
