@@ -1,5 +1,6 @@
 """Text to shards and back, by function and by command line."""
 
+import errno
 import gzip
 import json
 import lzma
@@ -212,6 +213,26 @@ def test_wrong_arguments(tmp_path, bpe):
     with pytest.raises(FileExistsError, match=r"mine was not written by prepare"):
         prepare([path], byte, tmp_path / "mine", overwrite=True)
     assert sorted(os.listdir(tmp_path)) == ["a.txt", "mine"]
+
+
+def test_what_cannot_be_replaced_is_put_back(tmp_path, monkeypatch):
+    path, output = tmp_path / "a.txt", tmp_path / "out"
+    path.write_text("The old text.")
+    prepare([str(path)], ByteTokenizer(), output, quiet=True)
+    path.write_text("Something else.")
+    replace = os.replace
+
+    def refused(source, target):
+        if target == output and (source / "meta.json").read_text() != before:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        replace(source, target)
+
+    before = (output / "meta.json").read_text()
+    monkeypatch.setattr(os, "replace", refused)
+    with pytest.raises(ValueError, match=r"cannot write .*out: .*Input/output error"):
+        prepare([str(path)], ByteTokenizer(), output, overwrite=True, quiet=True)
+    assert split_documents(stream(output), ByteTokenizer()) == ["The old text."]
+    assert [p.name for p in tmp_path.iterdir() if p not in (path, output)] == []
 
 
 def test_killed_while_it_replaces_a_folder(tmp_path, monkeypatch):

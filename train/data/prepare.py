@@ -205,7 +205,12 @@ class _Target:
                 # Out of sight first: a deletion cut short must not look like a folder of shards.
                 old = partial_path(output)
                 os.replace(output, old)
-            os.replace(folder, output)
+            try:
+                os.replace(folder, output)
+            except OSError:
+                if old is not None:
+                    os.replace(old, output)
+                raise
             if old is not None:
                 remove(old)
             return meta
