@@ -158,7 +158,6 @@ class _Target:
             description: more entries of meta.json, read when all pieces are.
         """
         output, tokenizer, dtype = self.output, self.tokenizer, self.dtype
-        old: Path | None = None
         try:
             output.parent.mkdir(parents=True, exist_ok=True)
             folder = partial_path(output)
@@ -202,22 +201,29 @@ class _Target:
             (folder / META).write_text(json.dumps(meta, indent=1) + "\n", encoding="utf-8")
             # What another process wrote meanwhile stays, unless told.
             if self.overwrite and output.exists():
-                # Out of sight first: a deletion cut short must not look like a folder of shards.
-                old = partial_path(output)
-                os.replace(output, old)
-            try:
+                _take_place(folder, output)
+            else:
                 os.replace(folder, output)
-            except OSError:
-                if old is not None:
-                    os.replace(old, output)
-                raise
-            if old is not None:
-                remove(old)
             return meta
         except OSError as error:
             raise ValueError(f"cannot write {output}: {error}") from None
         finally:
             remove(folder)
+
+
+def _take_place(folder: Path, output: Path) -> None:
+    """Renames a folder to the name of another one, which is deleted, or put back where it fails.
+
+    The other goes out of sight first: a deletion cut short must not look like a folder of shards.
+    """
+    old = partial_path(output)
+    os.replace(output, old)
+    try:
+        os.replace(folder, output)
+    except OSError:
+        os.replace(old, output)
+        raise
+    remove(old)
 
 
 def read_meta(folder: Path) -> dict[str, Any] | None:
