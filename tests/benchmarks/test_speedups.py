@@ -21,6 +21,7 @@ def folder(tmp_path):
     groups.append({"rows": [row("dense", 1.0)]})
     (tmp_path / "step.json").write_text(json.dumps({"groups": groups}))
     (tmp_path / "notes.txt").write_text("as measured")
+    (tmp_path / "step.png").write_bytes(b"\x89PNG")
     return tmp_path
 
 
@@ -60,6 +61,7 @@ def test_numbers_follow_their_sources(folder, capsys):
         ({"M16": "step.json#2"}, "group 2 has 0 sparse steps"),
         ({"M16": "other.json#0"}, "No such file"),
         ({"M16": "notes.txt#0"}, "notes.txt is not JSON"),
+        ({"M16": "step.png#0"}, "step.png is not JSON"),
         (None, "says nothing under 'sources'"),
     ],
 )
