@@ -7,9 +7,9 @@ import types
 
 import pytest
 
-from tests.train.test_loop import SILENT, records, small
+from tests.train.test_loop import SILENT, records, two_steps
 from train import loggers
-from train.config import Config, LogConfig, OptimizerConfig, ScheduleConfig
+from train.config import Config, LogConfig
 from train.loop import train
 from train.metrics import RunLogger
 
@@ -119,11 +119,8 @@ def test_a_run_that_wandb_refuses_is_not_the_one_to_resume(tmp_path, wandb, monk
         raise wandb.Error("api_key not configured")
 
     monkeypatch.setattr(wandb, "init", init)
-    config = small(
+    config = two_steps(
         tmp_path,
-        steps=2,
-        schedule=ScheduleConfig(),
-        optimizer=OptimizerConfig(warmup_steps=1),
         log=LogConfig(wandb=True),
     )
     with pytest.raises(ValueError, match="not configured"):
@@ -163,11 +160,8 @@ def test_tensorboard_without_its_package_is_refused_before_anything_starts(tmp_p
 
 def test_wandb_without_its_package_is_a_warning_and_the_run_goes_on(tmp_path, monkeypatch, caplog):
     monkeypatch.setitem(sys.modules, "wandb", None)
-    chosen = small(
+    chosen = two_steps(
         tmp_path,
-        steps=2,
-        schedule=ScheduleConfig(),
-        optimizer=OptimizerConfig(warmup_steps=1),
         log=LogConfig(wandb=True, every=1, eval_every=0, eval_windows=4),
     )
     result = train(chosen, console=SILENT)

@@ -44,6 +44,12 @@ def small(folder, **changes) -> Config:
     return dataclasses.replace(config, **changes)
 
 
+def two_steps(folder, **changes) -> Config:
+    """Of `small`, dense: what happens before and after them matters."""
+    optimizer = OptimizerConfig(warmup_steps=1)
+    return small(folder, steps=2, schedule=ScheduleConfig(), optimizer=optimizer, **changes)
+
+
 def records(folder):
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
@@ -107,9 +113,7 @@ def test_the_folder_holds_what_a_user_looks_for(run):
 def test_a_second_run_of_the_same_name_gets_its_own_folder(run):
     config, first = run
     before = (first.folder / "metrics.jsonl").read_bytes()
-    optimizer = OptimizerConfig(warmup_steps=1)
-    short = dataclasses.replace(config, steps=2, schedule=ScheduleConfig(), optimizer=optimizer)
-    second = train(short, console=SILENT)
+    second = train(two_steps(config.output), console=SILENT)
     assert second.folder.name == "small-2"
     assert (first.folder / "metrics.jsonl").read_bytes() == before
 
@@ -141,12 +145,9 @@ def test_a_run_without_a_last_checkpoint_writes_none(tmp_path, monkeypatch):
         seeds.append(seed) or open_data(*args, seed=seed, **options)
     )
     monkeypatch.setattr(loop, "open_data", spy)
-    config = small(
+    config = two_steps(
         tmp_path,
-        steps=2,
-        schedule=ScheduleConfig(),
         checkpoint=CheckpointConfig(every=0, final=False),
-        optimizer=OptimizerConfig(warmup_steps=1),
         data=data,
     )
     result = train(config, console=SILENT)
@@ -157,11 +158,8 @@ def test_a_run_without_a_last_checkpoint_writes_none(tmp_path, monkeypatch):
 
 
 def test_a_run_without_held_out_text_has_no_evaluations(tmp_path):
-    config = small(
+    config = two_steps(
         tmp_path,
-        steps=2,
-        schedule=ScheduleConfig(),
-        optimizer=OptimizerConfig(warmup_steps=1),
         data=DataConfig(validation_fraction=0.0),
         log=LogConfig(every=1, eval_every=1),
     )
@@ -172,10 +170,7 @@ def test_a_run_without_held_out_text_has_no_evaluations(tmp_path):
 
 
 def test_a_run_killed_before_its_first_checkpoint_resumes_from_the_start(tmp_path):
-    config = small(
-        tmp_path, steps=2, schedule=ScheduleConfig(), checkpoint=CheckpointConfig(every=0)
-    )
-    config = dataclasses.replace(config, optimizer=OptimizerConfig(warmup_steps=1))
+    config = two_steps(tmp_path, checkpoint=CheckpointConfig(every=0))
     first = train(config, console=SILENT)
     shutil.rmtree(first.folder / "checkpoints")
     console = Console(record=True, quiet=False, file=io.StringIO(), width=200)
@@ -186,12 +181,9 @@ def test_a_run_killed_before_its_first_checkpoint_resumes_from_the_start(tmp_pat
 
 
 def test_a_run_killed_when_it_had_its_folder_resumes_from_the_start(tmp_path):
-    config = small(
+    config = two_steps(
         tmp_path,
-        steps=2,
-        schedule=ScheduleConfig(),
         checkpoint=CheckpointConfig(every=0),
-        optimizer=OptimizerConfig(warmup_steps=1),
     )
     folder = new_folder(config)
     assert train(config, resume=True, console=SILENT).folder == folder
