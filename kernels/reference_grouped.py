@@ -15,8 +15,8 @@ E^S, and the matrices by expert have S E of them, expert e of shard s being numb
 Packed matrices (values, metadata) are those of `kernels.reference`. Every backend has
 `pack_weight24`, `up24`, `up24_linear`, `down24`, `up24_backward` and `weight_gradient` with the
 same arguments, and may have `weight_gradient24`, and shards and weights that are not 2:4 where it
-says so (`SHARDS`, `DENSE_WEIGHTS`); `pack_weight24` and `weight_gradient` may take neurons that all
-experts have once (`SHARED_ONCE`, `serves_shared`), as `kernels.shared_rows` has them; only the
+says so (`SHARDS`, `DENSE_WEIGHTS`); all may take neurons that all experts have once
+(`SHARED_ONCE`, `serves_shared`), as `kernels.shared_rows` has them; only the
 order of the rows of packed weights, within an expert, is a backend's own. Weights that are not 2:4
 are packed as whole rows in that order, "values" (H, D) without metadata.
 """
@@ -41,14 +41,14 @@ SHARDS = True
 DENSE_WEIGHTS = True
 """Whether `up24` and its likes take weights that are not 2:4; every backend says so."""
 SHARED_ONCE = True
-"""Whether `pack_weight24` and `weight_gradient` have `shared_every`; every backend says so."""
+"""Whether the functions have `shared_every`; every backend says so."""
 
 
 def serves_shared(sizes: shared_rows.SharedRows) -> bool:
     """Whether `shared_every` may be given for these sizes of a shard; every backend says so that
     has `SHARED_ONCE`."""
-    del sizes
-    return True
+    # Or else the rows of several shards, one behind the other, share a tile of metadata.
+    return sizes.hidden % TILE == 0
 
 
 def experts_of(combinations: int, shards: int) -> int:
@@ -121,6 +121,7 @@ def up_dims(
     block_expert: Array,
     *,
     shards: int = 1,
+    shared_every: int = 0,
 ) -> tuple[int, int, int]:
     """(E, V, h) of a product of tokens with packed weights. ValueError unless arguments fit."""
     hidden, width = packed_dims(values, metadata)
@@ -130,6 +131,13 @@ def up_dims(
         raise ValueError(f"{x.dtype=} must be {values.dtype=}")
     combinations, v = block_rows(x.shape[0], offsets, block_expert)
     experts = experts_of(combinations, shards)
+    if shared_every:
+        if hidden % shards:
+            raise ValueError(f"{hidden=} must be a multiple of {shards=}")
+        live = shared_rows.of_hidden(hidden // shards, experts, shared_every).live
+        if live % TILE:
+            raise ValueError(f"{live=} of {hidden=} and {shared_every=} must be whole {TILE}s")
+        return experts, v, shards * live
     if hidden % (shards * experts * TILE):
         each = f"{experts=}" if shards == 1 else f"{experts=} of {shards=}"
         raise ValueError(f"{hidden=} must be a multiple of {TILE} for each of {each}")
@@ -155,9 +163,12 @@ def backward_dims(
     block_expert: Array,
     *,
     shards: int = 1,
+    shared_every: int = 0,
 ) -> tuple[int, int, int]:
     """(E, V, h) of `up24_backward`. ValueError unless its arguments fit."""
-    experts, v, live = up_dims(values, metadata, dy, offsets, block_expert, shards=shards)
+    experts, v, live = up_dims(
+        values, metadata, dy, offsets, block_expert, shards=shards, shared_every=shared_every
+    )
     require_saved(y2, y2_metadata, (dy.shape[0], live), dy.dtype)
     return experts, v, live
 
@@ -172,6 +183,7 @@ def down_dims(
     tokens: int | None,
     *,
     shards: int = 1,
+    shared_every: int = 0,
 ) -> tuple[int, int]:
     """(E, V) of `down24`. ValueError unless its arguments fit."""
     rows, live = packed_dims(y_values, y_metadata)
@@ -179,8 +191,11 @@ def down_dims(
     experts = experts_of(combinations, shards)
     if live % shards:
         raise ValueError(f"{live=} must be a multiple of {shards=}")
-    if w.ndim != 3 or w.shape[:2] != (shards * experts, live // shards):
-        raise ValueError(f"{w.shape=} must be ({shards * experts}, {live // shards}, width)")
+    expected: tuple[int, ...] = (shards * experts, live // shards)
+    if shared_every:
+        expected = (shards * shared_rows.of_live(live // shards, experts, shared_every).hidden,)
+    if w.ndim != len(expected) + 1 or w.shape[:-1] != expected:
+        raise ValueError(f"{w.shape=} must be ({', '.join(map(str, expected))}, width)")
     if w.dtype != y_values.dtype:
         raise ValueError(f"{w.dtype=} must be {y_values.dtype=}")
     if (permutation is None) != (tokens is None):
@@ -258,22 +273,28 @@ def pack_weight24(
       values (E h, D / 2) and metadata (E h / 64, D / 64, 128) int32 of the matrix with expert e's
       neurons in rows e h..(e + 1) h, here in their order; without a threshold values are the
       whole rows (E h, D) in that order, and metadata None. dense (E, h, D), the same numbers.
-      E h is H unless neurons are shared (`kernels.shared_rows.repeat`).
+      With `shared_every` shared neurons are there once, in the last rows: values (H, ..), metadata
+      (H / 64, ..) and dense (H, D), rows as of `kernels.shared_rows.row`.
 
     Raises:
       ValueError: an argument is not allowed.
     """
     w = jnp.asarray(w)
     live, width = weight_dims(w, num_experts, m, scale, shared_every)
+    w = w.astype(jnp.float32)
     if shared_every:
-        w = shared_rows.repeat(w, 0, num_experts, shared_every)
-    w = expert_major(w.astype(jnp.float32), num_experts)
+        sizes = shared_rows.of_hidden(w.shape[0], num_experts, shared_every)
+        w = expert_major(shared_rows.repeat(w, 0, num_experts, shared_every), num_experts)
+        w = shared_rows.once(w.reshape(-1, width), num_experts, sizes.routed)
+    else:
+        w = expert_major(w, num_experts)
     if not threshold:
         dense = _scaled(w, scale).astype(dtype)
         return dense.reshape(-1, width), None, dense
     dense = _scaled(reference.soft_threshold(w), scale).astype(dtype)
-    if live % TILE or width % TILE:
-        raise ValueError(f"{live=} and {width=} must be multiples of {TILE} to be packed")
+    rows = w.shape[0] if shared_every else live
+    if rows % TILE or width % TILE:
+        raise ValueError(f"{rows=} and {width=} must be multiples of {TILE} to be packed")
     values, metadata = reference.pack24(
         w.reshape(-1, width), axis=1, mode="soft_threshold", scale=scale, dtype=dtype
     )
@@ -312,15 +333,20 @@ def _by_block(function: Callable, rows: tuple[Array, ...], offsets: Array, block
     return jax.tree.map(lambda o: o.reshape(blocks * v, o.shape[2]), out)
 
 
-def _of_expert(values: Array, metadata: Array | None, experts: int, shards: int) -> Callable:
+def _of_expert(
+    values: Array, metadata: Array | None, experts: int, shards: int, shared_every: int
+) -> Callable:
     """From a combination to its rows (h, D) of packed weights."""
     dense = values if metadata is None else reference.unpack24(values, metadata)
-    return _rows_of(dense.reshape(shards * experts, -1, dense.shape[1]), shards)
+    return _rows_of(dense, experts, shards, shared_every)
 
 
-def _rows_of(w: Array, shards: int) -> Callable:
-    """From a combination to its rows (h, D) of weights by expert (S E, h / S, D)."""
-    experts = w.shape[0] // shards
+def _rows_of(w: Array, experts: int, shards: int, shared_every: int) -> Callable:
+    """From a combination to its rows (h, D) of weights, shard by shard and expert by expert."""
+    if shared_every:
+        own = shared_rows.of_hidden(w.shape[0] // shards, experts, shared_every).routed
+        w = shared_rows.for_each_expert(w, experts, own, shards)
+    w = w.reshape(shards * experts, -1, w.shape[-1])
     return lambda c: jnp.concatenate([w[g] for g in weight_rows(c, experts, shards)])
 
 
@@ -340,6 +366,7 @@ def up24(
     block_expert: Array,
     *,
     shards: int = 1,
+    shared_every: int = 0,
     config: None = None,
 ) -> tuple[Array, Array, Array]:
     """Y2 = two of four of relu(x_p W_e^T)^2, dense and packed.
@@ -350,6 +377,7 @@ def up24(
       values, metadata: of `pack_weight24`.
       x_p: (T_pad, D), dtype of `values`.
       offsets: (E^S + 1,) int32. block_expert: (T_pad / V,) int32. shards: S.
+      shared_every: blocks of neurons of which the last is every expert's; 0 for none.
       config: none for this backend.
 
     Returns:
@@ -360,8 +388,10 @@ def up24(
       ValueError: an argument is not allowed, or the shapes do not fit.
     """
     del config
-    experts, _, _ = up_dims(values, metadata, x_p, offsets, block_expert, shards=shards)
-    w = _of_expert(values, metadata, experts, shards)
+    experts, _, _ = up_dims(
+        values, metadata, x_p, offsets, block_expert, shards=shards, shared_every=shared_every
+    )
+    w = _of_expert(values, metadata, experts, shards=shards, shared_every=shared_every)
 
     def block(expert, x):
         y = jnp.square(jax.nn.relu(_product(x, w(expert), (1, 1))))
@@ -380,6 +410,7 @@ def up24_linear(
     block_expert: Array,
     *,
     shards: int = 1,
+    shared_every: int = 0,
     config: None = None,
 ) -> Array:
     """x_p W_e^T, all of it: the products around a gate, where `up24` alone cannot choose.
@@ -388,6 +419,7 @@ def up24_linear(
       values, metadata: of `pack_weight24`.
       x_p: (T_pad, D), dtype of `values`.
       offsets: (E^S + 1,) int32. block_expert: (T_pad / V,) int32. shards: S.
+      shared_every: blocks of neurons of which the last is every expert's; 0 for none.
       config: none for this backend.
 
     Returns:
@@ -397,8 +429,10 @@ def up24_linear(
       ValueError: the shapes do not fit.
     """
     del config
-    experts, _, _ = up_dims(values, metadata, x_p, offsets, block_expert, shards=shards)
-    w = _of_expert(values, metadata, experts, shards)
+    experts, _, _ = up_dims(
+        values, metadata, x_p, offsets, block_expert, shards=shards, shared_every=shared_every
+    )
+    w = _of_expert(values, metadata, experts, shards=shards, shared_every=shared_every)
     product = lambda expert, x: _product(x, w(expert), (1, 1)).astype(x.dtype)
     return _by_block(product, (x_p,), offsets, block_expert)
 
@@ -420,14 +454,16 @@ def down24(
     permutation: Array | None = None,
     tokens: int | None = None,
     shards: int = 1,
+    shared_every: int = 0,
     config: None = None,
 ) -> Array:
     """Y W_e for 2:4 activations: Y3 = Y2 W2_e and dX = dY1 W1_e.
 
     Args:
       y_values, y_metadata: of Y (T_pad, h), packed along h.
-      w: (S E, h / S, D), dtype of `y_values`.
+      w: (S E, h / S, D), dtype of `y_values`; with `shared_every` (S H, D).
       offsets: (E^S + 1,) int32. block_expert: (T_pad / V,) int32. shards: S.
+      shared_every: blocks of neurons of which the last is every expert's; 0 for none.
       permutation: None, or (T_pad,) int32: the token of each row, T or more for padding. Then the
         result is in the order of the tokens. Every token has a row.
       tokens: T, with `permutation`.
@@ -440,9 +476,19 @@ def down24(
       ValueError: the shapes do not fit.
     """
     del config
-    down_dims(y_values, y_metadata, w, offsets, block_expert, permutation, tokens, shards=shards)
+    layout = offsets, block_expert
+    experts, _ = down_dims(
+        y_values,
+        y_metadata,
+        w,
+        *layout,
+        permutation,
+        tokens,
+        shards=shards,
+        shared_every=shared_every,
+    )
     w = jnp.asarray(w)
-    rows = _rows_of(w, shards)
+    rows = _rows_of(w, experts, shards=shards, shared_every=shared_every)
     y = reference.unpack24(y_values, y_metadata)
 
     def block(expert, y):
@@ -461,6 +507,7 @@ def up24_backward(
     block_expert: Array,
     *,
     shards: int = 1,
+    shared_every: int = 0,
     config: None = None,
 ) -> tuple[Array, Array]:
     """dY1 = 2 sqrt(Y2) (dy_p W_e^T) on the support of Y2, dense and packed.
@@ -470,6 +517,7 @@ def up24_backward(
       dy_p: (T_pad, D), dtype of `values`.
       y2: (T_pad, h) and y2_metadata: of `up24`.
       offsets: (E^S + 1,) int32. block_expert: (T_pad / V,) int32. shards: S.
+      shared_every: blocks of neurons of which the last is every expert's; 0 for none.
       config: none for this backend.
 
     Returns:
@@ -480,8 +528,8 @@ def up24_backward(
     """
     del config
     arguments = (values, metadata, dy_p, y2, y2_metadata, offsets, block_expert)
-    experts, _, _ = backward_dims(*arguments, shards=shards)
-    w = _of_expert(values, metadata, experts, shards)
+    experts, _, _ = backward_dims(*arguments, shards=shards, shared_every=shared_every)
+    w = _of_expert(values, metadata, experts, shards=shards, shared_every=shared_every)
 
     def block(expert, dy, y2):
         dy2 = _product(dy, w(expert), (1, 1))

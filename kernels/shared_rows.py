@@ -1,10 +1,13 @@
-"""Neurons that all experts have: once as parameters, once for each expert in the grouped products.
+"""Neurons that all experts have: once as parameters, for each expert in the grouped products.
 
 Of H neurons in blocks of M = 4 E, the last block of every `every` is shared: N = H / (every M)
 blocks of it. An expert has h = 4 N (every - 1) + N M neurons in the products, first its groups of
 four of the routed blocks, then all shared ones. Routed blocks come in the order of their place
 among `every` and then of the N, so that neighbours in an expert are a fixed distance apart among
 the parameters.
+
+Packed weights have such neurons once as well, where they are read so: first the 4 N (every - 1)
+rows of each expert's own, expert after expert, then the N M of all (`row`).
 """
 
 from __future__ import annotations
@@ -69,6 +72,34 @@ def of_live(live: int, experts: int, every: int) -> SharedRows:
     if every < 2 or not found.superblocks or found.live != live:
         raise ValueError(f"{live=} cannot be an expert's of {experts=} with {every=}")
     return found
+
+
+def row(sizes: SharedRows, expert: Array, neuron: Array) -> Array:
+    """The row of an expert's neuron in packed weights that have shared ones once.
+
+    Args:
+      expert: 0..E-1, int32. neuron: of the expert, 0..h-1, int32.
+    """
+    # The rows of all follow on the last expert's own.
+    owner = jnp.where(neuron < sizes.routed, expert, jnp.int32(sizes.experts - 1))
+    return owner * sizes.routed + neuron
+
+
+def once(a: Array, experts: int, own: int) -> Array:
+    """Rows (E r, ...) of all experts without what only repeats: each one's first `own`, then the
+    rest of the first's, which is the same for all."""
+    by_expert = a.reshape(experts, -1, *a.shape[1:])
+    alone = by_expert[:, :own].reshape(-1, *by_expert.shape[2:])
+    return jnp.concatenate([alone, by_expert[0, own:]])
+
+
+def for_each_expert(a: Array, experts: int, own: int, groups: int = 1) -> Array:
+    """The inverse of `once`, of so many groups one after the other."""
+    parts, rest = a.reshape(groups, -1, *a.shape[1:]), a.shape[1:]
+    alone = parts[:, : experts * own].reshape(groups, experts, own, *rest)
+    shared = parts[:, None, experts * own :]
+    shared = jnp.broadcast_to(shared, (groups, experts, *shared.shape[2:]))
+    return jnp.concatenate([alone, shared], axis=2).reshape(-1, *rest)
 
 
 def repeat(w: Array, axis: int, experts: int, every: int) -> Array:

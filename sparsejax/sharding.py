@@ -204,8 +204,19 @@ class _Layout:
         """Whether rows are packed on every device after they were gathered."""
         return self.sparsity.gather == "rows" and self.size(self.axes.shard) > 1
 
-    def stores_once(self, precision: Precision) -> bool:
+    def reads_once(self, kernels: registry.Backend | None, precision: Precision) -> bool:
+        """Whether the kernels take shared neurons once."""
+        if kernels is None or precision == "fp8":
+            return False
+        live = self.sparsity.live_neurons(self.hidden)
+        padding = routed_ffn_grouped.padding_of(kernels, live)
+        functions = routed_ffn_grouped.module(kernels)
+        return bool(routed_ffn_grouped.shared_once(functions, self.sparsity, live, padding))
+
+    def stores_once(self, packed_by: registry.Backend | None, precision: Precision) -> bool:
         """Whether shared neurons are stored and gathered once, not once for each expert."""
+        if self.reads_once(packed_by, precision):
+            return True
         spread = self.size(self.axes.shard) > 1 and precision != "fp8"
         return spread and stored_once.serves(self.sparsity, self.hidden)
 
@@ -233,7 +244,8 @@ class _Layout:
         self, packed_by: registry.Backend | None, gated: bool, precision: Precision, padding: int
     ) -> PackedFFN:
         tensor, shard = self.axes.tensor, self.axes.shard
-        dense = P(tensor, shard) if self.stores_once(precision) else P(tensor, None, shard)
+        once = self.stores_once(packed_by, precision)
+        dense = P(tensor, shard) if once else P(tensor, None, shard)
         matrix: Any = PackedMatrix(dense)  # type: ignore[arg-type]
         packed: Any = {"values": P(tensor, shard)}
         if self.sparsity.weights:
@@ -348,8 +360,9 @@ def pack_ffn(
     Returns:
       `PackedFFN` of G groups: dense (G E, h, D), values (G E h, D / 2), metadata; or in 8 bits
       columns (G E, D, h), values, metadata, scale (G,) and norm (G,). h is H / (G E), and more
-      where neurons are shared (`Sparsity.live_neurons` of H / G), unless the shard axis has several
-      devices: then dense is (H, D), values (H, D / 2), as `stored_once` has them.
+      where neurons are shared (`Sparsity.live_neurons` of H / G), unless kernels take those once or
+      the shard axis has several devices: then dense is (H, D), values (H, D / 2), as `stored_once`
+      has them.
 
     Raises:
       ValueError: sizes that the mesh does not divide, or another precision.
@@ -379,9 +392,9 @@ def pack_ffn(
             return dataclasses.replace(part, w1=of_group(part.w1), w2=of_group(part.w2))
         part = _pack(w1, w2, wg, betas, sparsity, dtype=dtype, kernels=kernels)
         part = _rows_alone(part) if layout.packs_gathered else part
-        if not layout.stores_once(precision):
+        if part.shared_once or not layout.stores_once(kernels, precision):
             return part
-        return _of_matrices(part, lambda w: stored_once.once(w, sparsity, rows))
+        return part.changed(lambda w: stored_once.once(w, sparsity, rows))
 
     def local(w1: Array, w2: Array, wg: Array | None, betas: Array | None) -> PackedFFN:
         parts = []
@@ -417,17 +430,12 @@ def _kernels_of_8_bits(
     return None
 
 
-def _of_matrices(packed: PackedFFN, change: Callable[[Any], Any]) -> PackedFFN:
-    gate = None if packed.wg is None else change(packed.wg)
-    return dataclasses.replace(packed, w1=change(packed.w1), w2=change(packed.w2), wg=gate)
-
-
 def _rows_alone(packed: PackedFFN) -> PackedFFN:
-    return _of_matrices(packed, lambda w: PackedMatrix(w.dense))
+    return packed.changed(lambda w: PackedMatrix(w.dense))
 
 
-def _gather(packed: PackedFFN, layout: _Layout) -> PackedFFN:
-    """Whole rows of the packed weights on every device of the shard axis.
+def _gather(packed: PackedFFN, layout: _Layout, reader: registry.Backend | None) -> PackedFFN:
+    """Whole rows of the packed weights on every device of the shard axis, for these kernels.
 
     What moves is what was packed once for the optimiser step, thresholded and rounded: 2:4 values
     and metadata for the products that read them, and bf16 rows (8-bit columns) for the others; or
@@ -435,7 +443,7 @@ def _gather(packed: PackedFFN, layout: _Layout) -> PackedFFN:
     another order. Shared neurons move once. XLA drops what a pass does not read.
     """
     kernels, sparsity = packed.kernels, layout.sparsity
-    stores_once = layout.stores_once(packed.precision)
+    repeats = packed.shared_once and not layout.reads_once(reader, packed.precision)
 
     def whole(matrix: Any) -> Any:
         if isinstance(matrix, PackedMatrix8):
@@ -450,14 +458,14 @@ def _gather(packed: PackedFFN, layout: _Layout) -> PackedFFN:
             for a in (matrix.values, matrix.metadata)
         )
         matrix = PackedMatrix(dense, *rest)
-        if stores_once:
+        if repeats:
             matrix = stored_once.for_each_expert(matrix, sparsity, layout.hidden)
         if kernels is not None and layout.packs_gathered:
             packed = routed_ffn_grouped.pack_rows(matrix.dense, sparsity, kernels=kernels)
             return PackedMatrix(matrix.dense, *packed)
         return matrix
 
-    return _of_matrices(packed, whole)
+    return packed.changed(whole)
 
 
 def _group(packed: PackedFFN, g: int, groups: int) -> PackedFFN:
@@ -595,7 +603,7 @@ def _routed_ffn_fwd(x, w1, w2, wg, packed, router, kernels, layout):
 
     def local(x, packed, router):
         tokens = x.reshape(-1, x.shape[-1])
-        packed = _gather(packed, layout)
+        packed = _gather(packed, layout, kernels)
         y, saved, counts, together = 0, [], [], layout.together
 
         def choice(g):
@@ -647,7 +655,7 @@ def _routed_ffn_bwd(kernels, layout, residuals, cotangents):
     def local(dy, packed, saved):
         shape = dy.shape
         dy = dy.reshape(-1, shape[-1])
-        packed = _gather(packed, layout)
+        packed = _gather(packed, layout, kernels)
         dx, parts = 0, []
         for call, (kept, plan) in enumerate(jax.tree.map(lambda a: a[0], saved)):
             part = _group(packed, call, layout.calls)

@@ -9,9 +9,9 @@ and put back by whole rows.
 
 from __future__ import annotations
 
-import jax.numpy as jnp
-from jax import Array
+import functools
 
+from kernels import shared_rows
 from kernels.reference import TILE
 from kernels.shared_rows import SharedRows, of_hidden
 from sparsejax.ops.packed_ffn import PackedMatrix
@@ -47,11 +47,7 @@ def once(matrix: PackedMatrix, sparsity: Sparsity, hidden: int) -> PackedMatrix:
     """
     sizes = _sizes(sparsity, hidden)
 
-    def rows(a: Array, own: int) -> Array:
-        by_expert = a.reshape(sizes.experts, -1, *a.shape[1:])
-        alone = by_expert[:, :own].reshape(-1, *by_expert.shape[2:])
-        return jnp.concatenate([alone, by_expert[0, own:]])
-
+    rows = functools.partial(shared_rows.once, experts=sizes.experts)
     dense = matrix.dense.reshape(-1, matrix.dense.shape[-1])
     return _changed(matrix._replace(dense=dense), rows, sizes)
 
@@ -67,15 +63,8 @@ def for_each_expert(matrix: PackedMatrix, sparsity: Sparsity, hidden: int) -> Pa
       dense (G E, h, D), values (G E h, ...) and metadata (G E h / 64, ...) or None.
     """
     sizes = _sizes(sparsity, hidden)
-    experts, groups = sizes.experts, matrix.dense.shape[0] // hidden
-
-    def rows(a: Array, own: int) -> Array:
-        parts, rest = a.reshape(groups, -1, *a.shape[1:]), a.shape[1:]
-        alone = parts[:, : experts * own].reshape(groups, experts, own, *rest)
-        shared = parts[:, None, experts * own :]
-        shared = jnp.broadcast_to(shared, (groups, experts, *shared.shape[2:]))
-        return jnp.concatenate([alone, shared], axis=2).reshape(-1, *rest)
-
+    groups = matrix.dense.shape[0] // hidden
+    rows = functools.partial(shared_rows.for_each_expert, experts=sizes.experts, groups=groups)
     whole = _changed(matrix, rows, sizes)
     return whole._replace(dense=whole.dense.reshape(-1, sizes.live, whole.dense.shape[-1]))
 
@@ -85,6 +74,6 @@ def _sizes(sparsity: Sparsity, hidden: int) -> SharedRows:
 
 
 def _changed(matrix: PackedMatrix, rows, sizes: SharedRows) -> PackedMatrix:
-    values = None if matrix.values is None else rows(matrix.values, sizes.routed)
-    metadata = None if matrix.metadata is None else rows(matrix.metadata, sizes.routed // TILE)
-    return PackedMatrix(rows(matrix.dense, sizes.routed), values, metadata)
+    values = None if matrix.values is None else rows(matrix.values, own=sizes.routed)
+    metadata = None if matrix.metadata is None else rows(matrix.metadata, own=sizes.routed // TILE)
+    return PackedMatrix(rows(matrix.dense, own=sizes.routed), values, metadata)

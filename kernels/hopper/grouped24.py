@@ -18,7 +18,7 @@ from kernels.hopper.grouped_up_backward import check_up24_backward, up24_backwar
 SHARDS = True
 # Whether they take weights that are not 2:4.
 DENSE_WEIGHTS = True
-# Whether packing and weight gradients take shared neurons once.
+# Whether they, packing and weight gradients take shared neurons once.
 SHARED_ONCE = True
 
 __all__ = [

@@ -17,10 +17,11 @@ from jax.experimental.mosaic.gpu import utils
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, llvm, vector
 
-from kernels import reference_grouped
+from kernels import reference_grouped, shared_rows
 from kernels.combinations import expert_number
 from kernels.hopper import device, ptx
 from kernels.hopper import grouped_common as common
+from kernels.hopper import grouped_neurons as neurons
 
 _SLOTS = 2  # staging buffers, of 64 x 64 elements, of a warpgroup
 _SLOT_BYTES = 64 * 64 * 2
@@ -170,12 +171,14 @@ def launch(
     name: str,
     experts: int = 1,
     shards: int = 1,
+    sizes: shared_rows.SharedRows | None = None,
 ) -> jax.Array:
     """scale (Y W_e) for a tile, in the rows' order or the tokens'.
 
     operands: values and metadata of Y (T_pad, h), and W, (E h, D) or, "nk", (E D, h). scale:
     (T_pad,) or None. layout: offsets and block_expert. experts: E, which matters where there are
-    several shards, and then W is (S E h / S, D).
+    several shards, and then W is (S E h / S, D). sizes: of a shard of neurons with shared ones that
+    W has once, (S H, D).
     """
     rows, live = operands[0].shape[0], 2 * operands[0].shape[1]
     column_tiles = pl.cdiv(width, _COLUMNS)
@@ -208,13 +211,16 @@ def launch(
                 block, column = part(i)
                 expert = expert_g[lax.div(block, jnp.int32(v // common.TOKENS))]
                 token0, column0 = block * common.TOKENS, column * _COLUMNS
-                if shards > 1:
+                if shards > 1 or sizes is not None:
                     of_shard = live // shards
 
                     def offset(k0):
-                        shard = lax.div(k0, jnp.int32(of_shard))
+                        shard = jnp.int32(0) if shards == 1 else lax.div(k0, jnp.int32(of_shard))
                         number = expert_number(expert, shard, experts, shards)
-                        return (number - shard) * of_shard
+                        if sizes is None:
+                            return (number - shard) * of_shard
+                        own, k = number - shard * experts, k0 - shard * of_shard
+                        return shared_rows.row(sizes, own, k) + shard * sizes.hidden - k0
 
                     return token0, column0, offset
                 if t.b_layout == "kn":
@@ -261,6 +267,7 @@ def down24(
     permutation: jax.Array | None = None,
     tokens: int | None = None,
     shards: int = 1,
+    shared_every: int = 0,
     config: common.GroupedConfig | None = None,
 ) -> jax.Array:
     """`kernels.reference_grouped.down24`.
@@ -268,14 +275,23 @@ def down24(
     Raises ValueError for shapes that do not fit and NotImplementedError where `check_down24` does.
     """
     arguments = (y_values, y_metadata, w, offsets, block_expert)
-    check_down24(*arguments, permutation=permutation, tokens=tokens, shards=shards, config=config)
+    check_down24(
+        *arguments,
+        permutation=permutation,
+        tokens=tokens,
+        shards=shards,
+        shared_every=shared_every,
+        config=config,
+    )
     config = config or common.GroupedConfig()
-    experts, v = reference_grouped.down_dims(*arguments, permutation, tokens, shards=shards)
-    matrices, of_shard, width = w.shape
+    experts, v = reference_grouped.down_dims(
+        *arguments, permutation, tokens, shards=shards, shared_every=shared_every
+    )
+    width = w.shape[-1]
     return launch(
         tile(w.dtype, config),
         config,
-        (y_values, y_metadata, w.reshape(matrices * of_shard, width)),
+        (y_values, y_metadata, w.reshape(-1, width)),
         None,
         (offsets, block_expert),
         v=v,
@@ -286,6 +302,9 @@ def down24(
         name="down24_hopper",
         experts=experts,
         shards=shards,
+        sizes=neurons.sizes_of(
+            2 * y_values.shape[1], experts, shards=shards, shared_every=shared_every
+        ),
     )
 
 
@@ -299,6 +318,7 @@ def check_down24(
     permutation: jax.Array | None = None,
     tokens: int | None = None,
     shards: int = 1,
+    shared_every: int = 0,
     config: common.GroupedConfig | None = None,
 ) -> None:
     """Raises NotImplementedError if this device, shape or dtype is not served, else returns None.
@@ -306,7 +326,11 @@ def check_down24(
     Arguments that contradict one another raise ValueError.
     """
     arguments = (y_values, y_metadata, w, offsets, block_expert)
-    experts, v = reference_grouped.down_dims(*arguments, permutation, tokens, shards=shards)
-    common.check_shapes(v, w.shape[1], w.shape[2], w.dtype)
+    experts, v = reference_grouped.down_dims(
+        *arguments, permutation, tokens, shards=shards, shared_every=shared_every
+    )
+    live = 2 * y_values.shape[1]
+    common.check_shapes(v, live // shards, w.shape[-1], w.dtype)
     common.check_shards(experts, shards)
+    neurons.sizes_of(live, experts, shards=shards, shared_every=shared_every)
     tile(w.dtype, config or common.GroupedConfig())

@@ -13,6 +13,7 @@ Results are staged in shared memory, 32 tokens at a time, and leave by TMA.
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import Any
 
 import jax.experimental.pallas.mosaic_gpu as plgpu
@@ -23,6 +24,7 @@ from jax.experimental.mosaic.gpu import utils
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, llvm, vector
 
+from kernels import shared_rows
 from kernels.combinations import expert_number
 from kernels.hopper import device, ptx
 from kernels.hopper import grouped_common as common
@@ -203,7 +205,8 @@ class Plan:
     """The tiles of a product of weights (E h, D) and tokens, inside a kernel.
 
     used: token tiles in use. expert_g: experts of blocks of tokens, in global memory; per_expert:
-    token tiles in a block. experts, shards: E and S.
+    token tiles in a block. experts, shards: E and S. sizes: of neurons that the weights have once
+    for all experts, if there are any; a tile has none of both kinds.
     """
 
     tile: common.SparseTile
@@ -215,6 +218,7 @@ class Plan:
     per_expert: int
     experts: int
     shards: int
+    sizes: shared_rows.SharedRows | None = None
 
     def own_tiles(self):
         """Number of the block's tiles."""
@@ -231,12 +235,16 @@ class Plan:
         """Of the operands of the i-th tile, for `Loop.produce`."""
         token0, neuron0 = self.part(i)
         expert = self.expert_g[lax.div(token0, jnp.int32(common.TOKENS * self.per_expert))]
+        shard, of_shard = jnp.int32(0), self.live // self.shards
         if self.shards > 1:
-            of_shard = self.live // self.shards
             shard, neuron0 = (f(neuron0, jnp.int32(of_shard)) for f in (lax.div, lax.rem))
             expert = expert_number(expert, shard, self.experts, self.shards)
-            return expert * of_shard + neuron0, token0, jnp.int32(0)
-        return expert * self.live + neuron0, token0, jnp.int32(0)
+        if self.sizes is None:
+            row = expert * of_shard + neuron0
+        else:
+            row = shared_rows.row(self.sizes, expert - shard * self.experts, neuron0)
+            row += shard * self.sizes.hidden
+        return row, token0, jnp.int32(0)
 
 
 def plan_of(
@@ -249,14 +257,39 @@ def plan_of(
     expert_g: Any,
     experts: int = 1,
     shards: int = 1,
+    sizes: shared_rows.SharedRows | None = None,
 ) -> Plan:
     """The plan of a kernel's block; v: tokens of a block that belong to one expert.
 
-    experts: E, which matters where there are several shards.
+    experts: E, which matters where there are several shards. sizes: as of `Plan`.
     """
     used = common.used_tiles(offsets_g)
     per_expert = v // common.TOKENS
-    return Plan(t, live, blocks, config.width, used, expert_g, per_expert, experts, shards)
+    return Plan(t, live, blocks, config.width, used, expert_g, per_expert, experts, shards, sizes)
+
+
+def sizes_of(
+    live: int, experts: int, shards: int, shared_every: int
+) -> shared_rows.SharedRows | None:
+    """Sizes of a shard of neurons with shared ones; None without. live: h, of all shards.
+
+    Raises NotImplementedError if an expert's own neurons are not whole parts.
+    """
+    if not shared_every:
+        return None
+    sizes = shared_rows.of_live(live // shards, experts, shared_every)
+    if sizes.routed % PART:
+        found = f"an expert's own {sizes.routed} neurons are no multiple of {PART}"
+        raise NotImplementedError(f"{shared_every=} is not served: {found}")
+    return sizes
+
+
+def tiled(live: int, shards: int, sizes: shared_rows.SharedRows | None) -> int:
+    """A number of neurons that tiles must divide, so that each lies in one run of rows.
+
+    live: h, of all shards. sizes: as of `Plan`.
+    """
+    return math.gcd(live // shards, 0 if sizes is None else sizes.routed)
 
 
 def blocks_of(t: common.SparseTile, rows: int, live: int) -> int:

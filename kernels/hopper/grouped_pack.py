@@ -43,8 +43,13 @@ class _Problem:
     shared: SharedRows | None = None
 
     @property
+    def rows(self) -> int:
+        """Of the results: shared neurons are there once."""
+        return self.experts * self.live if self.shared is None else self.shared.hidden
+
+    @property
     def blocks(self) -> int:
-        return self.experts * self.live // 64 * (self.width // _WEIGHTS)
+        return self.rows // 64 * (self.width // _WEIGHTS)
 
 
 class _Place:
@@ -56,10 +61,18 @@ class _Place:
         self.upper = arith.shrui(self.lane, ptx.const32(4))
         self.lane16 = arith.andi(self.lane, ptx.const32(15))
         self.column = common.add(common.mul(k_tile, _WEIGHTS), common.mul(self.lane16, 4))
-        part = arith.shrui(row_tile, ptx.const32(1))
+        number = arith.shrui(row_tile, ptx.const32(1))
         self.half = arith.andi(row_tile, ptx.const32(1))
-        parts = ptx.const32(p.live // common.PART)
-        self.expert, self.part = arith.divui(part, parts), arith.remui(part, parts)
+        own = p.live if p.shared is None else p.shared.routed
+        parts = ptx.const32(own // common.PART)
+        self.expert, self.part = arith.divui(number, parts), arith.remui(number, parts)
+        if p.shared is not None:
+            # What follows on all experts' own are the shared neurons, whoever's they are taken as.
+            first = p.experts * own // common.PART
+            is_own = arith.cmpi(arith.CmpIPredicate.ult, number, ptx.const32(first))
+            behind = common.add(number, own // common.PART - first)
+            self.part = arith.select(is_own, self.part, behind)
+        self.first_row = common.mul(number, common.PART)
 
     def q(self, i: int) -> ir.Value:
         return common.add(self.upper, 2 * i)
@@ -99,7 +112,8 @@ class _Place:
         return arith.select(is_routed, routed, shared)
 
     def dense(self, i: int, b: int) -> ir.Value:
-        row = common.add(common.mul(self.expert, self.p.live), common.mul(self.group(i), 4))
+        within = common.add(common.mul(self.warp, 8), self.q(i))
+        row = common.add(self.first_row, common.mul(within, 4))
         row = common.add(common.add(row, common.mul(self.half, 2)), b)
         return self._element(row, self.p.width, self.column)
 
@@ -206,10 +220,11 @@ def pack_weight24(
     live, width = reference_grouped.weight_dims(w, num_experts, m, scale, shared_every)
     if not threshold:
         dense = reference_grouped.pack_weight24(w, threshold=False, **options)[2]
-        return dense[:, neurons.row_order(live)].reshape(-1, width), None, dense
-    hidden = num_experts * live
+        flat = dense.reshape(-1, width)
+        return flat[neurons.row_order(flat.shape[0])], None, dense
     shared = of_hidden(w.shape[0], num_experts, shared_every) if shared_every else None
     p = _Problem(num_experts, live, width, common.ptx_name(dtype), shared)
+    hidden = p.rows
 
     def body(w_g, *rest):
         scale_g, values_g, meta_g, dense_g = rest if scale is not None else (None, *rest)
@@ -236,7 +251,9 @@ def pack_weight24(
     )
     scales = [] if scale is None else [jnp.asarray(scale, jnp.float32).reshape(1)]
     values, metadata, dense = call(w, *scales)
-    return values, metadata, dense.reshape(num_experts, live, width)
+    if shared is None:
+        dense = dense.reshape(num_experts, live, width)
+    return values, metadata, dense
 
 
 def check_pack_weight24(
@@ -255,6 +272,7 @@ def check_pack_weight24(
     """
     live, width = reference_grouped.weight_dims(w, num_experts, m, scale, shared_every)
     common.check_shapes(common.TOKENS, live, width, dtype)
+    neurons.sizes_of(live, num_experts, 1, shared_every)
     if threshold and w.dtype != jnp.float32:
         raise NotImplementedError(f"{w.dtype=} is not float32")
     if w.size >= 1 << 31:

@@ -222,6 +222,7 @@ def up24(
     block_expert: jax.Array,
     *,
     shards: int = 1,
+    shared_every: int = 0,
     config: common.GroupedConfig | None = None,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """`kernels.reference_grouped.up24` for weights packed by this backend's `pack_weight24`.
@@ -229,9 +230,11 @@ def up24(
     Raises ValueError for shapes that do not fit and NotImplementedError where `check_up24` does.
     """
     arguments = (values, metadata, x_p, offsets, block_expert)
-    check_up24(*arguments, shards=shards, config=config)
+    check_up24(*arguments, shards=shards, shared_every=shared_every, config=config)
     config = config or common.GroupedConfig()
-    y2, y2_values, y2_metadata = _run(arguments, _tile, _choice, shards, config)
+    y2, y2_values, y2_metadata = _run(
+        arguments, _tile, _choice, config, shards=shards, shared_every=shared_every
+    )
     return y2, y2_values, y2_metadata
 
 
@@ -243,6 +246,7 @@ def up24_linear(
     block_expert: jax.Array,
     *,
     shards: int = 1,
+    shared_every: int = 0,
     config: common.GroupedConfig | None = None,
 ) -> jax.Array:
     """`kernels.reference_grouped.up24_linear` for weights packed by this backend's `pack_weight24`.
@@ -251,8 +255,11 @@ def up24_linear(
     where the stages of a configuration do not fit.
     """
     arguments = (values, metadata, x_p, offsets, block_expert)
-    check_up24(*arguments, shards=shards)
-    (y,) = _run(arguments, _linear_tile, _rounding, shards, config or common.GroupedConfig())
+    check_up24(*arguments, shards=shards, shared_every=shared_every)
+    config = config or common.GroupedConfig()
+    (y,) = _run(
+        arguments, _linear_tile, _rounding, config, shards=shards, shared_every=shared_every
+    )
     return y
 
 
@@ -260,13 +267,18 @@ def _run(
     arguments: tuple[Any, ...],
     tile: Callable[..., common.SparseTile],
     epilogue: Callable[..., _Epilogue],
-    shards: int,
     config: common.GroupedConfig,
+    *,
+    shards: int,
+    shared_every: int,
 ) -> Sequence[jax.Array]:
-    experts, v, live = reference_grouped.up_dims(*arguments, shards=shards)
+    experts, v, live = reference_grouped.up_dims(
+        *arguments, shards=shards, shared_every=shared_every
+    )
+    sizes = neurons.sizes_of(live, experts, shards=shards, shared_every=shared_every)
     values, metadata, x_p, *_ = arguments
     rows, width = x_p.shape
-    t = tile(live // shards, values.dtype, config, metadata is None)
+    t = tile(neurons.tiled(live, shards, sizes), values.dtype, config, metadata is None)
     blocks = neurons.blocks_of(t, rows, live)
     e = epilogue(rows, live, x_p.dtype, t)
 
@@ -277,7 +289,7 @@ def _run(
         def _scope(**refs):
             wg = lax.axis_index("wg")
             ring = {name: refs[name] for name in t.scratch()}
-            layout = offsets_g, expert_g, experts, shards
+            layout = offsets_g, expert_g, experts, shards, sizes
             plan = neurons.plan_of(t, live, blocks, config, v, *layout)
             loop = common.Loop(t, width // t.tile_k, (values_g, metadata_g, x_g), ring)
             common.init_barriers(t.stages, t.warpgroups)(ring["bars"])
@@ -323,6 +335,7 @@ def check_up24(
     block_expert: jax.Array,
     *,
     shards: int = 1,
+    shared_every: int = 0,
     config: common.GroupedConfig | None = None,
 ) -> None:
     """Raises NotImplementedError if this device, shape or dtype is not served, else returns None.
@@ -331,7 +344,12 @@ def check_up24(
     that contradict one another raise ValueError.
     """
     arguments = (values, metadata, x_p, offsets, block_expert)
-    experts, v, live = reference_grouped.up_dims(*arguments, shards=shards)
+    experts, v, live = reference_grouped.up_dims(
+        *arguments, shards=shards, shared_every=shared_every
+    )
     common.check_shapes(v, live // shards, x_p.shape[1], values.dtype)
     common.check_shards(experts, shards)
-    _tile(live // shards, values.dtype, config or common.GroupedConfig(), metadata is None)
+    of_tile = neurons.tiled(
+        live, shards, neurons.sizes_of(live, experts, shards=shards, shared_every=shared_every)
+    )
+    _tile(of_tile, values.dtype, config or common.GroupedConfig(), metadata is None)

@@ -150,6 +150,7 @@ def up24_backward(
     block_expert: jax.Array,
     *,
     shards: int = 1,
+    shared_every: int = 0,
     config: common.GroupedConfig | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """`kernels.reference_grouped.up24_backward` for this backend's `pack_weight24`.
@@ -158,11 +159,14 @@ def up24_backward(
     `check_up24_backward` does.
     """
     arguments = (values, metadata, dy_p, y2, y2_metadata, offsets, block_expert)
-    check_up24_backward(*arguments, shards=shards, config=config)
+    check_up24_backward(*arguments, shards=shards, shared_every=shared_every, config=config)
     config = config or common.GroupedConfig()
-    experts, v, live = reference_grouped.backward_dims(*arguments, shards=shards)
+    experts, v, live = reference_grouped.backward_dims(
+        *arguments, shards=shards, shared_every=shared_every
+    )
+    sizes = neurons.sizes_of(live, experts, shards=shards, shared_every=shared_every)
     rows, width = dy_p.shape
-    t = _tile(live // shards, values.dtype, config, metadata is None)
+    t = _tile(neurons.tiled(live, shards, sizes), values.dtype, config, metadata is None)
     blocks = neurons.blocks_of(t, rows, live)
 
     def body(values_g, *refs_g):
@@ -180,7 +184,7 @@ def up24_backward(
         )
         def _scope(dense_s, packed_s, y2_meta_s, **ring):
             wg = lax.axis_index("wg")
-            layout = offsets_g, expert_g, experts, shards
+            layout = offsets_g, expert_g, experts, shards, sizes
             plan = neurons.plan_of(t, live, blocks, config, v, *layout)
             loop = common.Loop(t, width // t.tile_k, (values_g, metadata_g, dy_g), ring)
             bars = ring["bars"]
@@ -240,6 +244,7 @@ def check_up24_backward(
     block_expert: jax.Array,
     *,
     shards: int = 1,
+    shared_every: int = 0,
     config: common.GroupedConfig | None = None,
 ) -> None:
     """Raises NotImplementedError if this device, shape or dtype is not served, else returns None.
@@ -247,7 +252,12 @@ def check_up24_backward(
     Arguments that contradict one another raise ValueError.
     """
     arguments = (values, metadata, dy_p, y2, y2_metadata, offsets, block_expert)
-    experts, v, live = reference_grouped.backward_dims(*arguments, shards=shards)
+    experts, v, live = reference_grouped.backward_dims(
+        *arguments, shards=shards, shared_every=shared_every
+    )
     common.check_shapes(v, live // shards, dy_p.shape[1], values.dtype)
     common.check_shards(experts, shards)
-    _tile(live // shards, values.dtype, config or common.GroupedConfig(), metadata is None)
+    of_tile = neurons.tiled(
+        live, shards, neurons.sizes_of(live, experts, shards=shards, shared_every=shared_every)
+    )
+    _tile(of_tile, values.dtype, config or common.GroupedConfig(), metadata is None)

@@ -16,7 +16,7 @@ from kernels.triton.grouped_up_backward import check_up24_backward, up24_backwar
 SHARDS = True
 # Whether they take weights that are not 2:4.
 DENSE_WEIGHTS = True
-# Whether packing and weight gradients take shared neurons once.
+# Whether they, packing and weight gradients take shared neurons once.
 SHARED_ONCE = False
 
 __all__ = [

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -19,7 +20,7 @@ class PackedMatrix(NamedTuple):
     dense: Array
     """(E, h, D): thresholded, scaled and rounded, split by expert; h = H / E live neurons, and with
     shared neurons, which are there once for each expert, more, as with `PackedFFN.padding` (then
-    read E h for H below)."""
+    read E h for H below). (H, D) where those are there once (`kernels.shared_rows.row`)."""
     values: Array | None = None
     """(H, D / 2): the same, packed 2:4 along D; rows by expert, within one as the kernels want.
     (H, D), all of it, where weights are not 2:4. None where no kernels are called."""
@@ -66,6 +67,16 @@ class PackedFFN:
     def dtype(self) -> jnp.dtype:
         """Of the activations that these weights multiply."""
         return jnp.dtype(jnp.bfloat16 if self.precision == "fp8" else self.w1.dense.dtype)
+
+    @property
+    def shared_once(self) -> bool:
+        """Whether shared neurons are there once, not once for each expert."""
+        return self.precision != "fp8" and self.w1.dense.ndim == 2
+
+    def changed(self, change: Callable[[Any], Any]) -> PackedFFN:
+        """The same with every matrix changed."""
+        gate = None if self.wg is None else change(self.wg)
+        return dataclasses.replace(self, w1=change(self.w1), w2=change(self.w2), wg=gate)
 
     def without_padding(self) -> PackedFFN:
         """The same weights for the paths in jax.numpy, which take any number of neurons."""

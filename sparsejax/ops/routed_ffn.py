@@ -23,6 +23,7 @@ from jax import Array
 from jax.typing import DTypeLike
 
 from kernels import registry
+from sparsejax import stored_once
 from sparsejax.ops import (
     routed_ffn_blocks,
     routed_ffn_fp8,
@@ -222,7 +223,9 @@ def routed_ffn(
     experts, live = sparsity.num_experts, sparsity.live_neurons(hidden) + packed.padding
     in_8_bits = packed.precision == "fp8"
     arrays = [w.columns if in_8_bits else w.dense for w in (packed.w1, packed.w2)]
-    expected = (experts, width, live) if in_8_bits else (experts, live, width)
+    expected: tuple[int, ...] = (experts, width, live) if in_8_bits else (experts, live, width)
+    if packed.shared_once:
+        expected = hidden, width
     shapes = arrays[0].shape, arrays[1].shape
     if shapes != (expected,) * 2:
         raise ValueError(f"packed w1 and w2 of {shapes=} must hold {experts} experts of {live=}")
@@ -244,4 +247,6 @@ def routed_ffn(
             )
     sizes = routed_ffn_grouped.Sizes(width=width, hidden=hidden, dtype=x.dtype, tokens=x.shape[0])
     kernels, packed = _serving(packed, sparsity, sizes, gated=wg is not None)
+    if kernels is None and packed.shared_once:
+        packed = packed.changed(lambda w: stored_once.for_each_expert(w, sparsity, hidden))
     return _routed_ffn(x, w1, w2, wg, packed, plan, sparsity, kernels)

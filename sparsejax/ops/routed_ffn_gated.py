@@ -35,6 +35,7 @@ from sparsejax.ops.routed_ffn_grouped import (
     down,
     layout_of,
     module,
+    options_of,
     order,
     shards_of,
     stack,
@@ -92,14 +93,14 @@ def forward(
         assert packed.wg is not None
         tokens = x.shape[0]
         layout, by_row = layout_of(tokens, plan, sparsity), order(tokens, plan, sparsity)
-        x, shards = stack(x, plan, sparsity), shards_of(packed, sparsity)
+        x, options = stack(x, plan, sparsity), options_of(packed, layout, sparsity)
         y1, yg = (
-            functions.up24_linear(w.values, w.metadata, x, *layout, **shards)
+            functions.up24_linear(w.values, w.metadata, x, *layout, **options)
             for w in (packed.w1, packed.wg)
         )
         y2, rows = gate(y1, yg)
         kept = pack(y2, kernels)
-        y3 = down(functions, kept, packed.w2.dense, layout, tokens, by_row, shards)
+        y3 = down(functions, kept, packed.w2.dense, layout, tokens, by_row, options)
         return y3, Saved(x, rows)
 
     return batchable(network, kernels)(x, packed, plan)
@@ -119,17 +120,17 @@ def backward(
     def network(dy, saved, packed, plan):
         tokens = dy.shape[0]
         layout, by_row = layout_of(tokens, plan, sparsity), order(tokens, plan, sparsity)
-        shards = shards_of(packed, sparsity)
+        shards, options = shards_of(layout, sparsity), options_of(packed, layout, sparsity)
         live = saved.rows.live
         weight_gradient = weight_gradients(
             functions, live, layout, sparsity, padding=packed.padding, **shards
         )
         dy = stack(dy, plan, sparsity)
-        dy2 = functions.up24_linear(packed.w2.values, packed.w2.metadata, dy, *layout, **shards)
+        dy2 = functions.up24_linear(packed.w2.values, packed.w2.metadata, dy, *layout, **options)
         y2, dy1, dyg = differentiate(dy2.astype(jnp.float32), saved.rows)
         assert dyg is not None
         dx1, dxg = (
-            down(functions, pack(d, kernels), w.dense, layout, tokens, by_row, shards)
+            down(functions, pack(d, kernels), w.dense, layout, tokens, by_row, options)
             for d, w in ((dy1, packed.w1), (dyg, packed.wg))
         )
         dw1, dwg = (weight_gradient(d, saved.x) for d in (dy1, dyg))

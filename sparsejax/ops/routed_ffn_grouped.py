@@ -185,16 +185,17 @@ def check(kernels: registry.Backend, sparsity: Sparsity, sizes: Sizes, *, gated:
         array(experts**shards + 1, dtype=jnp.int32),
         array(rows // sparsity.v, dtype=jnp.int32),
     )
-    hidden = shards * experts * live
+    once = shared_once(functions, sparsity, live, padded)
+    rows_of_one = sizes.hidden if once else experts * live
+    hidden = shards * rows_of_one
     weight: tuple[Any, Any] = array(hidden, width), None
     if sparsity.weights:
         weight = array(hidden, width // 2), metadata(hidden, width)
     x, y2 = array(rows, width), array(rows, shards * live)
     half, kept = array(rows, shards * live // 2), metadata(rows, shards * live)
-    dense = array(shards * experts, live, width)
-    once = shared_once(functions, sparsity, live, padded)
-    rows_of_master = sizes.hidden if once else experts * live
-    master = array(rows_of_master, sizes.packed_columns, dtype=jnp.float32)
+    dense = array(hidden, width) if once else array(shards * experts, live, width)
+    master = array(rows_of_one, sizes.packed_columns, dtype=jnp.float32)
+    options |= once
     functions.check_pack_weight24(
         master,
         num_experts=experts,
@@ -213,7 +214,7 @@ def check(kernels: registry.Backend, sparsity: Sparsity, sizes: Sizes, *, gated:
         functions.check_up24_backward(*weight, x, y2, kept, *layout, **options)
     if sparsity.weight_gradient == "dense":
         gradient = functions.check_weight_gradient
-        gradient(y2, x, layout[0], num_experts=experts, **once, **options)
+        gradient(y2, x, layout[0], num_experts=experts, **options)
         return
     if shards > 1:
         wanted = sparsity.weight_gradient
@@ -324,7 +325,8 @@ def pack_weight(
     kernels: registry.Backend,
 ) -> tuple[Array, Array | None, Array]:
     """values (E h, D / 2), metadata (E h / 64, D / 64, 128) and dense (E, h, D) of a matrix (H, D),
-    h with its `padding_of`.
+    h with its `padding_of`; where shared neurons are there once (`shared_once`) values (H, D / 2),
+    metadata (H / 64, ..) and dense (H, D).
 
     Weights that are not 2:4: all of them (E h, D), in the order in which kernels read them, None,
     and dense.
@@ -353,7 +355,7 @@ def pack_weight(
 def pack_rows(
     rows: Array, sparsity: Sparsity, *, kernels: registry.Backend
 ) -> tuple[Array, Array | None]:
-    """values and metadata that `pack_weight` made along with `rows` (E, h, D).
+    """values and metadata that `pack_weight` made along with `rows` (E, h, D) or (H, D).
 
     Rows of which two of four are zero already stay what they are: the third largest of a group, by
     which thresholding shrinks the others, is zero. Split by expert, they are one expert's.
@@ -412,10 +414,18 @@ def densest(y2: Array, offsets: Array, sparsity: Sparsity, padding: int = 0) -> 
     return reference_grouped.densest_neurons(counts, number)
 
 
-def shards_of(packed: PackedFFN, sparsity: Sparsity) -> dict[str, int]:
+def shards_of(layout: Layout, sparsity: Sparsity) -> dict[str, int]:
     """The option of the products for weights of several shards; none for one."""
-    shards = packed.w1.dense.shape[0] // sparsity.num_experts
+    combinations, experts, shards = layout.offsets.shape[0] - 1, sparsity.num_experts, 1
+    while experts**shards < combinations:
+        shards += 1
     return {} if shards == 1 else {"shards": shards}
+
+
+def options_of(packed: PackedFFN, layout: Layout, sparsity: Sparsity) -> dict[str, int]:
+    """The options of the products with these weights."""
+    once = {"shared_every": sparsity.shared_every} if packed.shared_once else {}
+    return shards_of(layout, sparsity) | once
 
 
 def down(
@@ -425,12 +435,12 @@ def down(
     layout: Layout,
     tokens: int,
     order: Array | None,
-    shards: Mapping[str, int],
+    options: Mapping[str, int],
 ) -> Array:
     """Y W (T, D) in the order of the tokens; packed: values and metadata of Y."""
     if order is None:
-        return functions.down24(*packed, w, *layout, **shards)[:tokens]
-    return functions.down24(*packed, w, *layout, permutation=order, tokens=tokens, **shards)
+        return functions.down24(*packed, w, *layout, **options)[:tokens]
+    return functions.down24(*packed, w, *layout, permutation=order, tokens=tokens, **options)
 
 
 def forward(
@@ -446,11 +456,11 @@ def forward(
     def network(x: Array, packed: PackedFFN, plan: TokenPlan | None) -> tuple[Array, Saved]:
         tokens = x.shape[0]
         layout, by_row = layout_of(tokens, plan, sparsity), order(tokens, plan, sparsity)
-        x, shards = stack(x, plan, sparsity), shards_of(packed, sparsity)
+        x, options = stack(x, plan, sparsity), options_of(packed, layout, sparsity)
         weight = packed.w1.values, packed.w1.metadata
-        y2, values, metadata = functions.up24(*weight, x, *layout, **shards)
+        y2, values, metadata = functions.up24(*weight, x, *layout, **options)
         kept = values, metadata
-        y3 = down(functions, kept, packed.w2.dense, layout, tokens, by_row, shards)
+        y3 = down(functions, kept, packed.w2.dense, layout, tokens, by_row, options)
         return y3, Saved(x, y2, metadata)
 
     return batchable(network, kernels)(x, packed, plan)
@@ -490,8 +500,8 @@ def weight_gradients(
 
 
 def shared_once(functions: Any, sparsity: Sparsity, live: int, padding: int = 0) -> dict[str, int]:
-    """The option of `pack_weight24` and `weight_gradient` by which they take shared neurons once,
-    as they lie among the parameters, where a backend's module does; none otherwise.
+    """The option by which a backend's functions take shared neurons once, where they do; none
+    otherwise.
 
     live: h, of one shard. padding: neurons of zeros behind an expert's, which no parameters have.
     """
@@ -516,15 +526,15 @@ def backward(
     def network(dy, saved, packed, plan):
         tokens = dy.shape[0]
         layout, by_row = layout_of(tokens, plan, sparsity), order(tokens, plan, sparsity)
-        shards = shards_of(packed, sparsity)
+        shards, options = shards_of(layout, sparsity), options_of(packed, layout, sparsity)
         weight_gradient = weight_gradients(
             functions, saved.y2, layout, sparsity, padding=packed.padding, **shards
         )
         dy = stack(dy, plan, sparsity)
         weight, kept = (packed.w2.values, packed.w2.metadata), (saved.y2, saved.metadata)
-        dy1, values = functions.up24_backward(*weight, dy, *kept, *layout, **shards)
+        dy1, values = functions.up24_backward(*weight, dy, *kept, *layout, **options)
         dy1_kept = values, saved.metadata
-        dx = down(functions, dy1_kept, packed.w1.dense, layout, tokens, by_row, shards)
+        dx = down(functions, dy1_kept, packed.w1.dense, layout, tokens, by_row, options)
         return dx, weight_gradient(dy1, saved.x), weight_gradient(saved.y2, dy)
 
     dx, dw1, dw2 = batchable(network, kernels)(dy, saved, packed, plan)

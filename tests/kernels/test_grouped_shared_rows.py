@@ -53,18 +53,95 @@ def test_neighbours_of_an_expert_are_a_fixed_distance_apart(experts, every, coun
         np.testing.assert_array_equal(shared, last)
 
 
-@pytest.mark.parametrize("threshold", [True, False])
-def test_packing_is_that_of_repeated_rows(threshold):
-    sizes = SharedRows(experts=2, every=4, superblocks=16)
-    w = draw(0, sizes.hidden, 64)
-    options = {"num_experts": 2, "m": 8, "scale": 1.5, "threshold": threshold}
-    found = reference_grouped.pack_weight24(w, shared_every=4, **options)
-    repeated = shared_rows.repeat(w, 0, 2, 4)
-    expected = reference_grouped.pack_weight24(repeated, **options)
+def repeated(packed, sizes, shards=1):
+    """Values, metadata and dense with shared neurons once, as they would be without."""
+    again = lambda a, own: shared_rows.for_each_expert(a, sizes.experts, own, shards)
+    values, metadata, dense = packed
+    return (
+        again(values, sizes.routed),
+        None if metadata is None else again(metadata, sizes.routed // 64),
+        again(dense, sizes.routed).reshape(shards * sizes.experts, sizes.live, -1),
+    )
+
+
+def equal(found, expected):
     for a, b in zip(found, expected, strict=True):
         assert (a is None) == (b is None)
         if a is not None:
             np.testing.assert_array_equal(np.asarray(a, np.float32), np.asarray(b, np.float32))
+
+
+@pytest.mark.parametrize("threshold", [True, False])
+def test_packing_is_that_of_repeated_rows_without_what_repeats(threshold):
+    sizes = SharedRows(experts=2, every=3, superblocks=16)
+    w = draw(0, sizes.hidden, 64)
+    options = {"num_experts": 2, "m": 8, "scale": 1.5, "threshold": threshold}
+    found = reference_grouped.pack_weight24(w, shared_every=3, **options)
+    assert found[2].shape == (sizes.hidden, 64)
+    expected = reference_grouped.pack_weight24(shared_rows.repeat(w, 0, 2, 3), **options)
+    equal(repeated(found, sizes), expected)
+
+
+@given(experts=st.sampled_from([2, 4]), every=st.integers(2, 4), count=st.integers(1, 3))
+def test_what_is_left_out_is_found_by_its_row(experts, every, count):
+    sizes = SharedRows(experts, every, count)
+    by_expert = reference_grouped.expert_major(
+        shared_rows.repeat(jnp.arange(sizes.hidden)[:, None], 0, experts, every), experts
+    )
+    once = shared_rows.once(by_expert.reshape(-1, 1), experts, sizes.routed)
+    assert once.shape == (sizes.hidden, 1)
+    again = shared_rows.for_each_expert(once, experts, sizes.routed)
+    np.testing.assert_array_equal(again.reshape(by_expert.shape), by_expert)
+    expert, neuron = jnp.arange(experts)[:, None], jnp.arange(sizes.live)
+    rows = shared_rows.row(sizes, expert, neuron)
+    np.testing.assert_array_equal(once[rows], by_expert)
+
+
+def products(functions, packed, experts, shards, **options):
+    """What all products of one backend make of these weights: two matrices of a network."""
+    combinations = experts**shards
+    counts = np.random.default_rng(3).integers(0, 3, combinations) * 100 + 28
+    places = layout(counts, 128)
+    rows, options = 128 * places[1].shape[0], {"shards": shards, **options}
+    dtype, width = packed[2].dtype, packed[2].shape[-1]
+    x, dy = (draw(seed, rows, width).astype(dtype) for seed in (4, 5))
+    y2, *kept = functions.up24(*packed[:2], x, *places, **options)
+    linear = functions.up24_linear(*packed[:2], x, *places, **options)
+    dy1, values = functions.up24_backward(*packed[:2], dy, y2, kept[1], *places, **options)
+    down = functions.down24(*kept, packed[2], *places, **options)
+    return y2, *kept, linear, dy1, values, down
+
+
+def of_shards(functions, weights, **options):
+    """All shards' packed weights, one behind the other."""
+    parts = [functions.pack_weight24(w, **options) for w in weights]
+    join = lambda own: None if own[0] is None else jnp.concatenate(own)
+    return [join(own) for own in zip(*parts, strict=True)]
+
+
+@pytest.mark.parametrize("threshold", [True, False])
+@pytest.mark.parametrize("shards", [1, 2])
+def test_products_are_those_of_repeated_rows(shards, threshold):
+    sizes = SharedRows(experts=2, every=3, superblocks=16)
+    weights = [draw(s, sizes.hidden, 64) for s in range(shards)]
+    options = {"num_experts": 2, "m": 8, "scale": None, "threshold": threshold}
+    once = of_shards(reference_grouped, weights, shared_every=3, dtype=jnp.float32, **options)
+    found = products(reference_grouped, once, 2, shards, shared_every=3)
+    # The same numbers are multiplied.
+    equal(found, products(reference_grouped, repeated(once, sizes, shards), 2, shards))
+
+
+def test_weights_that_do_not_fit_are_refused():
+    sizes = SharedRows(experts=2, every=3, superblocks=16)
+    packed = reference_grouped.pack_weight24(
+        draw(0, sizes.hidden, 64), num_experts=2, m=8, scale=None, shared_every=3
+    )
+    with pytest.raises(ValueError, match=r"w.shape=\(2, 256, 64\) must be \(384, width\)"):
+        products(reference_grouped, (*packed[:2], repeated(packed, sizes)[2]), 2, 1, shared_every=3)
+    with pytest.raises(ValueError, match="hidden=384 must be a multiple of every=5"):
+        products(reference_grouped, packed, 2, 1, shared_every=5)
+    with pytest.raises(ValueError, match="hidden=384 must be a multiple of shards=5"):
+        products(reference_grouped, packed, 1, 5, shared_every=3)
 
 
 @pytest.mark.parametrize("shards", [1, 2])
@@ -155,10 +232,20 @@ def test_lowers_for_cuda():
     pack = lambda w: hopper.pack_weight24(w, num_experts=4, m=16, scale=1.0, shared_every=4)
     gradient = lambda y, g, o: hopper.weight_gradient(y, g, o, num_experts=4, shared_every=4)
     offsets = array(5, dtype=jnp.int32)
+    up = lambda *a: hopper.up24(*a, shared_every=4)
+    down = lambda *a: hopper.down24(*a, shared_every=4)
+    back = lambda *a: hopper.up24_backward(*a, shared_every=4)
+    words = lambda m, k: array(m // 64, k // 64, 128, dtype=jnp.int32)
+    weight = array(E4.hidden, 96), words(E4.hidden, 192)
+    kept = array(512, E4.live // 2), words(512, E4.live)
+    x, y, places = array(512, 192), array(512, E4.live), (offsets, array(4, dtype=jnp.int32))
     with assume_capability((9, 0)), an_h100():
         for function, arguments, name in (
             (pack, (array(E4.hidden, 192, dtype=jnp.float32),), "pack_weight24_hopper"),
             (gradient, (array(512, E4.live), array(512, 192), offsets), "weight_gradient_hopper"),
+            (up, (*weight, x, *places), "up24_hopper"),
+            (down, (*kept, array(E4.hidden, 192), *places), "down24_hopper"),
+            (back, (*weight, x, y, kept[1], *places), "up24_backward_hopper"),
         ):
             lowered = jax.jit(function).trace(*arguments).lower(lowering_platforms=("cuda",))
             assert name in lowered.as_text()
@@ -185,9 +272,8 @@ def test_on_a_gpu(sizes, shards):
     w = draw(0, sizes.hidden, width)
     options = {"num_experts": experts, "m": sizes.m, "scale": 1.5}
     found = hopper.pack_weight24(w, shared_every=sizes.every, **options)
-    repeated = shared_rows.repeat(w, 0, experts, sizes.every)
-    for a, b in zip(found, hopper.pack_weight24(repeated, **options), strict=True):
-        np.testing.assert_array_equal(np.asarray(a, np.float32), np.asarray(b, np.float32))
+    apart = hopper.pack_weight24(shared_rows.repeat(w, 0, experts, sizes.every), **options)
+    equal(repeated(found, sizes), apart)
     counts = np.random.default_rng(0).integers(0, 400, experts**shards)
     offsets, _ = layout(counts, 128)
     rows = int(offsets[-1]) + 256
@@ -198,6 +284,26 @@ def test_on_a_gpu(sizes, shards):
     found = hopper.weight_gradient(y, g, offsets, **how)
     expected = reference_grouped.weight_gradient(y, g, offsets, **how)
     assert np.linalg.norm(found - expected) < 1e-4 * np.linalg.norm(expected)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("threshold", [True, False])
+@pytest.mark.parametrize(
+    ("sizes", "shards"),
+    # Tiles of 128 neurons; of 256; and of 128 where 256 divide all of an expert's, but not its own.
+    [(E4, 1), (E4, 2), (SharedRows(8, 4, 64), 1), (SharedRows(2, 3, 16), 2)],
+    ids=str,
+)
+def test_products_on_a_gpu_are_those_of_repeated_rows(sizes, shards, threshold):
+    if "hopper" not in registry.available_backends():
+        pytest.skip("needs Hopper")
+    experts, every = sizes.experts, sizes.every
+    weights = [draw(s, sizes.hidden, 320) for s in range(shards)]
+    options = {"num_experts": experts, "m": sizes.m, "scale": None, "threshold": threshold}
+    once = of_shards(hopper, weights, shared_every=every, **options)
+    found = products(hopper, once, experts, shards, shared_every=every)
+    # The same instructions on the same numbers.
+    equal(found, products(hopper, repeated(once, sizes, shards), experts, shards))
 
 
 @pytest.mark.gpu

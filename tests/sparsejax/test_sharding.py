@@ -101,6 +101,7 @@ COMPARE = """
         assert (zeros > 0) == (h in (240, 576))
         rows = h // of_group * (sparsity.rows_of_experts(of_group) + zeros)
         once = mesh_shape[1] > 1 and stored_once.serves(sparsity, of_group)
+        once |= kernels is not None and sparsity.shares and not zeros
         assert w1.dense.addressable_shards[0].data.size * size == (h if once else rows) * d
         close = lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5 * np.abs(b).max())
         close(y, want[0])

@@ -16,12 +16,11 @@ def packed(hidden, sparsity, seed, order):
     """As a backend packs a group: rows of values in its order."""
     w = jnp.asarray(np.random.default_rng(seed).normal(size=(hidden, 64)), jnp.float32)
     values, metadata, dense = reference_grouped.pack_weight24(
-        w,
+        shared_rows.repeat(w, 0, sparsity.num_experts, sparsity.shared_every),
         num_experts=sparsity.num_experts,
         m=sparsity.m,
         scale=1.5,
         dtype=jnp.float32,
-        shared_every=sparsity.shared_every,
     )
     live = dense.shape[1]
     by_expert = values.reshape(sparsity.num_experts, live, -1)[:, order(live)]

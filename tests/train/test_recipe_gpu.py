@@ -47,7 +47,7 @@ def small(sparsity: Sparsity) -> Config:
 
 
 def trained(config: Config, shape: tuple[int, int]) -> tuple[np.ndarray, dict[str, np.ndarray]]:
-    """Loss of every step, and the first one's gradients as Adam has them, on a mesh of data x fsdp."""
+    """Loss of every step, and the first gradients as Adam has them, on a mesh of data x fsdp."""
     devices = np.array(jax.devices()[: np.prod(shape)]).reshape(*shape, 1)
     mesh = Mesh(devices, AXES, axis_types=(AxisType.Auto,) * 3)
     optimizer, log = make_optimizer(config), []
