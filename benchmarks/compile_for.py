@@ -148,15 +148,16 @@ def problems(
         yield "pack_weight24", shared, pack, (Shape((hidden, width), f32),)
         yield "weight_gradient", shared, gradient, (y_shared, x, blocks[0])
         of_y = Shape((rows, sizes.live // 2), bf16), metadata(rows, sizes.live)
-        for name, given in (
+        operands: tuple[tuple[str, tuple[Shape, ...]], ...] = (
             ("up24", (*weight, x, *blocks)),
             ("up24_linear", (*weight, x, *blocks)),
             ("down24", (*of_y, Shape((hidden, width), bf16), *blocks)),
             ("up24_backward", (*weight, x, y_shared, of_y[1], *blocks)),
-        ):
+        )
+        for name, arguments in operands:
             every = {"shared_every": SHARED_EVERY}
             product = lambda *a, name=name, every=every: getattr(grouped24, name)(*a, **every)
-            yield name, shared, product, given
+            yield name, shared, product, arguments
     if grouped24.DENSE_WEIGHTS:
         as_they_are, given = f"M {M}, weights not 2:4", Shape((hidden, width), bf16)
         for name, rest in (

@@ -27,6 +27,7 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array, lax
 from jax.typing import ArrayLike, DTypeLike
 
@@ -281,16 +282,10 @@ def pack_weight24(
     """
     w = jnp.asarray(w)
     live, width = weight_dims(w, num_experts, m, scale, shared_every)
-    w = w.astype(jnp.float32)
-    if shared_every:
-        sizes = shared_rows.of_hidden(w.shape[0], num_experts, shared_every)
-        w = expert_major(shared_rows.repeat(w, 0, num_experts, shared_every), num_experts)
-        w = shared_rows.once(w.reshape(-1, width), num_experts, sizes.routed)
-    else:
-        w = expert_major(w, num_experts)
     if not threshold:
-        dense = _scaled(w, scale).astype(dtype)
-        return dense.reshape(-1, width), None, dense
+        options = {"num_experts": num_experts, "shared_every": shared_every}
+        return pack_whole(w, np.arange, scale=scale, dtype=dtype, **options)
+    w = w.astype(jnp.float32)[neurons_by_expert(w.shape[0], num_experts, shared_every)]
     dense = _scaled(reference.soft_threshold(w), scale).astype(dtype)
     rows = w.shape[0] if shared_every else live
     if rows % TILE or width % TILE:
@@ -299,6 +294,41 @@ def pack_weight24(
         w.reshape(-1, width), axis=1, mode="soft_threshold", scale=scale, dtype=dtype
     )
     return values, metadata, dense
+
+
+def neurons_by_expert(hidden: int, num_experts: int, shared_every: int = 0) -> np.ndarray:
+    """(E, h) int: each expert's neurons among the H. With shared ones (H,): all experts' own, then
+    those (`kernels.shared_rows.row`)."""
+    neurons = np.arange(hidden)
+    if not shared_every:
+        return neurons.reshape(-1, num_experts, GROUP).swapaxes(0, 1).reshape(num_experts, -1)
+    sizes = shared_rows.of_hidden(hidden, num_experts, shared_every)
+    blocks = neurons.reshape(sizes.superblocks, sizes.every, sizes.m)
+    routed = blocks[:, :-1].swapaxes(0, 1).reshape(-1, num_experts, GROUP).swapaxes(0, 1)
+    return np.concatenate([routed.reshape(-1), blocks[:, -1].reshape(-1)])
+
+
+def pack_whole(
+    w: Array,
+    order: Callable[[int], np.ndarray],
+    *,
+    num_experts: int,
+    scale: ArrayLike | None,
+    dtype: DTypeLike,
+    shared_every: int = 0,
+) -> tuple[Array, None, Array]:
+    """`pack_weight24` without a threshold, for a backend with a row order of its own.
+
+    Args:
+      w, num_experts, scale, dtype, shared_every: as for `pack_weight24`.
+      order: from a number of rows to which of them a backend reads in each row's place.
+    """
+    # One gather each, where arrays turned, joined and cut would pass through memory five times.
+    rows = neurons_by_expert(w.shape[0], num_experts, shared_every)
+    w = _scaled(w.astype(jnp.float32), scale).astype(dtype)
+    take = lambda rows: w.at[rows].get(mode="promise_in_bounds")
+    flat = rows.reshape(-1)
+    return take(flat[order(flat.size)]), None, take(rows)
 
 
 def _scaled(w: Array, scale: ArrayLike | None) -> Array:

@@ -219,9 +219,8 @@ def pack_weight24(
     check_pack_weight24(w, threshold=threshold, **options)
     live, width = reference_grouped.weight_dims(w, num_experts, m, scale, shared_every)
     if not threshold:
-        dense = reference_grouped.pack_weight24(w, threshold=False, **options)[2]
-        flat = dense.reshape(-1, width)
-        return flat[neurons.row_order(flat.shape[0])], None, dense
+        del options["m"]
+        return reference_grouped.pack_whole(w, neurons.row_order, **options)
     shared = of_hidden(w.shape[0], num_experts, shared_every) if shared_every else None
     p = _Problem(num_experts, live, width, common.ptx_name(dtype), shared)
     hidden = p.rows

@@ -46,8 +46,8 @@ def pack_weight24(
     if not interpret:
         check_pack_weight24(w, threshold=threshold, **options)
     if not threshold:
-        dense = reference_grouped.pack_weight24(w, threshold=False, **options)[2]
-        return dense[:, neurons.row_order(live)].reshape(-1, width), None, dense
+        del options["m"]
+        return reference_grouped.pack_whole(w, neurons.row_order, **options)
     scales = [] if scale is None else [jnp.asarray(scale, jnp.float32).reshape(1)]
     values, metadata, dense = _pack_weight24(
         w, *scales, live=live, dtype=jnp.dtype(dtype), interpret=interpret

@@ -90,6 +90,10 @@ def test_what_is_left_out_is_found_by_its_row(experts, every, count):
     )
     once = shared_rows.once(by_expert.reshape(-1, 1), experts, sizes.routed)
     assert once.shape == (sizes.hidden, 1)
+    neurons = reference_grouped.neurons_by_expert(sizes.hidden, experts, every)
+    np.testing.assert_array_equal(once[:, 0], neurons)
+    apart = reference_grouped.expert_major(jnp.arange(sizes.hidden)[:, None], experts)[..., 0]
+    np.testing.assert_array_equal(reference_grouped.neurons_by_expert(sizes.hidden, experts), apart)
     again = shared_rows.for_each_expert(once, experts, sizes.routed)
     np.testing.assert_array_equal(again.reshape(by_expert.shape), by_expert)
     expert, neuron = jnp.arange(experts)[:, None], jnp.arange(sizes.live)
