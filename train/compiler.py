@@ -19,6 +19,11 @@ AHEAD: Options = {"xla_gpu_memory_limit_slop_factor": "150"}
 """Collectives start ahead although XLA expects little room: it plans with 80% of a GPU's memory,
 while a run takes nearly all of it (docs/scaling.md)."""
 
+NO_GRAPHS: Options = {"xla_gpu_enable_command_buffer": ""}
+"""No CUDA graphs on several GPUs. All steps that were measured on them ran without; the only run of
+the trainer with them (two H200s, JAX 0.11.2, `--deterministic`) was ended by XLA at its first step
+(docs/scaling.md). Steps of hundreds of milliseconds have no launches to hide."""
+
 
 def compile_program(
     lowered: jax.stages.Lowered, devices: int, more: Options | None = None
@@ -44,7 +49,7 @@ def program_options(devices: int) -> Options:
     """
     if jax.default_backend() != "gpu":
         return {}
-    wanted = CUBLAS | (AHEAD if devices > 1 else {})
+    wanted = CUBLAS | (AHEAD | NO_GRAPHS if devices > 1 else {})
     named = os.environ.get("XLA_FLAGS", "")
     return {k: v for k, v in wanted.items() if f"--{k}" not in named and _known(k, v)}
 
