@@ -1,0 +1,89 @@
+"""The trainer's command line on two GPUs: the recipe of `configs/`, small, through all phases."""
+
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pytest
+
+ROOT = pathlib.Path(__file__).parents[2]
+KILLED_AFTER = 7
+# Dense steps 1 to 2, sparse 3 to 8 (clustered before 3 and 6), dense to the end.
+ARGUMENTS = [
+    *("--config", "tiny", "--steps", "12", "--batch-size", "8", "--sequence-length", "256"),
+    *("--mesh.fsdp", "2", "--model.num-layers", "2", "--model.num-heads", "1"),
+    *("--model.width", "128", "--model.hidden", "4096", "--model.no-scan-layers"),
+    *("--sparsity.m", "32", "--sparsity.shared-every", "4", "--sparsity.attention-projections"),
+    *("--sparsity.v", "128", "--sparsity.refresh-every", "3"),
+    *("--schedule.warmup-steps", "2", "--schedule.sparse-fraction", "0.5"),
+    *("--optimizer.warmup-steps", "2", "--checkpoint.every", "3"),
+    *("--log.every", "1", "--log.eval-every", "0", "--log.eval-windows", "4"),
+]
+
+
+def run(module: str, *arguments: object) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", module, *map(str, arguments)],
+        cwd=ROOT,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=400,
+    )
+
+
+def steps(folder: pathlib.Path) -> dict[int, tuple[str, float, float]]:
+    """Phase, loss and gradient norm of every step."""
+    lines = (folder / "metrics.jsonl").read_text().splitlines()
+    found = [record for record in map(json.loads, lines) if record["kind"] == "train"]
+    return {r["step"]: (r["phase"], r["loss"], r["grad_norm"]) for r in found}
+
+
+def trained(folder: pathlib.Path, *more: object) -> dict[int, tuple[str, float, float]]:
+    output = folder / "whole"
+    ended = run("train.main", *ARGUMENTS, *more, "--output", output)
+    assert ended.returncode == 0, ended.stderr[-3000:]
+    found = steps(output / "tiny")
+    phases = [phase for phase, *_ in found.values()]
+    assert phases == ["dense"] * 2 + ["sparse"] * 6 + ["dense"] * 4
+    losses = np.array([loss for _, loss, _ in found.values()])
+    assert np.isfinite(losses).all()
+    assert losses[-1] < losses[0] - 0.5
+    return found
+
+
+def resumed(folder: pathlib.Path, *more: object) -> dict[int, tuple[str, float, float]]:
+    """The same run, ended by SIGKILL in its sparse phase and resumed from the step before."""
+    plan = folder / "plan.json"
+    report, output = folder / "report", ("--output", folder / "killed")
+    moment = {"place": "step", "index": KILLED_AFTER, "delay": 0.0}
+    plan.write_text(json.dumps(moment | {"signal": "KILL", "report": str(report)}))
+    ended = run("tests.rig.victim", plan, *ARGUMENTS, *more, *output)
+    assert report.exists(), ended.stderr[-3000:]
+    ended = run("train.main", *ARGUMENTS, *more, *output, "--resume")
+    assert ended.returncode == 0, ended.stderr[-3000:]
+    return steps(folder / "killed" / "tiny")
+
+
+def two_gpus() -> None:
+    if len(jax.devices()) < 2:
+        pytest.skip("needs two GPUs")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("micro_batches", [1, 4])
+def test_the_trainer_runs_on_two_gpus(tmp_path, micro_batches):
+    two_gpus()
+    trained(tmp_path, "--micro-batches", micro_batches)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("micro_batches", [1, 4])
+def test_a_deterministic_run_on_two_gpus_is_resumed_to_the_bit(tmp_path, micro_batches):
+    two_gpus()
+    more = ("--micro-batches", micro_batches, "--deterministic")
+    assert resumed(tmp_path, *more) == trained(tmp_path, *more)
