@@ -1,10 +1,10 @@
 """Packed weights of neurons that all experts have, as devices store and send them: once.
 
-The products read such neurons once for each expert (`kernels.shared_rows`). Where weights are
-spread over devices that would be stored, and gathered in every pass, E times: with M = 32 and one
-block in four shared 2.75 times the rows of a network without. An expert has its own rows first and
-the shared ones last, in an order that is the same for all experts, so that they can be left out
-and put back by whole rows.
+Kernels that take such neurons once (`SHARED_ONCE`) read what is gathered as it is. Other products
+read them once for each expert, next to its own. Where weights are spread over devices that would be
+stored, and gathered in every pass, E times: with M = 32 and one block in four shared 2.75 times the
+rows of a network without. An expert has its own rows first and the shared ones last, in an order
+that is the same for all experts, so that they can be left out and put back by whole rows.
 """
 
 from __future__ import annotations

@@ -447,6 +447,7 @@ def memory(config: Config, *, devices: int | None = None, sparse: bool = False) 
         in_8_bits = _sparse_in_8_bits(config)
         of_ffn = 1.5 + METADATA_BYTES if in_8_bits else in_16_bits
         # Shared neurons are there once for each expert; once in 16 bits that are spread over fsdp.
+        # (Hopper's kernels take them once on one device as well: less than this says.)
         of_group = m.ffn_hidden // neuron_groups(config)
         once = shape.fsdp > 1 and not in_8_bits and stored_once.serves(s, of_group)
         repeated = 1 if once else s.rows_of_experts(of_group) / of_group
