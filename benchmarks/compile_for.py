@@ -158,6 +158,11 @@ def problems(
             every = {"shared_every": SHARED_EVERY}
             product = lambda *a, name=name, every=every: getattr(grouped24, name)(*a, **every)
             yield name, shared, product, arguments
+            if name != "down24":
+                # Weights in the place of values; no metadata.
+                whole = lambda w, *a, product=product: product(w, None, *a)
+                rest = Shape((hidden, width), bf16), *arguments[2:]
+                yield name, f"{shared}, weights not 2:4", whole, rest
     if grouped24.DENSE_WEIGHTS:
         as_they_are, given = f"M {M}, weights not 2:4", Shape((hidden, width), bf16)
         for name, rest in (

@@ -324,6 +324,7 @@ def pack_whole(
       order: from a number of rows to which of them a backend reads in each row's place.
     """
     # One gather each, where arrays turned, joined and cut would pass through memory five times.
+    w = jnp.asarray(w)
     rows = neurons_by_expert(w.shape[0], num_experts, shared_every)
     w = _scaled(w.astype(jnp.float32), scale).astype(dtype)
     take = lambda rows: w.at[rows].get(mode="promise_in_bounds")

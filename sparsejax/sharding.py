@@ -204,21 +204,14 @@ class _Layout:
         """Whether rows are packed on every device after they were gathered."""
         return self.sparsity.gather == "rows" and self.size(self.axes.shard) > 1
 
-    def reads_once(self, kernels: registry.Backend | None, precision: Precision) -> bool:
-        """Whether the kernels take shared neurons once."""
-        if kernels is None or precision == "fp8":
-            return False
-        live = self.sparsity.live_neurons(self.hidden)
-        padding = routed_ffn_grouped.padding_of(kernels, live)
-        functions = routed_ffn_grouped.module(kernels)
-        return bool(routed_ffn_grouped.shared_once(functions, self.sparsity, live, padding))
-
-    def stores_once(self, packed_by: registry.Backend | None, precision: Precision) -> bool:
-        """Whether shared neurons are stored and gathered once, not once for each expert."""
-        if self.reads_once(packed_by, precision):
-            return True
-        spread = self.size(self.axes.shard) > 1 and precision != "fp8"
-        return spread and stored_once.serves(self.sparsity, self.hidden)
+    def stored_every(self, packed_by: registry.Backend | None, precision: Precision) -> int:
+        """`PackedFFN.shared_every` as weights are stored and gathered."""
+        if precision == "fp8":
+            return 0
+        once = routed_ffn_grouped.reads_once(packed_by, self.sparsity, self.hidden)
+        if self.size(self.axes.shard) > 1:
+            once = once or stored_once.serves(self.sparsity, self.hidden)
+        return self.sparsity.shared_every if once else 0
 
     @property
     def local_groups(self) -> int:
@@ -244,8 +237,8 @@ class _Layout:
         self, packed_by: registry.Backend | None, gated: bool, precision: Precision, padding: int
     ) -> PackedFFN:
         tensor, shard = self.axes.tensor, self.axes.shard
-        once = self.stores_once(packed_by, precision)
-        dense = P(tensor, shard) if once else P(tensor, None, shard)
+        shared_every = self.stored_every(packed_by, precision)
+        dense = P(tensor, shard) if shared_every else P(tensor, None, shard)
         matrix: Any = PackedMatrix(dense)  # type: ignore[arg-type]
         packed: Any = {"values": P(tensor, shard)}
         if self.sparsity.weights:
@@ -256,7 +249,7 @@ class _Layout:
         elif packed_by is not None and not self.packs_gathered:
             matrix = matrix._replace(**packed)
         gate = matrix if gated else None
-        return PackedFFN(matrix, matrix, gate, packed_by, precision, padding)
+        return PackedFFN(matrix, matrix, gate, packed_by, precision, padding, shared_every)
 
     def specs_of(self, packed: PackedFFN) -> PackedFFN:
         """`packed_specs` of these weights."""
@@ -392,9 +385,10 @@ def pack_ffn(
             return dataclasses.replace(part, w1=of_group(part.w1), w2=of_group(part.w2))
         part = _pack(w1, w2, wg, betas, sparsity, dtype=dtype, kernels=kernels)
         part = _rows_alone(part) if layout.packs_gathered else part
-        if part.shared_once or not layout.stores_once(kernels, precision):
+        every = layout.stored_every(kernels, precision)
+        if part.shared_every == every:
             return part
-        return part.changed(lambda w: stored_once.once(w, sparsity, rows))
+        return part.changed(lambda w: stored_once.once(w, sparsity, rows), shared_every=every)
 
     def local(w1: Array, w2: Array, wg: Array | None, betas: Array | None) -> PackedFFN:
         parts = []
@@ -443,7 +437,8 @@ def _gather(packed: PackedFFN, layout: _Layout, reader: registry.Backend | None)
     another order. Shared neurons move once. XLA drops what a pass does not read.
     """
     kernels, sparsity = packed.kernels, layout.sparsity
-    repeats = packed.shared_once and not layout.reads_once(reader, packed.precision)
+    reads_once = routed_ffn_grouped.reads_once(reader, sparsity, layout.hidden)
+    repeats = packed.shared_every > 0 and not reads_once
 
     def whole(matrix: Any) -> Any:
         if isinstance(matrix, PackedMatrix8):
@@ -465,7 +460,7 @@ def _gather(packed: PackedFFN, layout: _Layout, reader: registry.Backend | None)
             return PackedMatrix(matrix.dense, *packed)
         return matrix
 
-    return packed.changed(whole)
+    return packed.changed(whole, shared_every=0 if repeats else packed.shared_every)
 
 
 def _group(packed: PackedFFN, g: int, groups: int) -> PackedFFN:

@@ -143,7 +143,7 @@ class Sparsity:
         return (hidden - shared) // self.num_experts + shared
 
     def rows_of_experts(self, hidden: int) -> int:
-        """Rows of the packed weights, E h: shared neurons are there once for each expert."""
+        """Rows of all experts, E h: shared neurons count once for each of them."""
         return self.num_experts * self.live_neurons(hidden)
 
     @property

@@ -202,7 +202,9 @@ def store_chunk(ctx, panels, packed, dense_g, packed_g, token, neuron0) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """The tiles of a product of weights (E h, D) and tokens, inside a kernel.
+    """The tiles of a product of weights and tokens, inside a kernel.
+
+    Weights are (S E h / S, D), or with `sizes` (S H, D).
 
     used: token tiles in use. expert_g: experts of blocks of tokens, in global memory; per_expert:
     token tiles in a block. experts, shards: E and S. sizes: of neurons that the weights have once
@@ -269,7 +271,7 @@ def plan_of(
 
 
 def sizes_of(
-    live: int, experts: int, shards: int, shared_every: int
+    live: int, experts: int, *, shards: int, shared_every: int
 ) -> shared_rows.SharedRows | None:
     """Sizes of a shard of neurons with shared ones; None without. live: h, of all shards.
 

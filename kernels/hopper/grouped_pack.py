@@ -271,7 +271,7 @@ def check_pack_weight24(
     """
     live, width = reference_grouped.weight_dims(w, num_experts, m, scale, shared_every)
     common.check_shapes(common.TOKENS, live, width, dtype)
-    neurons.sizes_of(live, num_experts, 1, shared_every)
+    neurons.sizes_of(live, num_experts, shards=1, shared_every=shared_every)
     if threshold and w.dtype != jnp.float32:
         raise NotImplementedError(f"{w.dtype=} is not float32")
     if w.size >= 1 << 31:

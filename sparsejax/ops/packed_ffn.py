@@ -62,21 +62,19 @@ class PackedFFN:
     precision: Precision = dataclasses.field(default="compute", metadata={"static": True})
     padding: int = dataclasses.field(default=0, metadata={"static": True})
     """Neurons of zeros behind each expert's, for kernels that take multiples of some number."""
+    shared_every: int = dataclasses.field(default=0, metadata={"static": True})
+    """Of how many blocks of neurons the last is every expert's, and is there once: `dense` is
+    (H, D). 0 where such neurons are there once for each expert, or not at all."""
 
     @property
     def dtype(self) -> jnp.dtype:
         """Of the activations that these weights multiply."""
         return jnp.dtype(jnp.bfloat16 if self.precision == "fp8" else self.w1.dense.dtype)
 
-    @property
-    def shared_once(self) -> bool:
-        """Whether shared neurons are there once, not once for each expert."""
-        return self.precision != "fp8" and self.w1.dense.ndim == 2
-
-    def changed(self, change: Callable[[Any], Any]) -> PackedFFN:
-        """The same with every matrix changed."""
+    def changed(self, change: Callable[[Any], Any], **fields: Any) -> PackedFFN:
+        """The same with every matrix changed, and other fields replaced."""
         gate = None if self.wg is None else change(self.wg)
-        return dataclasses.replace(self, w1=change(self.w1), w2=change(self.w2), wg=gate)
+        return dataclasses.replace(self, w1=change(self.w1), w2=change(self.w2), wg=gate, **fields)
 
     def without_padding(self) -> PackedFFN:
         """The same weights for the paths in jax.numpy, which take any number of neurons."""

@@ -117,8 +117,17 @@ def _pack(w1, w2, wg, betas, sparsity, *, dtype, kernels) -> PackedFFN:
             w = betas[i] * soft_threshold(w.astype(jnp.float32), 1)
         return PackedMatrix(to_expert_major(w.astype(dtype), 0, sparsity.num_experts))
 
-    padding = routed_ffn_grouped.padding_of(kernels, sparsity.live_neurons(w1.shape[0]))
-    return PackedFFN(pack(w1, 0), pack(w2, 1), pack(wg, 2), kernels, padding=padding)  # type: ignore[arg-type]
+    hidden = w1.shape[0]
+    padding = routed_ffn_grouped.padding_of(kernels, sparsity.live_neurons(hidden))
+    once = routed_ffn_grouped.reads_once(kernels, sparsity, hidden)
+    return PackedFFN(
+        pack(w1, 0),
+        pack(w2, 1),
+        pack(wg, 2),
+        kernels,
+        padding=padding,
+        shared_every=sparsity.shared_every if once else 0,
+    )
 
 
 def _serving(
@@ -131,8 +140,12 @@ def _serving(
     """The backend for these weights, now that the number of tokens is known, and what it reads.
 
     Raises:
+      ValueError: they were packed for other shared neurons.
       NotImplementedError: a backend that was named, or that packed in 8 bits, does not serve them.
     """
+    shared = sparsity.shared_every if sparsity.shares else 0
+    if packed.shared_every not in (0, shared):
+        raise ValueError(f"packed shared_every={packed.shared_every} must be 0 or {shared}")
     if packed.precision != "fp8":
         kernels = routed_ffn_grouped.recheck(packed.kernels, sparsity, sizes, gated=gated)
         return kernels, packed if kernels is not None else packed.without_padding()
@@ -224,11 +237,14 @@ def routed_ffn(
     in_8_bits = packed.precision == "fp8"
     arrays = [w.columns if in_8_bits else w.dense for w in (packed.w1, packed.w2)]
     expected: tuple[int, ...] = (experts, width, live) if in_8_bits else (experts, live, width)
-    if packed.shared_once:
+    if packed.shared_every:
         expected = hidden, width
     shapes = arrays[0].shape, arrays[1].shape
     if shapes != (expected,) * 2:
-        raise ValueError(f"packed w1 and w2 of {shapes=} must hold {experts} experts of {live=}")
+        once = ", shared neurons once" if packed.shared_every else ""
+        raise ValueError(
+            f"packed w1 and w2 of {shapes=} must hold {experts} experts of {live=}{once}"
+        )
     if (wg is None) != (packed.wg is None):
         raise ValueError("packed weights and wg must both have a gate, or neither")
     if packed.dtype != x.dtype:
@@ -247,6 +263,7 @@ def routed_ffn(
             )
     sizes = routed_ffn_grouped.Sizes(width=width, hidden=hidden, dtype=x.dtype, tokens=x.shape[0])
     kernels, packed = _serving(packed, sparsity, sizes, gated=wg is not None)
-    if kernels is None and packed.shared_once:
-        packed = packed.changed(lambda w: stored_once.for_each_expert(w, sparsity, hidden))
+    if packed.shared_every and not routed_ffn_grouped.reads_once(kernels, sparsity, hidden):
+        again = lambda w: stored_once.for_each_expert(w, sparsity, hidden)
+        packed = packed.changed(again, shared_every=0)
     return _routed_ffn(x, w1, w2, wg, packed, plan, sparsity, kernels)

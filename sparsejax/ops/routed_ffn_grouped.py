@@ -424,7 +424,7 @@ def shards_of(layout: Layout, sparsity: Sparsity) -> dict[str, int]:
 
 def options_of(packed: PackedFFN, layout: Layout, sparsity: Sparsity) -> dict[str, int]:
     """The options of the products with these weights."""
-    once = {"shared_every": sparsity.shared_every} if packed.shared_once else {}
+    once = {"shared_every": packed.shared_every} if packed.shared_every else {}
     return shards_of(layout, sparsity) | once
 
 
@@ -510,6 +510,14 @@ def shared_once(functions: Any, sparsity: Sparsity, live: int, padding: int = 0)
         return {}
     sizes = shared_rows.of_live(live, experts, every)
     return {"shared_every": every} if functions.serves_shared(sizes) else {}
+
+
+def reads_once(kernels: registry.Backend | None, sparsity: Sparsity, hidden: int) -> bool:
+    """Whether the kernels take the shared neurons of a group of H once."""
+    if kernels is None:
+        return False
+    live = sparsity.live_neurons(hidden)
+    return bool(shared_once(module(kernels), sparsity, live, padding_of(kernels, live)))
 
 
 def backward(

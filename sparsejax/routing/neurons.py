@@ -71,7 +71,7 @@ def permute_ffn(
 
 
 def repeat_shared(w: Array, axis: int, sparsity: Sparsity) -> Array:
-    """Neurons as the grouped products see them, shared ones once for each expert.
+    """Neurons of all experts, shared ones once for each expert.
 
     Of each `Sparsity.shared_every` blocks of M the last is shared (`kernels.shared_rows`). Then, of
     each four shared neurons, a block of M holds them M / 4 times, so that by `to_expert_major`

@@ -33,7 +33,7 @@ def layout(counts, v):
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_packing_puts_rows_in_the_kernels_order(backend):
     functions, capability, neurons = BACKENDS[backend]
-    w = draw(0, 4 * 2 * neurons, 128)
+    w = np.asarray(draw(0, 4 * 2 * neurons, 128))
     with assume_capability(capability):
         values, metadata, dense = functions.pack_weight24(
             w, num_experts=2, m=8, scale=None, threshold=False

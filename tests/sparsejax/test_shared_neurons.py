@@ -13,12 +13,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kernels import registry
-from sparsejax import sharding
+from sparsejax import ops, sharding
 from sparsejax.nn import RoutedFFN
 from sparsejax.ops import routed_ffn_grouped
 from sparsejax.prune import select24, soft_threshold
 from sparsejax.routing import (
     assign_tokens,
+    plan_tokens,
     repeat_shared,
     routed_neurons,
     sum_shared,
@@ -195,6 +196,45 @@ def test_grouped_products_make_the_masked_network(monkeypatch, weights, shards, 
     mask = live(x, centers, sparsity, hidden)
     for a, b in zip(found, expected(x, dy, w1, w2, mask, sparsity), strict=True):
         np.testing.assert_allclose(a, b, atol=3e-5 * float(jnp.abs(b).max()))
+
+
+@pytest.mark.parametrize("weights", [True, False])
+def test_weights_packed_once_serve_where_no_kernels_do(monkeypatch, weights):
+    """Such as where tokens are too few: jax.numpy takes them over."""
+    monkeypatch.setattr(routed_ffn_grouped, "choose", lambda *args, **kwargs: "reference")
+    monkeypatch.setattr(routed_ffn_grouped, "recheck", lambda *args, **kwargs: None)
+    sparsity, hidden = Sparsity(m=8, v=64, shared_every=3, weights=weights), 16 * 24
+    x, dy, w1, w2, centers, bias = problem(sparsity, hidden, tokens=1024)
+    betas = jnp.array([1.4, 1.3, 1.0])
+    packed = ops.pack_ffn(w1, w2, None, betas, sparsity, dtype=x.dtype)
+    assert (packed.kernels, packed.shared_every) == ("reference", 3)
+    mask = live(x, centers, sparsity, hidden)
+    reference = expected(x, dy, w1, w2, mask, sparsity)
+    tokens = x.reshape(-1, D)
+    plan = plan_tokens(assign_tokens(tokens, centers, bias, sparsity.metric), 2, sparsity.v)
+    y = ops.routed_ffn(tokens, w1, w2, None, packed, plan, sparsity)
+    on_a_mesh = run(sparsity, x, dy, w1, w2, centers, bias)
+    for a, b in zip((y, *on_a_mesh), (reference[0], *reference), strict=True):
+        np.testing.assert_allclose(a, b, atol=3e-5 * float(jnp.abs(b).max()))
+
+
+@pytest.mark.parametrize("kernels", [None, "reference"])
+@pytest.mark.parametrize("every", [0, 2])
+def test_weights_packed_for_other_shared_neurons_are_refused(monkeypatch, every, kernels):
+    monkeypatch.setattr(routed_ffn_grouped, "choose", lambda *args, **kwargs: "reference")
+    monkeypatch.setattr(routed_ffn_grouped, "recheck", lambda *args, **kwargs: kernels)
+    sparsity, hidden = Sparsity(m=8, v=64, shared_every=3), 16 * 48
+    x, _, w1, w2, centers, bias = problem(sparsity, hidden, tokens=1024)
+    packed = ops.pack_ffn(w1, w2, None, jnp.ones(3), sparsity, dtype=x.dtype)
+    other = replace(sparsity, shared_every=every)
+    tokens = x.reshape(-1, D)
+    plan = plan_tokens(jnp.zeros(1024, jnp.int32), 2, sparsity.v)
+    with pytest.raises(ValueError, match=f"packed shared_every=3 must be 0 or {every}"):
+        ops.routed_ffn(tokens, w1, w2, None, packed, plan, other)
+    with pytest.raises(ValueError, match=f"packed shared_every=3 must be 0 or {every}"):
+        sharding.routed_ffn(x, w1, w2, None, packed, centers, bias, other, axes=None)
+    with pytest.raises(ValueError, match="must hold 2 experts of live=256, shared neurons once"):
+        ops.routed_ffn(tokens, w1[:384], w2[:384], None, packed, plan, sparsity)
 
 
 @pytest.mark.parametrize("shards", [1, 2])

@@ -14,7 +14,7 @@ from train.optimizer import make_optimizer
 from train.state import init_state, model_graph
 from train.step import make_cluster_step, make_train_step
 
-SEQUENCES, TOKENS, VOCABULARY = 4, 512, 257
+SEQUENCES, TOKENS, VOCABULARY = 8, 512, 257
 SPARSE, STEPS = 4, 5
 """Sparse steps come first: clusters of weights that differ by rounding may differ altogether."""
 
@@ -96,5 +96,5 @@ def compare(sparsity: Sparsity, shape: tuple[int, int]) -> None:
 def test_the_recipe_trains_on_several_gpus_as_on_one(sparsity, shape):
     if len(jax.devices()) < np.prod(shape):
         pytest.skip(f"needs {np.prod(shape)} GPUs")
-    assert registry.available_backends()
+    assert registry.available_backends()[0] != "reference"
     compare(sparsity, shape)
