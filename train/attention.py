@@ -14,6 +14,7 @@ from sparsejax.spec import Sparsity
 from train import scopes
 from train.backend import attention_implementation, compute_dtype
 from train.config import ModelConfig
+from train.cudnn_attention import announce_determinism
 from train.init import linear_init
 from train.mesh import ACT_BTNH, FFN_AXES, constrain, gathered
 from train.norm import RMSNorm
@@ -145,15 +146,12 @@ class Attention(nnx.Module):
     ) -> tuple[jax.Array, KeyValues]:
         """(B, S, D) to (B, S, D), and the keys and values of these S positions."""
         config = self.config
+        implementation = attention_implementation(config.attention, x.dtype, config.head_dim)
+        if implementation == "cudnn":
+            announce_determinism()
         q, k, v = self._project(x, packed)
         with jax.named_scope(scopes.ATTENTION):
-            y = jax.nn.dot_product_attention(
-                q,
-                k,
-                v,
-                is_causal=True,
-                implementation=attention_implementation(config.attention, x.dtype, config.head_dim),
-            )
+            y = jax.nn.dot_product_attention(q, k, v, is_causal=True, implementation=implementation)
         return self._mix(y, packed), KeyValues(k, v)
 
     def decode(

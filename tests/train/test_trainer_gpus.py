@@ -1,4 +1,4 @@
-"""The trainer's command line on two GPUs: the recipe of `configs/`, small, through all phases."""
+"""The trainer's command line on GPUs: the recipe of `configs/`, small, through all phases."""
 
 import json
 import os
@@ -15,7 +15,7 @@ KILLED_AFTER = 7
 # Dense steps 1 to 2, sparse 3 to 8 (clustered before 3 and 6), dense to the end.
 ARGUMENTS = [
     *("--config", "tiny", "--steps", "12", "--batch-size", "8", "--sequence-length", "256"),
-    *("--mesh.fsdp", "2", "--model.num-layers", "2", "--model.num-heads", "1"),
+    *("--model.num-layers", "2", "--model.num-heads", "1"),
     *("--model.width", "128", "--model.hidden", "4096", "--model.no-scan-layers"),
     *("--sparsity.m", "32", "--sparsity.shared-every", "4", "--sparsity.attention-projections"),
     *("--sparsity.v", "128", "--sparsity.refresh-every", "3"),
@@ -29,7 +29,6 @@ def run(module: str, *arguments: object) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, "-m", module, *map(str, arguments)],
         cwd=ROOT,
-        env=os.environ | {"PYTHONPATH": str(ROOT)},
         capture_output=True,
         text=True,
         timeout=400,
@@ -69,21 +68,24 @@ def resumed(folder: pathlib.Path, *more: object) -> dict[int, tuple[str, float, 
     return steps(folder / "killed" / "tiny")
 
 
-def two_gpus() -> None:
-    if len(jax.devices()) < 2:
-        pytest.skip("needs two GPUs")
+def on(gpus: int, monkeypatch) -> tuple[str, ...]:
+    """Shows so many GPUs to the trainer, and says so in its arguments."""
+    if len(jax.devices()) < gpus:
+        pytest.skip(f"needs {gpus} GPUs")
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES") or "0,1"
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", ",".join(visible.split(",")[:gpus]))
+    return ("--mesh.fsdp", str(gpus))
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("micro_batches", [1, 4])
-def test_the_trainer_runs_on_two_gpus(tmp_path, micro_batches):
-    two_gpus()
-    trained(tmp_path, "--micro-batches", micro_batches)
+def test_the_trainer_runs_on_two_gpus(tmp_path, monkeypatch, micro_batches):
+    trained(tmp_path, *on(2, monkeypatch), "--micro-batches", micro_batches)
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("gpus", [1, 2])
 @pytest.mark.parametrize("micro_batches", [1, 4])
-def test_a_deterministic_run_on_two_gpus_is_resumed_to_the_bit(tmp_path, micro_batches):
-    two_gpus()
-    more = ("--micro-batches", micro_batches, "--deterministic")
+def test_a_deterministic_run_is_resumed_to_the_bit(tmp_path, monkeypatch, gpus, micro_batches):
+    more = (*on(gpus, monkeypatch), "--micro-batches", micro_batches, "--deterministic")
     assert resumed(tmp_path, *more) == trained(tmp_path, *more)
