@@ -1,5 +1,8 @@
 """Weights for the grouped products: threshold, scale, pack, split by expert, in one pass (Hopper).
 
+Weights that are not 2:4 are scaled and put in both orders by the same pass: jax.numpy's gathers of
+them take six times as long as memory does.
+
 Memory-bound. Half a warp reads 64 consecutive elements of a neuron, a group of four a thread, and
 a thread does the same groups of the two neurons whose metadata share words. A warp does 8 such
 pairs of neurons, which makes one line of 128 bytes of metadata.
@@ -118,10 +121,16 @@ class _Place:
         return self._element(row, self.p.width, self.column)
 
     def packed(self, i: int, b: int) -> ir.Value:
-        row = common.add(common.mul(self.row_tile, 64), common.mul(self.warp, 16))
-        row = common.add(common.add(row, self.q(i)), 8 * b)
         half = arith.shrui(self.column, ptx.const32(1))
-        return self._element(row, self.p.width // 2, half)
+        return self._element(self._packed_row(i, b), self.p.width // 2, half)
+
+    def whole(self, i: int, b: int) -> ir.Value:
+        """As `packed`, of a weight that is not 2:4."""
+        return self._element(self._packed_row(i, b), self.p.width, self.column)
+
+    def _packed_row(self, i: int, b: int) -> ir.Value:
+        row = common.add(common.mul(self.row_tile, 64), common.mul(self.warp, 16))
+        return common.add(common.add(row, self.q(i)), 8 * b)
 
     def metadata(self) -> ir.Value:
         """The word of round lane % 4 and the thread's 16 elements along D."""
@@ -199,6 +208,25 @@ def _store(p: _Problem):
     return store
 
 
+def _store_whole(p: _Problem):
+    """Writes the thread's groups in the order of `row_order` and by expert."""
+
+    @plgpu.inline_mgpu(arg_types=(*(common.REF,) * 2, *(common.SCALAR,) * 2, *(_ARRAY,) * 4))
+    def store(ctx, values_g, dense_g, row_tile, k_tile, *elements):
+        del ctx
+        place = _Place(p, common.scalar(row_tile), common.scalar(k_tile))
+        columns = [common.to_scalars(e) for e in elements]
+        for i in range(_ROUNDS):
+            for b in range(2):
+                four = [column[2 * i + b] for column in columns]
+                words = [ptx.pack_pair(four[j], four[j + 1], p.dtype) for j in (0, 2)]
+                for out, at in ((values_g, place.whole(i, b)), (dense_g, place.dense(i, b))):
+                    text = "st.global.v2.b32 [$0], {$1, $2};"
+                    ptx.asm(None, [_address(out, at, 2), *words], text, "l,r,r")
+
+    return store
+
+
 def pack_weight24(
     w: jax.Array,
     *,
@@ -218,7 +246,7 @@ def pack_weight24(
     options["shared_every"] = shared_every
     check_pack_weight24(w, threshold=threshold, **options)
     live, width = reference_grouped.weight_dims(w, num_experts, m, scale, shared_every)
-    if not threshold:
+    if not threshold and w.dtype != jnp.float32:
         del options["m"]
         return reference_grouped.pack_whole(w, neurons.row_order, **options)
     shared = of_hidden(w.shape[0], num_experts, shared_every) if shared_every else None
@@ -226,21 +254,24 @@ def pack_weight24(
     hidden = p.rows
 
     def body(w_g, *rest):
-        scale_g, values_g, meta_g, dense_g = rest if scale is not None else (None, *rest)
+        scale_g, *outputs = rest if scale is not None else (None, *rest)
         factor = scale_g[0] if scale_g is not None else None
         index, k_tiles = lax.axis_index("block"), width // _WEIGHTS
         place = (lax.div(index, k_tiles), lax.rem(index, k_tiles))
-        elements = _load(p)(w_g, *place)
-        packed = pack_group(list(elements), "soft_threshold", factor)
-        _store(p)(values_g, meta_g, dense_g, *place, *packed)
+        elements = list(_load(p)(w_g, *place))
+        if threshold:
+            packed = pack_group(elements, "soft_threshold", factor)
+            _store(p)(*outputs, *place, *packed)
+        else:
+            scaled = elements if factor is None else [e * factor for e in elements]
+            _store_whole(p)(*outputs, *place, *scaled)
 
+    rows = jax.ShapeDtypeStruct((hidden, width), dtype)
+    words = jax.ShapeDtypeStruct((hidden // 64, width // 64, 128), jnp.int32)
+    half = jax.ShapeDtypeStruct((hidden, width // 2), dtype)
     call = plgpu.kernel(
         body,
-        out_type=(
-            jax.ShapeDtypeStruct((hidden, width // 2), dtype),
-            jax.ShapeDtypeStruct((hidden // 64, width // 64, 128), jnp.int32),
-            jax.ShapeDtypeStruct((hidden, width), dtype),
-        ),
+        out_type=(half, words, rows) if threshold else (rows, rows),
         grid=(p.blocks,),
         grid_names=("block",),
         kernel_name="pack_weight24_hopper",
@@ -249,10 +280,10 @@ def pack_weight24(
         ),
     )
     scales = [] if scale is None else [jnp.asarray(scale, jnp.float32).reshape(1)]
-    values, metadata, dense = call(w, *scales)
+    values, *metadata, dense = call(w, *scales)
     if shared is None:
         dense = dense.reshape(num_experts, live, width)
-    return values, metadata, dense
+    return values, metadata[0] if metadata else None, dense
 
 
 def check_pack_weight24(

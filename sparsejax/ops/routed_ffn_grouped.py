@@ -101,7 +101,7 @@ def module(kernels: registry.Backend, suffix: str = "") -> Any:
         raise NotImplementedError(missing) from error
 
 
-_OPTIONS = ("num_experts", "m", "dtype", "tokens", "shards", "shared_every")
+_OPTIONS = ("num_experts", "m", "dtype", "threshold", "tokens", "shards", "shared_every")
 
 
 class Functions:
@@ -341,15 +341,12 @@ def pack_weight(
     if padded:
         # Blocks of M with four neurons of every expert, behind all others.
         w = jnp.pad(w, ((0, experts * padded), (0, 0)))
-    if not sparsity.weights:
-        # Rounded and put in order, which takes no kernel.
-        return functions.pack_weight24(w, scale=None, threshold=False, **options)
-    assert beta is not None
+    options["threshold"] = sparsity.weights
 
-    def pack(w: Array, scale: Array) -> tuple[Array, Array, Array]:
+    def pack(w: Array, scale: Array | None) -> tuple[Array, Array | None, Array]:
         return Functions(functions).pack_weight24(w, scale=scale, **options)
 
-    return batchable(pack, kernels)(w.astype(jnp.float32), beta)
+    return batchable(pack, kernels)(w.astype(jnp.float32), beta if sparsity.weights else None)
 
 
 def pack_rows(

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from kernels import reference, reference_grouped
+from kernels import reference, reference_grouped, registry
 from kernels.hopper import grouped24 as hopper
 from kernels.registry import assume_capability
 from kernels.triton import grouped24 as triton
@@ -33,7 +33,8 @@ def layout(counts, v):
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_packing_puts_rows_in_the_kernels_order(backend):
     functions, capability, neurons = BACKENDS[backend]
-    w = np.asarray(draw(0, 4 * 2 * neurons, 128))
+    # 16-bit weights take no kernel on either backend.
+    w = np.asarray(draw(0, 4 * 2 * neurons, 128).astype(jnp.bfloat16))
     with assume_capability(capability):
         values, metadata, dense = functions.pack_weight24(
             w, num_experts=2, m=8, scale=None, threshold=False
@@ -43,6 +44,37 @@ def test_packing_puts_rows_in_the_kernels_order(backend):
     live = dense.shape[1]
     order = functions.row_order(live)
     np.testing.assert_array_equal(values.reshape(dense.shape), dense[:, order])
+
+
+@pytest.mark.parametrize("shared_every", [0, 4])
+@pytest.mark.parametrize("scale", [None, 1.5])
+def test_hoppers_kernel_lowers_for_cuda(shared_every, scale):
+    pack = lambda w: hopper.pack_weight24(
+        w, num_experts=4, m=16, scale=scale, threshold=False, shared_every=shared_every
+    )
+    with assume_capability((9, 0)):
+        traced = jax.jit(pack).trace(jax.ShapeDtypeStruct((2048, 192), jnp.float32))
+        assert "pack_weight24_hopper" in traced.lower(lowering_platforms=("cuda",)).as_text()
+    values, metadata, dense = traced.out_info
+    assert metadata is None
+    assert values.shape == (2048, 192)
+    assert dense.shape == ((2048, 192) if shared_every else (4, 512, 192))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("shared_every", [0, 4])
+@pytest.mark.parametrize("scale", [None, 1.5])
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+def test_hoppers_kernel_is_the_definition_on_a_gpu(shared_every, scale, dtype):
+    if "hopper" not in registry.available_backends():
+        pytest.skip("needs Hopper")
+    w = draw(0, 6144, 320)
+    options = {"num_experts": 4, "scale": scale, "dtype": dtype, "shared_every": shared_every}
+    found = hopper.pack_weight24(w, m=16, threshold=False, **options)
+    expected = reference_grouped.pack_whole(w, hopper.row_order, **options)
+    assert found[1] is None
+    np.testing.assert_array_equal(found[0], expected[0])
+    np.testing.assert_array_equal(found[2], expected[2])
 
 
 @pytest.mark.parametrize(("experts", "shards"), [(2, 1), (2, 2)])
