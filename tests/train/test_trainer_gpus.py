@@ -43,10 +43,9 @@ def steps(folder: pathlib.Path) -> dict[int, tuple[str, float, float]]:
 
 
 def trained(folder: pathlib.Path, *more: object) -> dict[int, tuple[str, float, float]]:
-    output = folder / "whole"
-    ended = run("train.main", *ARGUMENTS, *more, "--output", output)
+    ended = run("train.main", *ARGUMENTS, *more, "--output", folder, "--name", "whole")
     assert ended.returncode == 0, ended.stderr[-3000:]
-    found = steps(output / "tiny")
+    found = steps(folder / "whole")
     phases = [phase for phase, *_ in found.values()]
     assert phases == ["dense"] * 2 + ["sparse"] * 6 + ["dense"] * 4
     losses = np.array([loss for _, loss, _ in found.values()])
@@ -58,14 +57,15 @@ def trained(folder: pathlib.Path, *more: object) -> dict[int, tuple[str, float, 
 def resumed(folder: pathlib.Path, *more: object) -> dict[int, tuple[str, float, float]]:
     """The same run, ended by SIGKILL in its sparse phase and resumed from the step before."""
     plan = folder / "plan.json"
-    report, output = folder / "report", ("--output", folder / "killed")
+    # One output folder: `--deterministic` keeps there which algorithms were chosen.
+    report, more = folder / "report", (*more, "--output", folder, "--name", "killed")
     moment = {"place": "step", "index": KILLED_AFTER, "delay": 0.0}
     plan.write_text(json.dumps(moment | {"signal": "KILL", "report": str(report)}))
-    ended = run("tests.rig.victim", plan, *ARGUMENTS, *more, *output)
+    ended = run("tests.rig.victim", plan, *ARGUMENTS, *more)
     assert report.exists(), ended.stderr[-3000:]
-    ended = run("train.main", *ARGUMENTS, *more, *output, "--resume")
+    ended = run("train.main", *ARGUMENTS, *more, "--resume")
     assert ended.returncode == 0, ended.stderr[-3000:]
-    return steps(folder / "killed" / "tiny")
+    return steps(folder / "killed")
 
 
 def on(gpus: int, monkeypatch) -> tuple[str, ...]:
