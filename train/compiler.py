@@ -20,9 +20,9 @@ AHEAD: Options = {"xla_gpu_memory_limit_slop_factor": "150"}
 while a run takes nearly all of it (docs/scaling.md)."""
 
 NO_GRAPHS: Options = {"xla_gpu_enable_command_buffer": ""}
-"""No CUDA graphs on several GPUs: all steps that were measured on them ran without (docs/scaling.md),
-and steps of hundreds of milliseconds have no launches to hide. The trainer runs there with them too;
-which is faster has not been measured."""
+"""No CUDA graphs on several GPUs: all steps that were measured on them ran without
+(docs/scaling.md), and steps of hundreds of milliseconds have no launches to hide. The trainer runs
+there with them too; which is faster has not been measured."""
 
 
 def compile_program(
