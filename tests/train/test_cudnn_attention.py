@@ -12,6 +12,8 @@ from train import attention
 from train.config import ModelConfig
 from train.cudnn_attention import requires_determinism
 
+pytestmark = pytest.mark.core
+
 DETERMINISTIC = "--xla_gpu_exclude_nondeterministic_ops=true"
 
 
