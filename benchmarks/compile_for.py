@@ -133,12 +133,14 @@ def problems(
     pack = lambda w: grouped24.pack_weight24(w, num_experts=experts, m=M, scale=1.0, dtype=bf16)
     gradient = lambda y, x, offsets: grouped24.weight_gradient(y, x, offsets, num_experts=experts)
     dense = Shape((experts, live, width), bf16)
-    whole = lambda w: grouped24.pack_weight24(
-        w, num_experts=experts, m=M, scale=None, threshold=False, dtype=bf16
-    )
     yield "pack_weight24", f"M {M}", pack, (Shape((hidden, width), f32),)
-    if backend == "hopper":  # Triton's takes no kernel.
-        yield "pack_weight24", f"M {M}, not 2:4", whole, (Shape((hidden, width), f32),)
+    if backend == "hopper":  # On Triton they are packed without a kernel.
+        for number, note in ((0, ""), (SHARED_EVERY, f", 1 in {SHARED_EVERY} shared")):
+            in_order = lambda w, number=number: grouped24.pack_weight24(
+                w, num_experts=experts, m=M, scale=None, threshold=False, shared_every=number
+            )
+            problem = f"M {M}{note}, weights not 2:4"
+            yield "pack_weight24", problem, in_order, (Shape((hidden, width), f32),)
     yield "up24", f"M {M}", grouped24.up24, (*weight, x, *blocks)
     yield "up24_linear", f"M {M}", grouped24.up24_linear, (*weight, x, *blocks)
     yield "down24", f"M {M}", grouped24.down24, (half, kept, dense, *blocks)

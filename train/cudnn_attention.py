@@ -2,9 +2,10 @@
 
 XLA finds a compiled cuDNN graph by the fingerprint of its call. Asked for determinism, it writes
 `force_deterministic` into the configuration of a backward call, but only when it compiles the
-graph: of equal calls (two layers, two micro-batches) the first one alone has it, and those after
-it look for a graph that no one compiled, which ends the process (`std::out_of_range`, seen with JAX
-0.11.2; pull request 46500 of openxla/xla). Calls that say it from the start keep their fingerprint.
+graph: of equal calls (unrolled layers, several micro-batches) the first one alone has it, and those
+after it look for a graph that no one compiled, which ends the process (`std::out_of_range`, seen
+with JAX 0.11.2 on two GPUs; pull request 46500 of openxla/xla). Calls that say it from the start
+keep their fingerprint.
 """
 
 from __future__ import annotations
@@ -13,18 +14,20 @@ import functools
 import json
 import os
 
-from jax._src.cudnn import fused_attention_stablehlo as calls
-
 _FLAGS = ("--xla_gpu_exclude_nondeterministic_ops", "--xla_gpu_deterministic_ops")
 
 
 def requires_determinism() -> bool:
-    """Whether XLA_FLAGS ask for deterministic operations, as XLA reads them: the last mention of a
-    flag counts, and one without a value is true."""
+    """Whether XLA_FLAGS ask for deterministic operations: the last mention of a flag counts, and
+    one without a value is true.
+
+    XLA reads them once, when the first device is used: what is changed later deceives this. Flags
+    in a file that XLA_FLAGS names are not looked for.
+    """
     said = {}
     for flag in os.environ.get("XLA_FLAGS", "").split():
         name, _, value = flag.partition("=")
-        said[name] = value.lower() in ("", "true", "1")
+        said[name] = value.strip("\"'").lower() in ("", "true", "1")
     return any(said.get(name, False) for name in _FLAGS)
 
 
@@ -32,6 +35,8 @@ def requires_determinism() -> bool:
 def announce_determinism() -> None:
     """From here on, JAX's cuDNN attention says in its backward calls whether determinism is
     required. JAX has no option for it, so its function that writes the configuration is wrapped."""
+    from jax._src.cudnn import fused_attention_stablehlo as calls
+
     write = calls.create_dot_product_attention_backend_config
 
     @functools.wraps(write)

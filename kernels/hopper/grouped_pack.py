@@ -1,7 +1,8 @@
 """Weights for the grouped products: threshold, scale, pack, split by expert, in one pass (Hopper).
 
 Weights that are not 2:4 are scaled and put in both orders by the same pass: jax.numpy's gathers of
-them take six times as long as memory does.
+them take six times as long as memory does. (Those of 16 bits do take the gathers: weights that were
+packed once and gathered whole, `Sparsity.gather`.)
 
 Memory-bound. Half a warp reads 64 consecutive elements of a neuron, a group of four a thread, and
 a thread does the same groups of the two neurons whose metadata share words. A warp does 8 such

@@ -62,7 +62,8 @@ def pack_ffn(
     """Thresholds, scales and lays out the weights: once for each optimiser step.
 
     beta S(w) along the width D, in float32, rounded once (w itself where `sparsity.weights` is
-    off), then split by expert: the neurons must be in `interleave`'s order.
+    off), then split by expert: the neurons must be in `interleave`'s order. Not differentiated:
+    `routed_ffn` gives the gradients of the weights themselves.
 
     Args:
       w1, w2: (H, D). wg: (H, D) or None. Floating point; row n is neuron n, so w1 and wg are the
@@ -89,6 +90,8 @@ def pack_ffn(
         raise ValueError(f"betas of shape {shape} must be (3,): one for each of w1, w2, wg")
     if precision not in get_args(Precision):
         raise ValueError(f"{precision=} must be one of {get_args(Precision)}")
+    # Kernels that pack have no derivative.
+    w1, w2, wg, betas = jax.lax.stop_gradient((w1, w2, wg, betas))
     sizes = routed_ffn_grouped.Sizes(width=width, hidden=hidden, dtype=jnp.dtype(dtype))
     if precision == "fp8":
         kernels = routed_ffn_fp8.choose(sparsity, sizes, gated=wg is not None)

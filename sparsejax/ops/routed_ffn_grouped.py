@@ -341,6 +341,7 @@ def pack_weight(
     if padded:
         # Blocks of M with four neurons of every expert, behind all others.
         w = jnp.pad(w, ((0, experts * padded), (0, 0)))
+    assert beta is not None or not sparsity.weights
     options["threshold"] = sparsity.weights
 
     def pack(w: Array, scale: Array | None) -> tuple[Array, Array | None, Array]:

@@ -10,6 +10,7 @@ from kernels.hopper import grouped24 as hopper
 from kernels.registry import assume_capability
 from kernels.triton import grouped24 as triton
 from kernels.triton.spmm24 import Spmm24Config
+from sparsejax.ops import routed_ffn_grouped
 from tests.kernels.test_triton import an_h100
 
 pytestmark = pytest.mark.core
@@ -33,8 +34,9 @@ def layout(counts, v):
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_packing_puts_rows_in_the_kernels_order(backend):
     functions, capability, neurons = BACKENDS[backend]
-    # 16-bit weights take no kernel on either backend.
-    w = np.asarray(draw(0, 4 * 2 * neurons, 128).astype(jnp.bfloat16))
+    w = np.asarray(draw(0, 4 * 2 * neurons, 128))
+    if backend == "hopper":  # Those of 16 bits take no kernel.
+        w = w.astype(jnp.bfloat16)
     with assume_capability(capability):
         values, metadata, dense = functions.pack_weight24(
             w, num_experts=2, m=8, scale=None, threshold=False
@@ -55,6 +57,9 @@ def test_hoppers_kernel_lowers_for_cuda(shared_every, scale):
     with assume_capability((9, 0)):
         traced = jax.jit(pack).trace(jax.ShapeDtypeStruct((2048, 192), jnp.float32))
         assert "pack_weight24_hopper" in traced.lower(lowering_platforms=("cuda",)).as_text()
+        stacked = jax.ShapeDtypeStruct((2, 2048, 192), jnp.float32)
+        kernels = routed_ffn_grouped.batchable(pack, "hopper")
+        jax.jit(jax.vmap(kernels)).trace(stacked).lower(lowering_platforms=("cuda",))
     values, metadata, dense = traced.out_info
     assert metadata is None
     assert values.shape == (2048, 192)

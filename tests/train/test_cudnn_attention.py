@@ -23,6 +23,7 @@ DETERMINISTIC = "--xla_gpu_exclude_nondeterministic_ops=true"
         ("", False),
         (DETERMINISTIC, True),
         ("--xla_gpu_deterministic_ops", True),
+        ("--xla_gpu_deterministic_ops='true'", True),
         ("--xla_gpu_deterministic_ops=1 --xla_dump_to=x", True),
         (f"{DETERMINISTIC} --xla_gpu_exclude_nondeterministic_ops=false", False),
         (f"--xla_gpu_deterministic_ops=false {DETERMINISTIC}", True),

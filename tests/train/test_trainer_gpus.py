@@ -65,6 +65,7 @@ def resumed(folder: pathlib.Path, *more: object) -> dict[int, tuple[str, float, 
     assert report.exists(), ended.stderr[-3000:]
     ended = run("train.main", *ARGUMENTS, *more, "--resume")
     assert ended.returncode == 0, ended.stderr[-3000:]
+    assert "starting at step 0" not in ended.stdout
     return steps(folder / "killed")
 
 
