@@ -3,12 +3,13 @@
 from dataclasses import replace
 from types import SimpleNamespace
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from kernels import reference_grouped
-from sparsejax.ops import routed_ffn_fp8, routed_ffn_grouped
+from kernels import reference_grouped, registry
+from sparsejax.ops import pack_ffn, routed_ffn_fp8, routed_ffn_grouped
 from sparsejax.spec import Sparsity
 from tests.sparsejax.test_shared_neurons import (
     agrees_with_the_definition,
@@ -35,6 +36,22 @@ def test_network_is_the_masked_one(changes):
     mask = live(x, centers, sparsity, hidden)
     for a, b in zip(found, expected(x, dy, w1, w2, mask, sparsity), strict=True):
         np.testing.assert_allclose(a, b, atol=3e-5 * float(jnp.abs(b).max()))
+
+
+@pytest.mark.parametrize("weights", [True, False])
+def test_packing_is_not_differentiated(weights):
+    """Kernels that pack have no derivative, so no other way of packing has one."""
+
+    def total(w, backend):
+        sparsity = replace(DENSE, v=128, weights=weights, backend=backend)
+        return jnp.sum(pack_ffn(w, w, None, jnp.ones(3), sparsity).w1.dense.astype(jnp.float32))
+
+    w = jnp.asarray(np.random.default_rng(0).standard_normal((2048, 128)), jnp.float32)
+    assert total(w, "reference") != 0
+    assert not jax.grad(total)(w, "reference").any()
+    with registry.assume_capability((9, 0)):
+        jaxpr = jax.make_jaxpr(jax.grad(lambda w: total(w, "hopper")))(w)
+    assert jaxpr.out_avals[0].shape == w.shape
 
 
 def test_a_backend_without_them_refuses(monkeypatch):
