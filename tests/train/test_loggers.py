@@ -174,11 +174,14 @@ def test_wandb_without_its_package_is_a_warning_and_the_run_goes_on(tmp_path, mo
 
 def test_wandb_itself_offline(tmp_path, monkeypatch):
     """The package, with no network: what was logged is in its file."""
-    pytest.importorskip("wandb", reason="needs the extra wandb")
+    wandb = pytest.importorskip("wandb", reason="needs the extra wandb")
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_SILENT", "true")
     with run_logger(tmp_path, loggers.open_sinks(config(wandb=True), tmp_path, 0)) as log:
         record(log)
+    # finish() only tells the package's own process to end the run's file; that process's end, which
+    # Python's exit waits for, is when it is whole.
+    wandb.teardown()
     (file,) = (tmp_path / "wandb").glob("offline-run-*/*.wandb")
     content = file.read_bytes()
     for name in (b"train/loss", b"eval/loss_dense"):
