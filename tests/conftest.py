@@ -25,11 +25,14 @@ import jax
 import pytest
 from hypothesis import settings
 
+from tests import mlir_contexts
+
 settings.register_profile("sparsejax", deadline=None, derandomize=True, max_examples=25)
 settings.load_profile("sparsejax")
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    mlir_contexts.reuse()
     if jax.default_backend() != "cpu":
         return
     options: dict[str, Any] = {"jax_disable_most_optimizations": True}
@@ -38,7 +41,8 @@ def pytest_configure(config: pytest.Config) -> None:
         config.add_cleanup(lambda: shutil.rmtree(folder, ignore_errors=True))
         options |= {
             "jax_compilation_cache_dir": folder,
-            "jax_persistent_cache_min_compile_time_secs": 0.0,
+            # To write a program that compiles faster takes longer than to compile it again.
+            "jax_persistent_cache_min_compile_time_secs": 0.2,
             "jax_persistent_cache_min_entry_size_bytes": -1,
         }
     # For all processes of the session: workers, and the trainers that tests start.

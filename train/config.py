@@ -8,6 +8,7 @@ combinations before anything starts.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from dataclasses import dataclass, field
 from pathlib import PurePath
@@ -407,6 +408,14 @@ def _require_representable(config: Any, prefix: str = "") -> None:
             raise ValueError(f"{name}={value} does not fit into 32 bits")
 
 
+@functools.cache
+def _model_choices() -> dict[str, tuple]:
+    """The fields of a model that are one of several words, and the words."""
+    # A study's command reads them for thousands of runs; annotations are compiled at each reading.
+    hints = get_type_hints(ModelConfig)
+    return {name: get_args(kind) for name, kind in hints.items() if get_origin(kind) is Literal}
+
+
 def validate(config: Config, *, tokenizer_vocab_size: int | None = None) -> None:
     """Refuses a configuration that cannot run, before anything starts.
 
@@ -420,9 +429,8 @@ def validate(config: Config, *, tokenizer_vocab_size: int | None = None) -> None
     _require_representable(config)
     model, schedule, optimizer = config.model, config.schedule, config.optimizer
     # First of all: whatever is no known form would pass for another one below.
-    for name, kind in get_type_hints(ModelConfig).items():
-        known, chosen = get_args(kind), getattr(model, name)
-        if get_origin(kind) is Literal and chosen not in known:
+    for name, known in _model_choices().items():
+        if (chosen := getattr(model, name)) not in known:
             raise ValueError(f"model.{name}={chosen!r} must be one of {known}")
     folder = PurePath(config.name)
     if folder.is_absolute() or not folder.name or ".." in folder.parts:

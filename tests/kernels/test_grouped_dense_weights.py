@@ -13,8 +13,6 @@ from kernels.triton.spmm24 import Spmm24Config
 from sparsejax.ops import routed_ffn_grouped
 from tests.kernels.test_triton import an_h100
 
-pytestmark = pytest.mark.core
-
 BACKENDS = {"hopper": (hopper, (9, 0), 128), "triton": (triton, (8, 0), 64)}
 # The smallest tile: the interpreter unrolls it.
 CONFIG = Spmm24Config(warps_m=1, warps_n=2, frags_m=4, frags_n=4, block_k=32, stages=3, group_m=4)
@@ -48,6 +46,7 @@ def test_packing_puts_rows_in_the_kernels_order(backend):
     np.testing.assert_array_equal(values.reshape(dense.shape), dense[:, order])
 
 
+@pytest.mark.core
 @pytest.mark.parametrize("shared_every", [0, 4])
 @pytest.mark.parametrize("scale", [None, 1.5])
 def test_hoppers_kernel_lowers_for_cuda(shared_every, scale):
@@ -82,7 +81,9 @@ def test_hoppers_kernel_is_the_definition_on_a_gpu(shared_every, scale, dtype):
     np.testing.assert_array_equal(found[2], expected[2])
 
 
-@pytest.mark.parametrize(("experts", "shards"), [(2, 1), (2, 2)])
+@pytest.mark.parametrize(
+    ("experts", "shards"), [pytest.param(2, 1, marks=pytest.mark.processes), (2, 2)]
+)
 def test_triton_in_the_interpreter(experts, shards):
     live, width, v = 128, 128, 64
     weights = [draw(s, experts * live, width) * width**-0.5 for s in range(shards)]
@@ -110,6 +111,7 @@ def test_triton_in_the_interpreter(experts, shards):
     assert np.array_equal(reference.unpack24(dy1_values, found[2]), dy1)
 
 
+@pytest.mark.core
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
 def test_lowers_for_cuda(backend, dtype):

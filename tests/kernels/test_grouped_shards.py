@@ -23,8 +23,6 @@ from sparsejax.routing import combine, counts_by_shard, plan_tokens
 from tests.kernels.test_grouped_reference import layout
 from tests.kernels.test_triton import an_h100
 
-pytestmark = pytest.mark.core
-
 V, WIDTH, OF_SHARD = 64, 64, 64
 
 
@@ -233,6 +231,7 @@ def shapes(width: int, hidden: int, tokens: int, m: int, shards: int, v: int = 1
     }
 
 
+@pytest.mark.core
 @pytest.mark.parametrize(
     ("backend", "call"), [(grouped24, "mosaic_gpu"), (triton, "xla.gpu.triton")], ids=["h", "t"]
 )

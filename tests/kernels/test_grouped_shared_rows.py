@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kernels import reference_grouped, registry, shared_rows
@@ -37,6 +37,8 @@ def test_sizes_follow_from_either_number(experts, every, count):
         shared_rows.of_live(sizes.live + 4, experts, every)
 
 
+# Everything is compiled for each size that is drawn.
+@settings(max_examples=8)
 @given(experts=st.sampled_from([2, 4]), every=st.integers(2, 4), count=st.integers(1, 3))
 def test_neighbours_of_an_expert_are_a_fixed_distance_apart(experts, every, count):
     """What `serves_shared` builds on: a place among `every`, then superblock after superblock."""
@@ -82,6 +84,7 @@ def test_packing_is_that_of_repeated_rows_without_what_repeats(threshold):
     equal(repeated(found, sizes), expected)
 
 
+@settings(max_examples=8)
 @given(experts=st.sampled_from([2, 4]), every=st.integers(2, 4), count=st.integers(1, 3))
 def test_what_is_left_out_is_found_by_its_row(experts, every, count):
     sizes = SharedRows(experts, every, count)

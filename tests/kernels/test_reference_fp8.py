@@ -12,8 +12,6 @@ from hypothesis import strategies as st
 from kernels import reference, reference_fp8, registry
 from tests.kernels import oracle
 
-pytestmark = pytest.mark.core
-
 DTYPES = (jnp.float8_e4m3fn, jnp.float8_e5m2)
 
 
@@ -126,6 +124,7 @@ def test_padding_and_saturation():
     assert not dense[:, 72:].any()
 
 
+@pytest.mark.core
 @pytest.mark.parametrize("out_layout", ["mn", "nm"])
 @pytest.mark.parametrize(
     ("a_shape", "b_shape"), [(None, None), ((), ()), ((64,), (40,)), ((64,), ())]

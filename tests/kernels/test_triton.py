@@ -17,9 +17,6 @@ from kernels.triton.pack24 import Pack24Config, check_pack24, pack24
 from kernels.triton.spmm24 import Spmm24Config, check_spmm24, spmm24
 from tests.kernels import oracle
 
-# What these kernels need of JAX is private or experimental: every version must lower them.
-pytestmark = pytest.mark.core
-
 SMALL = Spmm24Config(
     warps_m=2, warps_n=2, frags_m=2, frags_n=4, block_k=32, stages=3, group_m=2
 )  # 64 x 64
@@ -48,6 +45,7 @@ def sparse_operand(rng, m: int, k: int, dtype=ml_dtypes.bfloat16):
     return values.astype(dtype), oracle.metadata(indices), groups.reshape(m, k)
 
 
+# What these kernels need of JAX is private or experimental: every version must lower them.
 @pytest.mark.core
 @pytest.mark.parametrize("b_layout", ["nk", "kn"])
 @pytest.mark.parametrize("out_layout", ["mn", "nm"])
@@ -147,6 +145,7 @@ def test_spmm24_interpreted_matches_float32(b_layout, out_layout, epilogue, dtyp
     assert error < (1e-6 if out_dtype == np.float32 else 3e-3)
 
 
+@pytest.mark.core
 def test_spmm24_interpreted_single_tile():
     rng = np.random.default_rng(3)
     values, metadata, dense = sparse_operand(rng, 64, 64)
@@ -216,6 +215,7 @@ def test_pack24_interpreted_breaks_ties_to_the_lower_index(seed, levels):
     assert_packed(packed, x, 1, "magnitude", 1.0)
 
 
+@pytest.mark.core
 def test_pack24_several_tiles_a_program():
     x = np.random.default_rng(2).standard_normal((16, 144)).astype(np.float32)
     packed = pack24(

@@ -39,8 +39,17 @@ def lower(name: str, args: tuple, options: dict) -> tuple[str, tuple]:
     return text, tuple(o.shape for o in jax.tree.leaves(traced.out_info))
 
 
-@pytest.mark.core
-@pytest.mark.parametrize("sizes", [LLAMA1B[1], *SMALL, *MANY, (64, 512, 300, 32, 64)], ids=str)
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        pytest.param(LLAMA1B[1], marks=pytest.mark.core),
+        SMALL[1],
+        pytest.param(SMALL[2], marks=pytest.mark.core),
+        *MANY,
+        (64, 512, 300, 32, 64),
+    ],
+    ids=str,
+)
 def test_lowers_for_cuda(sizes):
     for name, call in arguments(*sizes).items():
         text, shapes = lower(name, *call)

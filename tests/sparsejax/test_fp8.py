@@ -11,8 +11,6 @@ from sparsejax import formats, fp8, ops
 from sparsejax.ops import matmul24
 from sparsejax.prune import soft_threshold
 
-pytestmark = pytest.mark.core
-
 K, N, T = 64, 72, 40
 BETA = 1.5
 E4M3, E5M2 = jnp.float8_e4m3fn, jnp.float8_e5m2
@@ -117,6 +115,7 @@ def arrays():
     return x.astype(jnp.bfloat16), w, dy
 
 
+@pytest.mark.core
 @pytest.mark.parametrize("axis", [0, 1])
 def test_matmul24_in_8_bits(axis):
     x, w, dy = arrays()
@@ -185,6 +184,7 @@ def test_losses_come_as_the_gradient_of_a_probe(axis):
     assert infinite[2] >= 1
 
 
+@pytest.mark.core
 @pytest.mark.parametrize("axis", [0, 1])
 def test_under_transformations(axis):
     x, w, dy = arrays()

@@ -13,8 +13,6 @@ from kernels import registry
 from sparsejax import formats, ops, prune
 from sparsejax.ops import matmul24, spmm24
 
-pytestmark = pytest.mark.core
-
 K, N, T = 64, 72, 40
 BETA = 1.5
 
@@ -45,6 +43,7 @@ def relative_error(got, expected) -> float:
     return float(np.linalg.norm(float64(got) - expected) / np.linalg.norm(expected))
 
 
+@pytest.mark.core
 @pytest.mark.parametrize("axis", [0, 1])
 @pytest.mark.parametrize(
     ("dtype", "tolerance"), [(jnp.float32, 1e-6), (jnp.bfloat16, 5e-3), (jnp.float16, 1e-3)]
@@ -162,6 +161,7 @@ def test_products_that_use_the_sparse_kernel(axis, monkeypatch):
     assert shapes[-1] == (64, (64, K))
 
 
+@pytest.mark.core
 def test_jit_vmap_remat_and_scan_agree():
     x, w, _ = arrays()
     xs = jnp.stack([x, 2 * x])
@@ -280,6 +280,7 @@ def test_named_backend_is_strict_without_its_device():
         matmul24(X, W, backend="hopper")
 
 
+@pytest.mark.core
 @pytest.mark.parametrize(("backend", "capability"), [("hopper", (9, 0)), ("triton", (8, 0))])
 def test_lowers_for_a_gpu_on_any_machine(backend, capability):
     """Tracing picks the backend of the assumed device, in all three products and both packings."""

@@ -15,8 +15,6 @@ from sparsejax.prune import select24, soft_threshold, top2_of_4
 from sparsejax.routing import choose_groups, to_expert_major, token_scores, update_bias
 from sparsejax.spec import SMALLEST_CLUSTER, Sparsity
 
-pytestmark = pytest.mark.core
-
 D, H, E, K, T = 16, 128, 4, 2, 48
 SPARSITY = Sparsity(m=16, v=8, backend="reference")
 
@@ -57,6 +55,7 @@ def expected(moe: MoEFFN, x, w1, w2, keep_two: bool) -> np.ndarray:
     return out.reshape(x.shape)
 
 
+@pytest.mark.core
 @pytest.mark.parametrize("experts_per_token", [1, 2, 4])
 def test_dense_experts(experts_per_token):
     moe, x = make(experts_per_token=experts_per_token), inputs()
@@ -87,6 +86,7 @@ def test_the_router_learns(experts_per_token):
     np.testing.assert_allclose(found[at], slope, rtol=2e-2)
 
 
+@pytest.mark.core
 @pytest.mark.parametrize("activations", [True, False])
 @pytest.mark.parametrize("weights", [True, False])
 def test_sparse_experts(weights, activations):
@@ -309,6 +309,7 @@ def test_interface_of_the_routed_network():
         make(sparsity=None).pack()
 
 
+@pytest.mark.core
 @pytest.mark.parametrize("sizes", [[10, 0, 25, 5], [0, 0, 0, 40], [40, 0, 0, 0]])
 def test_grouped_dot(sizes):
     keys = jax.random.split(jax.random.key(0), 2)

@@ -29,16 +29,16 @@ def values_and_gradients(sparsity, hidden, gated, *, tokens=T, width=D, dtype=jn
     return partial(module.value_and_gradients, *data, plan, sparsity=sparsity, dtype=dtype)
 
 
-@pytest.mark.parametrize("gated", [False, True])
 @pytest.mark.parametrize(
-    ("sparsity", "hidden", "padding"),
+    ("sparsity", "hidden", "padding", "gated"),
     [
-        (Sparsity(m=16, v=V), 480, 8),
-        (Sparsity(m=16, v=V, shared_every=4), 576, 4),
-        (Sparsity(m=32, v=V, shared_every=4), 1280, 8),
-        (Sparsity(m=16, v=V, weights=False), 480, 8),
-        (Sparsity(m=16, v=V, weight_gradient="tokens24"), 480, 8),
-        (Sparsity(routing=False, v=V), 60, 4),
+        (Sparsity(m=16, v=V), 480, 8, False),
+        (Sparsity(m=16, v=V), 480, 8, True),
+        (Sparsity(m=16, v=V, shared_every=4), 576, 4, True),
+        (Sparsity(m=32, v=V, shared_every=4), 1280, 8, False),
+        (Sparsity(m=16, v=V, weights=False), 480, 8, True),
+        (Sparsity(m=16, v=V, weight_gradient="tokens24"), 480, 8, False),
+        (Sparsity(routing=False, v=V), 60, 4, True),
     ],
 )
 def test_zeros_change_nothing(sparsity, hidden, padding, gated):

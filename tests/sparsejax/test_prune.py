@@ -10,8 +10,6 @@ from hypothesis.extra import numpy as hnp
 
 from sparsejax import prune
 
-pytestmark = pytest.mark.core
-
 
 def nonzeros(x, axis):
     x = np.moveaxis(np.asarray(x), axis, -1)
@@ -61,6 +59,7 @@ def test_soft_threshold_keeps_dtype():
     assert prune.soft_threshold(w, 1).dtype == jnp.bfloat16
 
 
+@pytest.mark.core
 @pytest.mark.parametrize("axis", [0, 1])
 def test_straight_through(axis):
     w = jax.random.normal(jax.random.key(4), (16, 32))
@@ -98,6 +97,7 @@ def test_orders_agree_on_nonnegative_values():
     np.testing.assert_array_equal(prune.top2_of_4(x, 1), prune.top2_of_4(x, 1, "value"))
 
 
+@pytest.mark.core
 def test_top2_of_4_gradient_follows_the_mask():
     x = jnp.asarray([3.0, 1.0, -2.0, 0.5])
     grad = jax.grad(lambda x: jnp.sum(prune.top2_of_4(x) ** 2))(x)

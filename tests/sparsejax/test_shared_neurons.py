@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kernels import registry
@@ -31,6 +31,8 @@ from tests.train.simulated import run_script
 D, V = 64, 16
 
 
+# Everything is compiled for each size that is drawn.
+@settings(max_examples=10)
 @given(m=st.sampled_from([8, 16, 32]), every=st.integers(2, 5), blocks=st.integers(1, 3))
 def test_every_expert_has_all_shared_neurons_and_its_own(m, every, blocks):
     sparsity, hidden = Sparsity(m=m, shared_every=every), m * every * blocks
@@ -52,6 +54,7 @@ def test_every_expert_has_all_shared_neurons_and_its_own(m, every, blocks):
         )
 
 
+@settings(max_examples=10)
 @given(m=st.sampled_from([8, 16]), every=st.integers(2, 4), seed=st.integers(0, 99))
 def test_sum_is_the_transpose_of_repeat(m, every, seed):
     sparsity, hidden = Sparsity(m=m, shared_every=every), m * every * 2

@@ -18,8 +18,6 @@ from sparsejax.routing import (
     update_within_experts,
 )
 
-pytestmark = pytest.mark.core
-
 
 def owner(hidden: int, groups: int) -> np.ndarray:
     """Of each column in the order of so many groups."""

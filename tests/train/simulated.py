@@ -8,6 +8,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
 
+# As the tests themselves.
+_PREPARE = "from tests import mlir_contexts; mlir_contexts.reuse()\n"
 # Code that runs for milliseconds needs no optimiser.
 _FLAGS = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
 
@@ -31,7 +33,7 @@ def environment(devices: int, **extra: str) -> dict[str, str]:
 def run_script(script: str, *args: object, devices: int) -> str:
     """Standard output of a script; fails with its errors if it does."""
     result = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(script), *map(str, args)],
+        [sys.executable, "-c", _PREPARE + textwrap.dedent(script), *map(str, args)],
         cwd=ROOT,
         env=environment(devices),
         capture_output=True,

@@ -84,7 +84,6 @@ def test_all_phases_train_the_same_state():
     assert not np.array_equal(router, np.asarray(fresh.params["blocks"]["ffn"]["router"][...]))
 
 
-@pytest.mark.core
 def test_experts_routed_further_in_all_phases():
     """Neurons and their moments move within experts, both levels of biases even their loads."""
     model = dataclasses.replace(MODEL, hidden=2048, scan_layers=False)

@@ -229,8 +229,10 @@ def _list_runs(study: Study, runs: Sequence[Run], folders: Folders, console: Con
         left = heading in ("label", "state")
         # In a narrow terminal a long label takes several lines, so that no number is cut off.
         table.add_column(heading, justify="left" if left else "right", no_wrap=heading != "label")
-    for label in dict.fromkeys(run.label for run in runs):
-        group = [run for run in runs if run.label == label]
+    groups: dict[str, list[Run]] = {}
+    for run in runs:
+        groups.setdefault(run.label, []).append(run)
+    for label, group in groups.items():
         config = group[0].config
         counts = Counter(map(state, group))
         table.add_row(

@@ -6,6 +6,7 @@ import fnmatch
 import importlib
 import pkgutil
 import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from types import ModuleType
@@ -91,8 +92,8 @@ class Study:
     def __post_init__(self) -> None:
         if not self.runs:
             raise ValueError(f"study {self.name!r} has no runs")
-        keys = [run.key for run in self.runs]
-        if twice := sorted({key for key in keys if keys.count(key) > 1}):
+        counts = Counter(run.key for run in self.runs)
+        if twice := sorted(key for key, count in counts.items() if count > 1):
             raise ValueError(f"study {self.name!r} has several runs named {', '.join(twice)}")
         if self.baseline is not None and self.baseline not in self.labels:
             raise ValueError(
