@@ -124,7 +124,7 @@ def resolve_vocabulary(config: Config) -> tuple[Config, str]:
     Raises:
       ValueError: as `train.config.resolve`, or neither the configuration nor a tokenizer gives one.
     """
-    from train.data.source import choose_tokenizer
+    from train.data.source import check_end_of_document, choose_tokenizer
 
     try:
         tokenizer = choose_tokenizer(config.data)
@@ -133,6 +133,7 @@ def resolve_vocabulary(config: Config) -> tuple[Config, str]:
             raise ValueError(f"model.vocab_size=None and there is no tokenizer: {error}") from None
         size = config.model.vocab_size
         return resolve(config, tokenizer_vocab_size=size), "as configured; no tokenizer here"
+    check_end_of_document(config.data, tokenizer)
     size = tokenizer.vocab_size
     name = tokenizer.file or "the byte-level tokenizer"
     return resolve(config, tokenizer_vocab_size=size), f"{name} has {size:,} tokens"

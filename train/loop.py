@@ -36,6 +36,7 @@ from train.plots import loss_plot
 from train.profiling import Profiler, parse_steps
 from train.programs import Programs, Shared, compile_programs
 from train.run_folder import CHECKPOINTS, disown, new_folder, resumable_folder, write_config
+from train.run_lock import alone_in
 from train.signals import StopRequest
 from train.state import TrainState, abstract_state, init_state
 
@@ -84,7 +85,8 @@ def train(
       How the run ended.
 
     Raises:
-      ValueError: bad configuration, data or checkpoint, before anything starts.
+      ValueError: bad configuration, data or checkpoint, or another process trains this run; before
+        anything starts.
       NonFiniteError: the loss or gradient stopped being finite; the last good checkpoint stays.
       RescuedError: data could not be read, or the log not written, after the first step.
     """
@@ -107,14 +109,17 @@ def train(
         if not resume:
             check_init_from(config)
         find = resumable_folder if resume else new_folder
-        folder = Path(on_process_zero(lambda: str(find(config))))
-        checkpointer = Checkpointer(
-            folder / CHECKPOINTS,
-            keep=config.checkpoint.keep,
-            config=dataclasses.asdict(config),
-        )
-        with StopRequest() as stop, checkpointer, jax.set_mesh(mesh):
-            return _Run(config, folder, data, mesh, checkpointer, stop, console, shared).run(resume)
+        with contextlib.ExitStack() as held:
+            claim = lambda: str(held.enter_context(alone_in(find(config))))
+            folder = Path(on_process_zero(claim))
+            checkpointer = Checkpointer(
+                folder / CHECKPOINTS,
+                keep=config.checkpoint.keep,
+                config=dataclasses.asdict(config),
+            )
+            with StopRequest() as stop, checkpointer, jax.set_mesh(mesh):
+                run = _Run(config, folder, data, mesh, checkpointer, stop, console, shared)
+                return run.run(resume)
 
 
 class _Run:

@@ -9,6 +9,7 @@ import json
 import re
 from pathlib import Path
 
+from train import run_lock
 from train.config import Config
 
 CHECKPOINTS = "checkpoints"
@@ -66,5 +67,6 @@ def disown(folder: Path) -> None:
     """Takes config.json back, and the folder if that was all: a run that never began is not the one
     to resume."""
     (folder / CONFIG_FILE).unlink(missing_ok=True)
+    run_lock.remove(folder)
     with contextlib.suppress(OSError):
         folder.rmdir()

@@ -15,6 +15,7 @@ from train.data import shards
 from train.data.cache import cache_folder, partial_path
 from train.data.config import DataConfig
 from train.data.prepare import FORMAT
+from train.data.source import open_corpus
 from train.data.tokenizer import ByteTokenizer, load_tokenizer
 
 STREAM = (np.arange(300) * 7 % 257).astype(np.uint16)
@@ -295,3 +296,11 @@ def test_wrong_tokenizers(tmp_path):
         load_tokenizer(tmp_path / "bad.json")
     with pytest.raises(ValueError, match=str(tmp_path)):
         load_tokenizer(tmp_path)
+
+
+@pytest.mark.parametrize("name", [None, "text.txt"])
+def test_bytes_have_an_end_of_document_of_their_own(tmp_path, cfg, name):
+    (tmp_path / "text.txt").write_text("some text " * 100)
+    source = {} if name is None else {"source": str(tmp_path / name)}
+    with pytest.raises(ValueError, match=r"data.end_of_document='<end>' needs data.tokenizer"):
+        open_corpus(DataConfig(end_of_document="<end>", **source))

@@ -58,6 +58,7 @@ def test_an_attention_kernel_that_the_device_lacks(capsys, tmp_path):
 
 def test_dry_run_refuses_what_a_run_refuses(capsys):
     assert "hidden=500" in refused(capsys, "--dry-run", "--model.hidden", "500")
+    assert "needs data.tokenizer" in refused(capsys, "--dry-run", "--data.end-of-document", "</s>")
 
 
 def test_resume_without_a_run(capsys, tmp_path):

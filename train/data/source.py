@@ -14,7 +14,7 @@ from train.data.config import EMBEDDED, DataConfig
 from train.data.documents import check_text_file
 from train.data.prepare import FORMAT, META, prepare, read_meta
 from train.data.shards import Span, TokenShard, check_tokens, hold_out_tail, is_shard, open_shards
-from train.data.tokenizer import Tokenizer, load_tokenizer
+from train.data.tokenizer import ByteTokenizer, Tokenizer, load_tokenizer
 
 _EMBEDDED_FILE = Path(__file__).parent / "embedded" / "python_docs.txt.xz"
 # Stands between the documents of the embedded file, and in none of them.
@@ -37,6 +37,7 @@ def open_corpus(cfg: DataConfig, *, quiet: bool = False) -> Corpus:
         FileNotFoundError, ValueError: one line naming path and value.
     """
     tokenizer = choose_tokenizer(cfg)
+    check_end_of_document(cfg, tokenizer)
     train, held_out = _open(cfg.source, "source", cfg, tokenizer, quiet)
     if cfg.validation is not None:
         # All of the named data; for a prepared folder, its validation shards if it has any.
@@ -48,6 +49,19 @@ def open_corpus(cfg: DataConfig, *, quiet: bool = False) -> Corpus:
         train, validation = hold_out_tail(train, cfg.validation_fraction, tokenizer.eos_id)
     check_tokens(train + validation, tokenizer.vocab_size)
     return Corpus(train, validation, tokenizer)
+
+
+def check_end_of_document(cfg: DataConfig, tokenizer: Tokenizer) -> None:
+    """Refuses a name for a token that the byte-level tokenizer has no use for.
+
+    Raises:
+        ValueError: one line naming the value.
+    """
+    if cfg.end_of_document is not None and isinstance(tokenizer, ByteTokenizer):
+        raise ValueError(
+            f"data.end_of_document={cfg.end_of_document!r} needs data.tokenizer: the byte-level "
+            "tokenizer has a token of its own"
+        )
 
 
 def choose_tokenizer(cfg: DataConfig) -> Tokenizer:
