@@ -9,7 +9,7 @@ from typing import Any
 
 from jax._src.interpreters import mlir
 
-USES = 10  # What a context interns is freed with it; JAX has the same number.
+USES = 10  # What a context interns is freed with it; JAX uses one about as often.
 
 
 def reuse() -> None:

@@ -25,36 +25,35 @@ def alone_in(folder: Path) -> Iterator[Path]:
     """Keeps other trainers out of the folder until the block ends, or this process does: the system
     frees the lock, whatever ended it.
 
-    Two that resumed one run would both write its checkpoints and its log. Where the file system has
-    no locks, nobody is kept out, and a warning says so.
+    Two that resumed one run would both write its checkpoints and its log. Where there can be no
+    lock, nobody is kept out, and a warning says so.
 
     Args:
       folder: the run's, which exists.
 
     Raises:
       ValueError: another process trains there.
-      OSError: the folder cannot be written.
     """
-    if fcntl is None:
-        yield folder
-        return
     path = folder / LOCK
-    # Not truncated when it is opened: it says who has it.
-    with open(path, "a+", encoding="utf-8") as lock:
+    with contextlib.ExitStack() as held:
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            # Not truncated: it says who has it. Not buffered: on a full disk it need not say.
+            lock = held.enter_context(open(path, "ab+", buffering=0))
+            if fcntl is not None:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             lock.seek(0)
-            owner = lock.read().strip() or "another process"
+            owner = lock.read().decode(errors="replace").strip() or "another process"
             raise ValueError(
                 f"the run in {folder} is being trained by {owner}: stop that first (or delete "
                 f"{path}, if a machine that is gone held it)"
             ) from None
         except OSError as error:
-            log.warning("%s cannot be locked (%s): start no other process in it", folder, error)
-        lock.truncate(0)
-        lock.write(f"process {os.getpid()} on {socket.gethostname()}\n")
-        lock.flush()
+            log.warning("%s cannot be locked (%s): start no other process on it", folder, error)
+        else:
+            with contextlib.suppress(OSError):
+                lock.truncate(0)
+                lock.write(f"process {os.getpid()} on {socket.gethostname()}\n".encode())
         yield folder
 
 

@@ -82,7 +82,11 @@ def test_hoppers_kernel_is_the_definition_on_a_gpu(shared_every, scale, dtype):
 
 
 @pytest.mark.parametrize(
-    ("experts", "shards"), [pytest.param(2, 1, marks=pytest.mark.processes), (2, 2)]
+    ("experts", "shards"),
+    [
+        pytest.param(2, 1, marks=pytest.mark.processes),
+        pytest.param(2, 2, marks=pytest.mark.core),
+    ],
 )
 def test_triton_in_the_interpreter(experts, shards):
     live, width, v = 128, 128, 64

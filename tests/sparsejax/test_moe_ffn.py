@@ -122,6 +122,7 @@ def clustered(experts: int, clusters: int, **options) -> MoEFFN:
     return moe
 
 
+@pytest.mark.core
 @pytest.mark.parametrize(
     ("experts", "clusters", "metric"),
     # M = 64 and 128 among them.

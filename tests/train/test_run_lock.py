@@ -1,6 +1,7 @@
 """Only one process at a time trains in a run's folder."""
 
 import errno
+import io
 import multiprocessing
 import os
 import signal
@@ -11,6 +12,7 @@ import pytest
 from tests.train.test_loop import SILENT, two_steps
 from train import run_lock
 from train.loop import train
+from train.metrics import RunLogger
 from train.run_lock import LOCK, alone_in
 
 
@@ -37,7 +39,7 @@ def _hold(folder, held):
 def test_a_killed_process_holds_nothing(tmp_path):
     context = multiprocessing.get_context("spawn")
     held = context.Event()
-    process = context.Process(target=_hold, args=(tmp_path, held))
+    process = context.Process(target=_hold, args=(tmp_path, held), daemon=True)
     process.start()
     assert held.wait(timeout=120)
     with pytest.raises(ValueError, match=f"process {process.pid} on"):
@@ -57,7 +59,39 @@ def test_without_locks_there_is_a_warning(tmp_path, monkeypatch, caplog):
         pass
     messages = [r.getMessage() for r in caplog.records if r.name == "train.run_lock"]
     assert len(messages) == 2
-    assert "cannot be locked ([Errno 37] No locks available)" in messages[0]
+    assert f"cannot be locked ([Errno {errno.ENOLCK}]" in messages[0]
+
+
+def test_on_a_full_disk_the_lock_is_held_without_a_name(tmp_path, monkeypatch):
+    class Full(io.FileIO):
+        def write(self, _):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(run_lock, "open", lambda path, *_, **__: Full(path, "a+"), raising=False)
+    with alone_in(tmp_path), pytest.raises(ValueError, match="trained by another process"):
+        alone_in(tmp_path).__enter__()
+
+
+def test_a_folder_that_cannot_be_written_gets_a_warning(tmp_path, caplog):
+    with alone_in(tmp_path / "missing"):
+        pass
+    (message,) = [r.getMessage() for r in caplog.records if r.name == "train.run_lock"]
+    assert "missing cannot be locked" in message
+
+
+def test_a_run_holds_its_folder_to_the_end(tmp_path, monkeypatch):
+    logged = RunLogger.summary
+
+    def summary(self, values):
+        with pytest.raises(ValueError, match=f"trained by process {os.getpid()}"):
+            alone_in(self.path.parent).__enter__()
+        return logged(self, values)
+
+    monkeypatch.setattr(RunLogger, "summary", summary)
+    result = train(two_steps(tmp_path), console=SILENT)
+    assert result.finished
+    with alone_in(result.folder):
+        pass
 
 
 def test_a_run_that_is_being_trained_is_not_resumed(tmp_path):
