@@ -299,7 +299,7 @@ def test_wrong_tokenizers(tmp_path):
 
 
 @pytest.mark.parametrize("name", [None, "text.txt"])
-def test_bytes_have_an_end_of_document_of_their_own(tmp_path, cfg, name):
+def test_bytes_have_an_end_of_document_of_their_own(tmp_path, name):
     (tmp_path / "text.txt").write_text("some text " * 100)
     source = {} if name is None else {"source": str(tmp_path / name)}
     with pytest.raises(ValueError, match=r"data.end_of_document='<end>' needs data.tokenizer"):
